@@ -1,0 +1,28 @@
+"Package metadata; everything is read from settings.ini, which nbdev shares."
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+parser = ConfigParser(delimiters=["="])
+parser.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
+config = parser["DEFAULT"]
+suffix = "_requirements"
+
+setup(
+    name=config["lib_name"],
+    version=config["version"],
+    description=config["description"],
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author=config["author"],
+    author_email=config["author_email"],
+    license="Apache-2.0",
+    keywords=config["keywords"],
+    python_requires=f">={config['min_python']}",
+    packages=find_packages(include=["rsnape_kit", "rsnape_kit.*"]),
+    install_requires=config["requirements"].split(),
+    extras_require={name.removesuffix(suffix): config[name].split() for name in config if name.endswith(suffix)},
+    entry_points={"nbdev": [f"{config['lib_name']}={config['lib_name']}._modidx:d"]},
+    zip_safe=False,
+)
