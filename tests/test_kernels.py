@@ -37,7 +37,7 @@ def test_the_submission_kernel_answers_every_id_on_both_mount_layouts(tmp_path, 
     (tmp_path / "working").mkdir()
     result = run_kernel(tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1].startswith(str(tmp_path)), "the kernel imported another rsnape_kit than the attached"
+    assert result.stdout.splitlines()[-1].startswith(str(tmp_path)), "not the attached rsnape_kit"
     submission = pd.read_csv(tmp_path / "working" / "submission.csv")
     assert submission["id"].tolist() == sample["id"].tolist()
     values = submission.set_index("id").label
