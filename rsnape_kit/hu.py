@@ -19,25 +19,25 @@ from .jpeg import CODECS, decode
 # %% ../nbs/08_hu.ipynb #0062ca03
 @njit(cache=True, nogil=True)
 def _add(
-    stored,  # int16 or uint16 [pixels], turned into HU in place
-    shift,  # 16 - BitsStored
+    stored,  # int16 or uint16 [pixels], turned into HU in place; the other arguments are of the same type
+    mask,  # the bits that count
+    sign,  # the sign bit, 0 where there is none
     lowest,  # stored value that becomes the lowest HU
     highest,  # stored value that becomes the highest HU
     intercept,  # HU, modulo 2^16
 ):
-    "Clear unused bits, clamp and add a whole intercept."
+    "Clear unused bits, carry the sign into them, clamp and add a whole intercept."
     kind = stored.dtype.type
-    low, high, add = kind(lowest), kind(highest), kind(intercept)
     for i in range(stored.size):
-        value = kind(kind(stored[i] << shift) >> shift)
-        stored[i] = kind(min(max(value, low), high) + add)
+        value = kind(((stored[i] & mask) ^ sign) - sign)
+        stored[i] = min(max(value, lowest), highest) + intercept
 
 @njit(cache=True, nogil=True)
-def _scale(stored, shift, slope, intercept, lowest):
+def _scale(stored, mask, sign, slope, intercept, lowest):
     "The same for any slope and intercept, rounded to the nearest HU."
     kind = stored.dtype.type
     for i in range(stored.size):
-        value = kind(kind(stored[i] << shift) >> shift)
+        value = kind(((stored[i] & mask) ^ sign) - sign)
         stored[i] = kind(np.int64(min(max(np.rint(value * slope + intercept), lowest), 32767)))
 
 # %% ../nbs/08_hu.ipynb #87a61275
@@ -49,21 +49,27 @@ def to_hu(
     bits=16,  # BitsStored
 ):
     "Stored values as int16 HU between `lowest` and 32767, in place."
-    flat, limits = stored.reshape(-1), np.iinfo(stored.dtype)
+    flat, kind, limits = stored.reshape(-1), stored.dtype.type, _limits[stored.dtype.kind]
+    mask, sign = _word(2**bits - 1, kind), _word(2 ** (bits - 1) if limits[0] else 0, kind)
     low, high = lowest - intercept, 32767 - intercept
-    if slope == 1 and intercept == int(intercept) and low <= limits.max and high >= limits.min:
-        add = np.array(int(intercept) & 0xFFFF, np.uint16).view(stored.dtype)
-        _add(flat, 16 - bits, max(int(low), limits.min), min(int(high), limits.max), add)
+    if slope == 1 and intercept == int(intercept) and low <= limits[1] and high >= limits[0]:
+        add = _word(int(intercept), kind)
+        _add(flat, mask, sign, kind(max(low, limits[0])), kind(min(high, limits[1])), add)
     else:
-        _scale(flat, 16 - bits, float(slope), float(intercept), float(lowest))
+        _scale(flat, mask, sign, float(slope), float(intercept), float(lowest))
     return stored.view(np.int16)
+
+_limits = {"i": (-32768, 32767), "u": (0, 65535)}
+
+def _word(value, kind):
+    "The low 16 bits of a whole number, as int16 or uint16."
+    value &= 0xFFFF
+    return kind(value - 65536 if kind is np.int16 and value > 32767 else value)
 
 # %% ../nbs/08_hu.ipynb #1c27a20b
 _here = threading.local()
 _usual = 512 * 512 * 2  # bytes of pixels in a slice of the usual size
 _head = 1 << 16  # bytes in which a plain header must end
-_charsets = frozenset((b"", b"ISO_IR 6", b"ISO_IR 100", b"ISO_IR 192"))
-_first = np.array(list(NUMBER.values()))
 
 def _buffers():
     "This thread's header buffer and the arrays that a walk fills."
@@ -71,30 +77,49 @@ def _buffers():
         _here.buffers = np.empty(_head, np.uint8), *np.empty((2, len(FIELDS)), np.int64), np.empty(NUMBERS)
     return _here.buffers
 
-def _text(buf, at, length, name):
-    "The text of a field, empty where the file lacks it."
-    start, n = at[FIELD[name]], length[FIELD[name]]
-    return buf[start:start + n].tobytes().rstrip(b"\0 ")
-
 # %% ../nbs/08_hu.ipynb #50ec4d12
+_monochrome = np.frombuffer(b"MONOCHROME", np.uint8)
+_iso_ir = np.frombuffer(b"ISO_IR 6  ISO_IR 100ISO_IR 192", np.uint8).reshape(3, 10)
+
+@njit(cache=True, nogil=True)
+def _one_of(buf, start, length, texts):
+    "Does `buf` hold one of `texts` (padded with spaces) at `start`, and nothing else?"
+    for text in texts:
+        same = length <= text.size
+        for i in range(text.size):
+            same = same and (buf[start + i] if i < length else 32) == text[i]
+        if same:
+            return True
+    return False
+
+@njit(cache=True, nogil=True)
 def _is_plain(
-    n,  # dict of the header's numbers
     buf,  # uint8, the header
-    at,  # places of the fields
-    length,  # bytes of the fields
+    got,  # bytes of it
+    size,  # bytes in the file
+    at,  # int64 [fields], filled
+    length,  # int64 [fields], filled
+    n,  # float64 [NUMBERS], filled
 ):
-    "Is this one 16-bit grey plane, with nothing odd about it?"
-    slope, intercept = at[FIELD["slope"]] >= 0, at[FIELD["intercept"]] >= 0
+    "Walk a header; is this one 16-bit grey plane, with nothing odd about it?"
+    if walk(buf, got, False, at, length) != FOUND or parse(buf, at, length, n) != FOUND:
+        return False
+    area, place = n[_rows] * n[_rows + 1], at[_photometric]
     return (
-        n["samples"] == 1 and n["allocated"] == 16 and 1 <= n["stored"] <= 16 and n["signed"] in (0, 1)
-        and n["rows"] > 0 and n["columns"] > 0
-        and length[FIELD["pixels"]] == n["rows"] * n["columns"] * 2
-        and (n["frames"] == 1 or at[FIELD["frames"]] < 0)
-        and slope == intercept and slope != isnan(n["slope"]) and intercept != isnan(n["intercept"])
-        and at[FIELD["lut"]] < 0
-        and _text(buf, at, length, "photometric") in (b"MONOCHROME1", b"MONOCHROME2")
-        and _text(buf, at, length, "charset") in _charsets
+        n[_samples] == 1 and n[_allocated] == 16 and 1 <= n[_stored] <= 16 and (n[_signed] == 0 or n[_signed] == 1)
+        and area > 0 and length[-1] == 2 * area and at[-1] + length[-1] == size
+        and (at[_frames_at] < 0 or n[_frames] == 1) and at[_lut] < 0
+        and (at[_slope_at] < 0) == np.isnan(n[_slope]) and (at[_slope_at - 1] < 0) == np.isnan(n[_slope - 1])
+        and (at[_slope_at] < 0) == (at[_slope_at - 1] < 0)
+        and (length[_photometric] == 11 or (length[_photometric] == 12 and buf[place + 11] == 32))
+        and _one_of(buf, place, 10, _monochrome.reshape(1, 10)) and 49 <= buf[place + 10] <= 50
+        and (length[_charset] == 0 or _one_of(buf, at[_charset], length[_charset], _iso_ir))
     )
+
+_rows, _samples, _allocated, _stored, _signed, _frames, _slope = (
+    NUMBER[name] for name in ("rows", "samples", "allocated", "stored", "signed", "frames", "slope"))
+_photometric, _charset, _lut, _frames_at, _slope_at = (
+    FIELD[name] for name in ("photometric", "charset", "lut", "frames", "slope"))
 
 # %% ../nbs/08_hu.ipynb #72a4c4e4
 def _plain(
@@ -107,21 +132,18 @@ def _plain(
     if scratch is None or scratch.size < _usual:
         scratch = np.empty(_usual, np.uint8)
     guess = size - _usual if 144 < size - _usual <= _head else 0
-    head, pixels = buf[:guess or _head], scratch[:_usual]
-    got = min(os.preadv(fd, [head, pixels] if guess else [head], 0), head.size)
-    if walk(buf, got, False, at, length) != FOUND or parse(buf, at, length, numbers) != FOUND:
+    pixels = scratch[:_usual]
+    got = os.preadv(fd, [buf[:guess], pixels] if guess else [buf], 0)
+    if not _is_plain(buf, min(got, guess) if guess else got, size, at, length, numbers):
         return None
-    n = dict(zip(NUMBER, numbers[_first].tolist()))
-    place, count = at[-1], length[-1]
-    if not _is_plain(n, buf, at, length) or place + count != size:
-        return None
-    if place != guess or count != _usual:
-        pixels = np.empty(count, np.uint8)
-        got = os.preadv(fd, [pixels], place)
-    kind = np.int16 if n["signed"] else np.uint16
-    neither = isnan(n["slope"])
-    return (pixels.view(kind).reshape(int(n["rows"]), int(n["columns"])), 1.0 if neither else n["slope"],
-            0.0 if neither else n["intercept"], int(n["stored"]))
+    place, n = int(at[-1]), numbers.tolist()
+    if place != guess or got != size:
+        pixels = np.empty(size - place, np.uint8)
+        if os.preadv(fd, [pixels], place) != pixels.size:
+            return None
+    pixels = pixels.view(np.int16 if n[_signed] else np.uint16).reshape(int(n[_rows]), int(n[_rows + 1]))
+    slope, intercept = (1.0, 0.0) if isnan(n[_slope]) else (n[_slope], n[_slope - 1])
+    return pixels, slope, intercept, int(n[_stored])
 
 # %% ../nbs/08_hu.ipynb #467777df
 def _careful(

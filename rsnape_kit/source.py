@@ -18,11 +18,21 @@ from .quarter import AIR, is_exact, to_quarter_hu
 def row_numbers(
     rows,  # int, slice, bool [n], or ints
     n,  # rows there are
-) -> np.ndarray:  # int64, one each
+) -> np.ndarray:  # ints, one each, in [0, n)
     "Which rows are meant; IndexError beyond the end."
-    return np.atleast_1d(np.arange(n)[rows])
+    if isinstance(rows, slice):
+        return np.arange(*rows.indices(n))
+    rows = np.atleast_1d(rows)
+    if rows.dtype == bool:
+        if len(rows) != n:
+            raise IndexError(f"a mask of {len(rows)} for {n} slices")
+        return np.flatnonzero(rows)
+    rows = rows.astype(np.int64, casting="same_kind") if rows.size else np.empty(0, np.int64)
+    if rows.size and not (-n <= rows.min() and rows.max() < n):
+        raise IndexError(f"row {rows.max() if rows.max() >= n else rows.min()} is out of bounds: there are {n}")
+    return np.where(rows < 0, rows + n, rows)
 
-# %% ../nbs/14_source.ipynb #cfa0663b
+# %% ../nbs/14_source.ipynb #dc8107a6
 _here = threading.local()
 
 def _scratch():
@@ -56,7 +66,7 @@ class DicomSource:
         out = np.empty((len(numbers), self.size, self.size), np.int16)
         for i, into in zip(numbers.tolist(), out):
             self._fill(i, into)
-        return out[0] if np.ndim(rows) == 0 and not isinstance(rows, slice) else out
+        return out if isinstance(rows, slice) or np.ndim(rows) else out[0]
 
     def _fill(self, i, out):
         "Read slice `i`, or what stands for it."
