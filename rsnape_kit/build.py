@@ -67,10 +67,11 @@ def make_shard(
 ) -> int:  # slices
     "Read and write one shard. The table goes in as it is at the end, with what was found wrong while reading."
     table = source.table.assign(path=source.table.path.map(_short))
+    image = np.empty((1, source.size, source.size), np.int16)
 
     def slices():
         for i in range(len(table)):
-            yield source[i]
+            yield source.read([i], image)[0]
         for column in ("problem", "exact"):  # reading may have found more
             table[column] = source.table[column].to_numpy()
 

@@ -124,7 +124,7 @@ class SliceStore:
     def __reduce__(self):
         return SliceStore, tuple(self.paths)
 
-def _close(files):
+def _close(files, close=os.close):
     "Close a store's open files."
     for fd in files.values():
-        os.close(fd)
+        close(fd)
