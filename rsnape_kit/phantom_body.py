@@ -6,7 +6,7 @@
 __all__ = ['N_ANGLES', 'ANGLE', 'Patient', 'bump', 'rise', 'centre_y', 'spine_y', 'cavity', 'dome', 'couch_y', 'contours', 'edge',
            'angle_index', 'paint_body']
 
-# %% ../nbs/21_phantom_body.ipynb #e78f85fc
+# %% ../nbs/21_phantom_body.ipynb #7a58b9c3
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from numba import njit
 
 from .phantom_paint import Tissue, empty_box, texture, tile
 
-# %% ../nbs/21_phantom_body.ipynb #015138d8
+# %% ../nbs/21_phantom_body.ipynb #c4957c94
 @dataclass(frozen=True)
 class Patient:
     "What makes one chest differ from the next (mm in the frame of an average adult, HU)"
@@ -53,7 +53,7 @@ class Patient:
                    lung=float(np.clip(-855 + 22 * u[10], -905, -790)), marrow=float(np.clip(190 + 50 * u[11], 80, 320)),
                    prone=bool(some[3]), seed=int(rng.integers(1 << 20)))
 
-# %% ../nbs/21_phantom_body.ipynb #5b6f93bd
+# %% ../nbs/21_phantom_body.ipynb #13b243ed
 N_ANGLES = 2048
 ANGLE = (np.arange(N_ANGLES) / N_ANGLES * 360 + 270) % 360 - 180   # degrees from the front; index 0 points left
 
@@ -78,7 +78,7 @@ def spine_y(z):
     "Depth of the vertebral bodies' middle at height z, mm"
     return 61 - 14 * rise(z, 10, 120) - 10 * rise(-z, 40, 180)
 
-# %% ../nbs/21_phantom_body.ipynb #36603978
+# %% ../nbs/21_phantom_body.ipynb #31ccb3fe
 def cavity(
     p: Patient,
     z,            # mm
@@ -101,7 +101,7 @@ def dome(
     fall = (y + 2)**2 / 83
     return p.dome_right - (x + 62)**2 / 100 - fall, p.dome_left - (x - 62)**2 / 100 - fall
 
-# %% ../nbs/21_phantom_body.ipynb #74505fff
+# %% ../nbs/21_phantom_body.ipynb #422a3ccc
 def _ribs(p, z):
     q = np.abs(ANGLE)
     height = -p.rib_drop * np.clip(1 - q / 165, 0, 1)**1.15 + 6 * np.sin(np.radians(2 * q)) + 1.2 * (ANGLE < 0)
@@ -120,7 +120,7 @@ def _smooth(r, degrees):
     k = np.exp(-2 * (np.pi * np.arange(N_ANGLES // 2 + 1) * degrees / 360)**2)
     return np.fft.irfft(np.fft.rfft(r) * k, N_ANGLES)
 
-# %% ../nbs/21_phantom_body.ipynb #4c675d0d
+# %% ../nbs/21_phantom_body.ipynb #b2cd3e03
 def couch_y(p: Patient) -> float:
     "Depth of the surface the patient lies on, mm (in front of a prone one)"
     return -(p.depth + 22 + .5 * p.fat + .35 * p.breast) if p.prone else 97 + .45 * p.fat + 21 * p.muscle
@@ -143,7 +143,7 @@ def contours(p: Patient, z: float) -> np.ndarray:  # float32 [8, N_ANGLES]
     plane = wall + muscle * (.45 + .1 * np.sin(np.radians(3 * q + z)))
     return np.stack([lung, bone + 5.5, away, cartilage, wall, plane, np.minimum(outer, skin - 3), skin]).astype(np.float32)
 
-# %% ../nbs/21_phantom_body.ipynb #8737a187
+# %% ../nbs/21_phantom_body.ipynb #a6b1309a
 @njit(nogil=True, inline='always')
 def edge(s, w):
     "Coverage at depth s below a surface whose edge is w wide"
@@ -162,7 +162,7 @@ def angle_index(y, x):
         r = 3.14159274 - r
     return int(((r if y >= 0 else -r) * .159154943 + 1.) * N_ANGLES) & (N_ANGLES - 1)
 
-# %% ../nbs/21_phantom_body.ipynb #c2e34f93
+# %% ../nbs/21_phantom_body.ipynb #5464a78c
 @njit(nogil=True, inline='always')
 def _muscle_hu(r, plane, thickness, tx, ft):
     "Muscle with the fat between and within its bellies"
@@ -193,7 +193,7 @@ def _belly_hu(x, y, liver, tx, soft):
     v += edge((1 - stomach) * 16., soft * 2) * (45. - v)
     return v + edge((.8 - stomach) * 16., soft * 2) * ((-940. if y < -30. else 30. + 8. * tx) - v)
 
-# %% ../nbs/21_phantom_body.ipynb #0dd015b2
+# %% ../nbs/21_phantom_body.ipynb #cd85ace9
 @njit(nogil=True, inline='always')
 def _lung_hu(x, y, z, base, tx, ft):
     v = base + .55 * (y - 10.) + 16. * tx + 12. * ft
@@ -229,8 +229,8 @@ def _cavity_hu(x, y, z, par, tx, ft, soft, thick):
             ident = Tissue.SOFT.value
     return v, ident
 
-# %% ../nbs/21_phantom_body.ipynb #15c3dee6
-@njit(nogil=True, cache=True)
+# %% ../nbs/21_phantom_body.ipynb #f2939185
+@njit(nogil=True, cache=True, fastmath=True)
 def paint_body(
     hu,      # float32 [H, W], air to begin with, changed in place
     tissue,  # uint8 [H, W], changed in place

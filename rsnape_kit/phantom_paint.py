@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['Tissue', 'TILE', 'empty_box', 'cover_capsules', 'cover_ellipsoid', 'fill', 'tile', 'texture', 'Canvas']
 
-# %% ../nbs/20_phantom_paint.ipynb #3efdcbb4
+# %% ../nbs/20_phantom_paint.ipynb #3a60ed82
 from enum import IntEnum
 
 import numpy as np
 from numba import njit
 
-# %% ../nbs/20_phantom_paint.ipynb #4175e412
-Tissue = IntEnum('Tissue', 'SKIN FAT MUSCLE BONE SOFT ORGAN TABLE HEART RV LV RA LA AORTA SVC PA CLOT LUNG AIRWAY VEIN ARTERY')
+# %% ../nbs/20_phantom_paint.ipynb #bac3ecef
+Tissue = IntEnum('Tissue', 'SKIN FAT MUSCLE BONE SOFT ORGAN TABLE HEART RV LV RA LA AORTA SVC PA CLOT LUNG AIRWAY VEIN')
 
-# %% ../nbs/20_phantom_paint.ipynb #638ca8fa
+# %% ../nbs/20_phantom_paint.ipynb #79ced3b5
 def empty_box() -> np.ndarray:  # int64 [4]: first and end row, first and end column
     "A box that holds nothing yet"
     return np.array([1 << 30, 0, 1 << 30, 0])
@@ -39,7 +39,7 @@ def _reach_box(view, shape, ax, ay, az, bx, by, bz, reach):
     return (max(0, int((min(ya, yb) - reach - y0) / px)), min(shape[0], int((max(ya, yb) + reach - y0) / px) + 2),
             max(0, int((min(xa, xb) - reach - x0) / px)), min(shape[1], int((max(xa, xb) + reach - x0) / px) + 2))
 
-# %% ../nbs/20_phantom_paint.ipynb #549f56c1
+# %% ../nbs/20_phantom_paint.ipynb #f16177a6
 @njit(nogil=True, cache=True)
 def cover_capsules(
     cov,   # float32 [H, W] coverage 0..1, raised in place
@@ -72,7 +72,7 @@ def cover_capsules(
                     if a > cov[j, i]:
                         cov[j, i] = min(1., a)
 
-# %% ../nbs/20_phantom_paint.ipynb #c301c4ba
+# %% ../nbs/20_phantom_paint.ipynb #c8f8d341
 @njit(nogil=True, cache=True)
 def _grown(axes, grow):
     "Axes of an ellipsoid whose half-lengths are longer by `grow` mm, and its half-extents in x and y"
@@ -94,7 +94,7 @@ def _power_norm(u, v, w, power):
         return np.sqrt(u * u + v * v + w * w) + 1e-6
     return (abs(u)**power + abs(v)**power + abs(w)**power)**(1 / power) + 1e-6
 
-# %% ../nbs/20_phantom_paint.ipynb #9a7c9d89
+# %% ../nbs/20_phantom_paint.ipynb #478e61fc
 @njit(nogil=True, cache=True)
 def cover_ellipsoid(
     cov,     # float32 [H, W] coverage 0..1, raised in place
@@ -121,8 +121,10 @@ def cover_ellipsoid(
             u = m[0, 0] * qx + m[0, 1] * qy + m[0, 2] * qz
             v = m[1, 0] * qx + m[1, 1] * qy + m[1, 2] * qz
             w = m[2, 0] * qx + m[2, 1] * qy + m[2, 2] * qz
+            if max(abs(u), abs(v), abs(w)) > 1.3:
+                continue
             q = _power_norm(u, v, w, power)
-            if q < 1.5:
+            if q < 1.3:
                 gx = (u * m[0, 0] + v * m[1, 0] + w * m[2, 0]) / q
                 gy = (u * m[0, 1] + v * m[1, 1] + w * m[2, 1]) / q
                 gz = (u * m[0, 2] + v * m[1, 2] + w * m[2, 2]) / q
@@ -131,7 +133,7 @@ def cover_ellipsoid(
                 if a > cov[j, i]:
                     cov[j, i] = min(1., a)
 
-# %% ../nbs/20_phantom_paint.ipynb #78d79e1b
+# %% ../nbs/20_phantom_paint.ipynb #f9e54211
 @njit(nogil=True, cache=True)
 def fill(
     hu,      # float32 [H, W], changed in place
@@ -156,7 +158,7 @@ def fill(
                         tissue[j, i] = ident
     box[0], box[1], box[2], box[3] = 1 << 30, 0, 1 << 30, 0
 
-# %% ../nbs/20_phantom_paint.ipynb #24047828
+# %% ../nbs/20_phantom_paint.ipynb #9d376e0b
 TILE = 1024   # pixels, a power of two
 
 
@@ -181,7 +183,7 @@ def tile(name: str) -> np.ndarray:  # float32 [TILE, TILE], mean 0, variance 1, 
         _tiles[name] = _tile(_SPECTRA[name], [3, list(_SPECTRA).index(name)])
     return _tiles[name]
 
-# %% ../nbs/20_phantom_paint.ipynb #bbd74477
+# %% ../nbs/20_phantom_paint.ipynb #fa216fb7
 @njit(nogil=True, cache=True)
 def texture(
     out,   # float32 [H, W], overwritten
@@ -201,7 +203,7 @@ def texture(
         for i in range(out.shape[1]):
             out[j, i] = norm * (a * tile[u, (i + h0 // n) & (n - 1)] + b * tile[v, (i + h1 // n) & (n - 1)])
 
-# %% ../nbs/20_phantom_paint.ipynb #b367dd5c
+# %% ../nbs/20_phantom_paint.ipynb #5fc63100
 class Canvas:
     "One slice being painted: HU, tissue and the scratch coverage"
     def __init__(
