@@ -1,0 +1,53 @@
+# `make demo` and `make test` need nothing but Python 3.11; `make help` lists the rest.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+READY := $(VENV)/.ready
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+export MPLBACKEND ?= agg
+
+.PHONY: help demo test lint bench notebooks kernels hooks lock clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(READY)  ## the main job, end to end, on made-up data
+	python -m rsnape_kit.cli demo
+
+test: $(READY) lint  ## exports, every notebook, every test
+	nbdev_export
+	nbdev_test --n_workers 2
+	pytest -q
+
+lint: $(READY)  ## ruff over notebooks, modules, tests and benchmarks
+	ruff check .
+
+bench: $(READY)  ## side-by-side speed, as ratios
+	for script in benchmarks/*.py; do echo "== $$script"; python $$script || exit 1; done
+
+notebooks: $(READY)  ## run all notebooks, keep their outputs, clean what is not output
+	cd nbs && for nb in *.ipynb; do echo "$$nb"; exec_nb "$$nb" --dest "$$nb" --exc_stop || exit 1; done
+	nbdev_export && nbdev_clean
+
+hooks: $(READY)  ## git hooks that clean notebooks on commit and merge them readably
+	nbdev_install_hooks
+
+lock: requirements.in  ## choose versions anew and write requirements.txt
+	rm -rf $(VENV).lock && $(PYTHON) -m venv $(VENV).lock
+	$(VENV).lock/bin/pip install -r requirements.in
+	$(VENV).lock/bin/pip check
+	{ echo "# Locked by 'make lock' from requirements.in, for Python 3.11"; \
+	  $(VENV).lock/bin/pip freeze --all | grep -v '^pip==' | sed 's/+cpu$$//'; } > requirements.txt
+	rm -rf $(VENV).lock
+
+clean:  ## forget the environment, caches and the demo
+	rm -rf $(VENV) $(VENV).lock demo build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): requirements.txt settings.ini setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "Python 3.11 is needed for the locked requirements; set PYTHON=/path/to/python3.11")'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	pip install -r requirements.txt
+	pip install --no-deps --no-build-isolation -e .
+	pip check
+	touch $(READY)

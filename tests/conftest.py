@@ -1,0 +1,16 @@
+"What the tests share."
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def real_ct() -> Path:
+    "A folder of real CT, if this machine has one; RSNAPE_CT names it."
+    folder = Path(os.environ.get("RSNAPE_CT", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real CT at {folder}; set RSNAPE_CT to a folder of DICOM series")
+    return folder
