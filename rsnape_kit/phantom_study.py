@@ -6,7 +6,7 @@
 __all__ = ['REAL', 'DEMO', 'DIFFICULTIES', 'MIN_AREA', 'Difficulty', 'Scan', 'draw_scan', 'Study', 'view_of', 'draw_blood',
            'draw_plan', 'draw_heart', 'draw_study', 'image_labels', 'exam_labels', 'twin']
 
-# %% ../nbs/26_phantom_study.ipynb #c8c1dec9
+# %% ../nbs/26_phantom_study.ipynb #c5bbd614
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -17,7 +17,7 @@ from .phantom_heart import Blood, Heart, rv_lv_ratio
 from .phantom_vessels import (AIRWAYS, AORTA, ARTERIES, CAVAL, GULLET, UNFILLED, VEINS, Tree, bronchi, capsules, lay,
                                         plant)
 
-# %% ../nbs/26_phantom_study.ipynb #b345f4e9
+# %% ../nbs/26_phantom_study.ipynb #2fdf5e8b
 @dataclass(frozen=True)
 class Difficulty:
     "How often and how large emboli are"
@@ -32,7 +32,7 @@ REAL = Difficulty()
 DEMO = Difficulty('demo', .45, 157 / 7279, .2, Calibre(smallest=5., lobar=1., length=30.))
 DIFFICULTIES = {'real': REAL, 'demo': DEMO}
 
-# %% ../nbs/26_phantom_study.ipynb #956853f4
+# %% ../nbs/26_phantom_study.ipynb #b7e25146
 @dataclass(frozen=True)
 class Scan:
     "Grid, sharpness and noise of a series"
@@ -60,6 +60,7 @@ def draw_scan(
     rng: np.random.Generator,
     slices: int | None = None,   # as found if None
     size: int = 512,             # pixels a side
+    clean: bool = False,         # neither gaps nor padding nor odd sizes
 ) -> Scan:
     "Coverage, position and protocol at random; slices a study as in the competition (63, median 234, 95% 389, most 1,083)"
     n = slices or int(np.clip(_two_sided(rng, 234, .36, .309), 63, 1083))
@@ -69,12 +70,16 @@ def draw_scan(
     fov = float(np.clip((2 * p.width + 2 * p.fat + 78 + rng.normal(0, 15)) * p.scale, 270, 450))
     kernel = str(rng.choice(['soft', 'standard', 'sharp'], p=[.3, .55, .15]))
     noise = np.clip(rng.normal(17, 4), 9, 32) * np.exp((p.fat - 15) / 60) * {'soft': .8, 'standard': 1., 'sharp': 1.7}[kernel]
-    return Scan(low + step * (np.arange(n) + rng.uniform(0, .9)), size, round(fov / size, 6), thick,
+    z, lost, odd, pad = low + step * (np.arange(n) + rng.uniform(0, .9)), rng.random() < .04, rng.random() < .01, rng.choice(3, p=[.5, .25, .25])
+    if lost and not clean and slices is None:
+        z = np.delete(z, rng.choice(np.arange(1, n - 1), int(rng.integers(1, 4)), replace=False))
+    size = size * 3 // 2 if odd and not clean else size
+    return Scan(z, size, round(fov / size, 6), thick,
                 *(float(v) for v in -fov / 2 + rng.uniform((-14, -20), (14, 16))),
                 {'soft': 1.3, 'standard': 1.1, 'sharp': .85}[kernel], float(noise / np.sqrt(max(thick, .6) / 1.25)), kernel,
-                int(rng.choice([-1024, -2000, -3024], p=[.5, .25, .25])))
+                (-1024, -1024 if clean else -2000, -1024 if clean else -3024)[pad])
 
-# %% ../nbs/26_phantom_study.ipynb #780dd3b8
+# %% ../nbs/26_phantom_study.ipynb #2adfe94d
 @dataclass(frozen=True, eq=False)
 class Study:
     "Everything about one examination"
@@ -99,7 +104,7 @@ def view_of(study_scan: Scan, p: Patient, z: float) -> tuple:
     c = study_scan
     return c.x0 / s - sway, c.y0 / s, c.spacing / s, z / s, c.soft / s, c.thickness / s
 
-# %% ../nbs/26_phantom_study.ipynb #5fb8034c
+# %% ../nbs/26_phantom_study.ipynb #612f94cc
 def draw_blood(rng: np.random.Generator, poor: bool, mixed: bool) -> Blood:
     "HU of the circulation, with poor contrast or uneven mixing on demand"
     pa = rng.uniform(95, 165) if poor else np.clip(rng.normal(370, 65), 240, 540)
@@ -117,7 +122,7 @@ def draw_plan(rng: np.random.Generator, height: float, share: float) -> Plan:
     left = both or rng.random() < .31
     return Plan(left, both or not left, central, kind >= .13, kind < .194, q * height)
 
-# %% ../nbs/26_phantom_study.ipynb #dbe43ab2
+# %% ../nbs/26_phantom_study.ipynb #d5b70fc5
 def draw_heart(rng: np.random.Generator, clot: float) -> Heart:  # clot: ml
     "A heart whose RV/LV ratio is shifted up by the volume of clot"
     target = (1. * (max(clot, .05) / 2.)**.07 if clot else .83) * np.exp(rng.normal(0, .17))
@@ -131,7 +136,7 @@ def _wrapped(a, s):
     near += [s['air right main'], s['air left main'][:-3], s['left subclavian'][:-5], s['left arm'][:-9], s['right arm'][:-6]]
     return np.concatenate(near)
 
-# %% ../nbs/26_phantom_study.ipynb #4388fa79
+# %% ../nbs/26_phantom_study.ipynb #266ceace
 def _defect(rng, on):
     x, y, z = (-32, -16, rng.uniform(-30, 10)) if rng.random() < .5 else (-30, -14, -70)
     return np.array([[x, y, z, 4.5, x + rng.uniform(-3, 3), y + 3, z - rng.uniform(8, 22), 3.5]])[:int(on)]
@@ -143,7 +148,7 @@ def _flags(rng, kind):
     return dict(qa_motion=bool(motion), qa_contrast=bool(contrast), flow_artifact=bool(rng.random() < .04),
                 true_filling_defect_not_pe=bool(rng.random() < .014))
 
-# %% ../nbs/26_phantom_study.ipynb #8709f280
+# %% ../nbs/26_phantom_study.ipynb #140991a7
 MIN_AREA = 5.   # mm2 of thrombus in a slice from which a reader calls it: a round clot of 2.5 mm, or the edge of a larger one
 
 
@@ -166,6 +171,7 @@ def draw_study(
     difficulty: Difficulty = REAL,
     slices: int | None = None,         # as found if None
     size: int = 512,                   # pixels a side
+    clean: bool = False,               # on the back, neither gaps nor padding nor odd sizes
 ) -> Study:
     "A whole examination from a seed"
     seed = (seed,) if isinstance(seed, int) else tuple(seed)
@@ -173,7 +179,8 @@ def draw_study(
     u = rngs[0].random()
     kind = 'positive' if u < difficulty.positive else 'indeterminate' if u < difficulty.positive + difficulty.indeterminate else 'negative'
     p, flags = Patient.draw(rngs[1]), _flags(rngs[0], kind)
-    scan = draw_scan(p, rngs[2], slices, size)
+    p = replace(p, prone=p.prone and not clean)
+    scan = draw_scan(p, rngs[2], slices, size, clean)
     if flags['qa_motion'] or rngs[2].random() < .25:
         mid, half = rngs[2].uniform(-90, -20), rngs[2].uniform(70, 120) if flags['qa_motion'] else rngs[2].uniform(10, 25)
         scan = replace(scan, motion=float(rngs[2].uniform(5, 9) if flags['qa_motion'] else rngs[2].uniform(1, 2.2)), motion_z=(mid - half, mid + half))
@@ -190,7 +197,7 @@ def draw_study(
     return Study(seed, p, scan, draw_heart(rngs[5], ml), draw_blood(rngs[5], flags['qa_contrast'], flags['flow_artifact']), arteries, veins,
                  tubes, points, clots, areas, plan, flags)
 
-# %% ../nbs/26_phantom_study.ipynb #583450cd
+# %% ../nbs/26_phantom_study.ipynb #7479ccb9
 def image_labels(s: Study) -> np.ndarray:  # bool [slices]
     "pe_present_on_image for each slice, feet to head"
     return s.areas[:, 0] >= MIN_AREA
