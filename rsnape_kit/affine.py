@@ -134,13 +134,12 @@ def warp(
 
 
 def _blend(image: np.ndarray, up: np.ndarray, right: np.ndarray) -> np.ndarray:
-    half, one = len(image) // 2, 1 << _WEIGHT
-    (row, row_weight), (column, column_weight) = (
-        (place >> FRACTION, place >> FRACTION - _WEIGHT & one - 1)
-        for place in ((half << FRACTION) - up, (half - 1 << FRACTION) + right))
-    (top, bottom), (left, right) = ((np.clip(at, 0, len(image) - 1) for at in (index, index + 1)) for index in (row, column))
+    half, last, one = len(image) // 2, len(image) - 1, 1 << _WEIGHT
+    places = (half << FRACTION) - up, (half - 1 << FRACTION) + right
+    places = [np.clip(place, 0, last << FRACTION) for place in places]
+    row, column = (np.minimum(place >> FRACTION, last - 1) for place in places)
+    v, u = ((place >> FRACTION - _WEIGHT) - (at << _WEIGHT) for place, at in zip(places, (row, column), strict=True))
     image = image.astype(np.int32)
-    above = image[top, left] * (one - column_weight) + image[top, right] * column_weight
-    below = image[bottom, left] * (one - column_weight) + image[bottom, right] * column_weight
-    total = above * (one - row_weight) + below * row_weight
-    return (total + (1 << 2 * _WEIGHT - 1) >> 2 * _WEIGHT).astype(np.int16)
+    above = image[row, column] * (one - u) + image[row, column + 1] * u
+    below = image[row + 1, column] * (one - u) + image[row + 1, column + 1] * u
+    return (above * (one - v) + below * v + (1 << 2 * _WEIGHT - 1) >> 2 * _WEIGHT).astype(np.int16)
