@@ -42,7 +42,7 @@ def positive_share(
 
 def _check_truth(truth: Predictions):
     for name, values in (*truth.exams[list(EXAM_LABELS)].items(), (IMAGE_LABEL, truth.images)):
-        wrong = ~values.isin((0, 1)).to_numpy()
+        wrong = ((values != 0) & (values != 1)).to_numpy()
         if wrong.any():
             row = int(wrong.argmax())
             raise ValueError(f"truth of {name} for {values.index[row]} is {values.iloc[row]}, expected 0 or 1; "

@@ -38,7 +38,9 @@ def _checked_images(images: pd.Series) -> pd.Series:
                          f"not {list(images.index.names)}")
     if not images.index.is_unique:
         raise ValueError(f"slice {images.index[images.index.duplicated()][0]} is there twice; each may appear once")
-    images = images.astype(float).rename(IMAGE_LABEL).rename_axis(index=[STUDY, SLICE])
+    images = images.astype(float).rename(IMAGE_LABEL)
+    if list(images.index.names) != [STUDY, SLICE]:  # or keep the very index, which knows that it is unique
+        images = images.rename_axis(index=[STUDY, SLICE])
     _check_range(images, "slice")
     return images
 
