@@ -12,14 +12,10 @@ from functools import cached_property
 
 import numpy as np
 
-from .affine import FRACTION, MODES, _blend, fixed_point, nearest_index, source_coordinates
+from .affine import MODES, fixed_point, warp
+from .fused import fused, numba
 from .masks import WIDTH, hidden_columns
 from .windows import PE_WINDOWS, SCALES, Window, apply_factors, scale_factors
-
-try:
-    import numba
-except ImportError:
-    numba = None
 
 # %% ../nbs/14_pixels.ipynb #bede3d79
 @dataclass(frozen=True)
@@ -73,175 +69,9 @@ def slow_render(
     stored[:, :job[6]] = job[8]
     stored[:, job[7]:] = job[8]
     factors = scale_factors(stored.min(), stored.max(), pixels.windows, pixels.scale)
-    if pixels.mode == "nearest":
-        moved = stored.reshape(-1)[nearest_index(job[:6], len(stored), pixels.size)]
-    else:
-        moved = _blend(stored, *source_coordinates(job[:6], pixels.size))
-    return apply_factors(moved, factors)
+    return apply_factors(warp(stored, job[:6], pixels.size, pixels.mode), factors)
 
 # %% ../nbs/14_pixels.ipynb #495a4b85
-_i32, _u32 = np.int32, np.uint32
-
-
-def _compiled(function):
-    if numba is None:
-        return function
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # nowhere to keep the compiled code
-        return numba.njit(nogil=True)(function)
-
-
-@_compiled
-def _hide(stored, a, b, fill):
-    for row in range(len(stored)):
-        stored[row, :a] = fill
-        stored[row, b:] = fill
-
-
-@_compiled
-def _extremes(flat):
-    low, high = flat[0], flat[0]
-    for i in range(flat.size):
-        low, high = min(low, flat[i]), max(high, flat[i])
-    return low, high
-
-# %% ../nbs/14_pixels.ipynb #31918d47
-@_compiled
-def _factors(low, high, ends, per_image):
-    factors = np.empty((len(ends), 3), np.int32)
-    for c in range(len(ends)):
-        first, last = np.int64(ends[c, 0]), np.int64(ends[c, 1])
-        if per_image:
-            first, last = min(max(np.int64(low), first), last), max(min(np.int64(high), last), first)
-        span = last - first
-        factors[c, 0], factors[c, 1] = first, last
-        factors[c, 2] = ((255 << 22) + span // 2) // span if span else 0
-    return factors
-
-# %% ../nbs/14_pixels.ipynb #4ed671ed
-@_compiled
-def _steps(job, size):
-    steps = np.empty((2, size), np.int32)
-    for column in range(size):
-        right = _i32(_i32(column) - _i32(size // 2 - 1))
-        steps[0, column], steps[1, column] = _i32(job[1] * right), _i32(job[4] * right)
-    return steps
-
-
-@_compiled
-def _pick(flat, job, source, row, steps, index, values):
-    half, one, ones, bits, sign = _i32(source // 2), _i32(1), _i32((1 << FRACTION) - 1), _i32(FRACTION), _i32(31)
-    here = _i32(_i32(steps.shape[1] // 2) - _i32(row))
-    up0, right0 = _i32(_i32(job[0] * here) + job[2]), _i32(_i32(job[3] * here) + job[5])
-    centre, down, least = _i32(_i32(half * _i32(source)) + half - one), _i32(-source), _i32(one - half)
-    ups, rights = steps[0], steps[1]
-    for column in range(ups.size):
-        up, right = _i32(up0 + ups[column]), _i32(right0 + rights[column])
-        up = _i32(_i32(up + _i32(_i32(up >> sign) & ones)) >> bits)
-        right = _i32(_i32(right + _i32(_i32(right >> sign) & ones)) >> bits)
-        index[column] = _i32(_i32(min(max(up, least), half) * down) + min(max(right, least), half)) + centre
-    for column in range(ups.size):
-        values[column] = flat[_u32(index[column])]
-
-# %% ../nbs/14_pixels.ipynb #e3b19062
-@_compiled
-def _mix(flat, job, source, row, steps, index, weights, near, values):
-    half, most, bits, shift, low = source // 2, _i32((source - 1) << FRACTION), _i32(FRACTION), _i32(FRACTION - 7), _i32(0)
-    here, last, seven = _i32(_i32(steps.shape[1] // 2) - _i32(row)), _i32(source - 2), _i32(7)
-    down0 = _i32(_i32(half << FRACTION) - _i32(_i32(job[0] * here) + job[2]))
-    across0 = _i32(_i32((half - 1) << FRACTION) + _i32(_i32(job[3] * here) + job[5]))
-    ups, rights, v, u = steps[0], steps[1], weights[0], weights[1]
-    for i in range(values.size):
-        down, across = min(max(_i32(down0 - ups[i]), low), most), min(max(_i32(across0 + rights[i]), low), most)
-        y, x = min(_i32(down >> bits), last), min(_i32(across >> bits), last)
-        v[i], u[i] = _i32(down >> shift) - _i32(y << seven), _i32(across >> shift) - _i32(x << seven)
-        index[i] = _i32(_i32(y * _i32(source)) + x)
-    _fetch(flat, index, _u32(source), near[0], near[1], near[2], near[3])
-    _blend_rows(near[0], near[1], near[2], near[3], v, u, values)
-
-# %% ../nbs/14_pixels.ipynb #06399ee5
-@_compiled
-def _fetch(flat, index, down, a, b, c, d):
-    for i in range(index.size):
-        at = _u32(index[i])
-        a[i], b[i], c[i], d[i] = flat[at], flat[at + _u32(1)], flat[at + down], flat[at + down + _u32(1)]
-
-
-@_compiled
-def _blend_rows(a, b, c, d, v, u, values):
-    one = _i32(128)
-    for i in range(values.size):
-        above = _i32(_i32(_i32(a[i]) * _i32(one - u[i])) + _i32(_i32(b[i]) * u[i]))
-        below = _i32(_i32(_i32(c[i]) * _i32(one - u[i])) + _i32(_i32(d[i]) * u[i]))
-        total = _i32(_i32(above * _i32(one - v[i])) + _i32(below * v[i]))
-        values[i] = np.int16(_i32(total + _i32(8192)) >> _i32(14))
-
-# %% ../nbs/14_pixels.ipynb #dfa6e12e
-@_compiled
-def _window(values, low, high, factor, out):
-    half, bits = _i32(1 << 21), _i32(22)
-    for i in range(values.size):
-        step = _i32(min(max(_i32(values[i]), low), high) - low)
-        out[i] = np.uint8(_i32(_i32(step * factor) + half) >> bits)
-
-
-@_compiled
-def _scatter(values, out, stride):
-    for i in range(values.size):
-        out[np.uint64(i * stride)] = values[i]
-
-
-@_compiled
-def _window3(values, factors, out):
-    low0, high0, factor0 = factors[0]
-    low1, high1, factor1 = factors[1]
-    low2, high2, factor2 = factors[2]
-    half, bits = _i32(1 << 21), _i32(22)
-    for i in range(values.size):
-        value = _i32(values[i])
-        step0 = _i32(min(max(value, low0), high0) - low0)
-        step1 = _i32(min(max(value, low1), high1) - low1)
-        step2 = _i32(min(max(value, low2), high2) - low2)
-        out[3 * i] = np.uint8(_i32(_i32(step0 * factor0) + half) >> bits)
-        out[3 * i + 1] = np.uint8(_i32(_i32(step1 * factor1) + half) >> bits)
-        out[3 * i + 2] = np.uint8(_i32(_i32(step2 * factor2) + half) >> bits)
-
-# %% ../nbs/14_pixels.ipynb #faf30293
-@_compiled
-def _fused(stored, job, ends, per_image, nearest, size, out, at, stride):
-    source, flat = len(stored), stored.reshape(-1)
-    if job[6] > 0 or job[7] < source:
-        _hide(stored, job[6], job[7], job[8])
-    low, high = _extremes(flat) if per_image else (flat[0], flat[0])
-    factors = _factors(low, high, ends, per_image)
-    one = 1 << FRACTION
-    still = (size == source and job[0] == one and job[4] == one
-             and job[1] == 0 and job[2] == 0 and job[3] == 0 and job[5] == 0)
-    steps, rows = _steps(job, size), max(1, 2048 // size)
-    index, picked, seen = np.empty(size, np.int32), np.empty(rows * size, np.int16), np.empty(rows * size, np.uint8)
-    weights, near = np.empty((2, size), np.int32), np.empty((4, size), np.int16)
-    for row0 in range(0, size, rows):
-        count = min(rows, size - row0)
-        if still:
-            values = flat[row0 * size:(row0 + count) * size]
-        else:
-            values = picked[:count * size]
-            for row in range(count):
-                line = values[row * size:(row + 1) * size]
-                if nearest:
-                    _pick(flat, job, source, row0 + row, steps, index, line)
-                else:
-                    _mix(flat, job, source, row0 + row, steps, index, weights, near, line)
-        target = out[at + row0 * size * stride:]
-        if len(ends) == 3 and stride == 3:
-            _window3(values, factors, target)
-        else:
-            for c in range(len(ends)):
-                _window(values, factors[c, 0], factors[c, 1], factors[c, 2], seen)
-                _scatter(seen[:values.size], target[c:], stride)
-
-# %% ../nbs/14_pixels.ipynb #5552b895
 _warned = []
 
 
@@ -262,7 +92,7 @@ def render(
     if at < 0 or stride < channels or end > out.size:
         raise ValueError(f"a slice at bytes {at} to {end} of a batch of {out.size}")
     if numba is not None:
-        return _fused(stored, job, pixels.ends, pixels.scale == "image", pixels.mode == "nearest", pixels.size, out, at, stride)
+        return fused(stored, job, pixels.ends, pixels.scale == "image", pixels.mode == "nearest", pixels.size, out, at, stride)
     if not _warned:
         _warned.append(warnings.warn("numba is not installed: pixels are made by numpy, the same but some 40 times slower; "
                                      "pip install numba", stacklevel=2))
