@@ -59,14 +59,15 @@ STUDY_RANGE = AffineRange(shift=8 / 256)  # one map for all slices of a study
 
 # %% ../nbs/13_affine.ipynb #3644eb46
 def crop_matrix(
-    millimetres,  # side of the square to keep, array [...] or number
-    field,  # width of the whole image in millimetres: pixel spacing times columns
+    millimetres,  # side of the square to keep, number
+    height,  # of the whole image in millimetres, array [...] or number: row spacing times rows
+    width=None,  # likewise, column spacing times columns; default: the height
 ) -> np.ndarray:  # float64 [..., 3, 3]
-    "Enlarge the middle of the image; asking for more than there is pads with the edge."
-    part = np.asarray(millimetres, float) / np.asarray(field, float)
-    if not (np.isfinite(part) & (part > 0)).all():
-        raise ValueError(f"a crop of {millimetres} mm of a field of {field} mm: expected two lengths above 0")
-    return affine_matrix(zoom=(1 / part, 1 / part))
+    "Enlarge the middle of the image; asking for more than there is repeats the edge."
+    sides = np.stack(np.broadcast_arrays(height, height if width is None else width)).astype(float)
+    if not (millimetres > 0 and (np.isfinite(sides) & (sides > 0)).all()):
+        raise ValueError(f"a crop of {millimetres} mm of an image of {height} x {sides[1]} mm: expected lengths above 0")
+    return affine_matrix(zoom=tuple(sides / millimetres))
 
 # %% ../nbs/13_affine.ipynb #38de921a
 FRACTION = 20  # bits
