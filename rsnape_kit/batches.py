@@ -6,139 +6,18 @@
 __all__ = ['ImageBatches', 'StudyBatches', 'GroupBatches', 'Folds', 'folds']
 
 # %% ../nbs/17_batches.ipynb #d8971873
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
-import pandas as pd
 
-from .affine import AffineRange, crop_matrix
-from .feed import Feed
+from .batching import Batches
 from .folds import Folds, folds  # noqa: F401 (part of this module's names)
-from .known import know
 from .labels import EXAM_LABELS
-from .loaders import keras_dataset, torch_loader
-from .masks import WIDTH, SideMask, fill_values
 from .metric import sample_weights
-from .pixels import Pixels, make_jobs
 from .sampling import Luck, balanced_order, epoch_order, pick_frames, pick_groups, turns
-from .windows import PE
 
 _all_ = ["Folds", "folds"]
 
-# %% ../nbs/17_batches.ipynb #2cb50b5e
-class _Batches:
-    channels = False  # whether the last axis of rows becomes the channels
-
-    def __init__(
-        self,
-        source,  # SliceStore or the like: table, size, and read_into(row, out) or [row]
-        truth=None,  # Predictions; None: batches without labels
-        studies=None,  # StudyInstanceUIDs to use, e.g. a fold; default: all that the truth has
-        *,
-        batch: int = 32,
-        pixels: Pixels | None = None,  # how slices become input; default: three windows, 256 px (groups: the PE window)
-        mask: SideMask | None = None,  # training: hide sides that the labels leave free
-        affine: AffineRange | None = None,  # training and TTA: random maps
-        seed: int = 0,
-        shuffle: bool = False,  # training: another order every epoch, and only whole batches
-        shard: tuple = (0, 1),  # (i, of): this process' part of a data-parallel run
-        weights: bool = False,  # give the metric's weights as well
-        device: bool = False,  # give stored slices and jobs, for PixelLayer, instead of pixels
-        workers: int | None = None,  # threads; default: the cores there are
-    ):
-        if truth is None and (weights or mask is not None):
-            raise ValueError("weights and masks come from the labels: give the truth")
-        self.feed, self.known = Feed(source, workers), know(source.table, truth, studies)
-        self.pixels = pixels or (Pixels((PE,)) if self.channels else Pixels())
-        self.batch, self.mask, self.affine, self.seed, self.shuffle = batch, mask, affine, seed, shuffle
-        self.shard, self.weights, self.device, self.labelled = shard, weights, device, truth is not None
-        self.fill, self.look = fill_values(_intercepts(source.table), self.pixels.fill), self._look(source.table)
-        self.set_epoch(0)
-
-    def _look(self, table: pd.DataFrame):  # float [rows, 3, 3] or None: the crop of each slice
-        if self.pixels.crop is None:
-            return None
-        return crop_matrix(self.pixels.crop, table.spacing_y.to_numpy() * table.rows.to_numpy(),
-                           table.spacing_x.to_numpy() * table["columns"].to_numpy())
-
-    def set_epoch(
-        self,
-        epoch: int,  # from 0; also the number of a TTA pass
-    ):
-        "Order, luck and frames of an epoch."
-        self.epoch, self.order = epoch, self._order(epoch)
-
-    def _order(self, epoch: int) -> np.ndarray:
-        return epoch_order(self.items, self.seed, epoch, self.shuffle, self.shard)
-
-    def __len__(self):
-        return len(self.order) // self.batch if self.shuffle else -(-len(self.order) // self.batch)
-
-    def _part(self, i: int) -> slice:
-        if not 0 <= i < len(self):
-            raise IndexError(f"batch {i}: expected 0 to {len(self) - 1}")
-        return slice(i * self.batch, min((i + 1) * self.batch, len(self.order)))
-
-    def __getitem__(self, i: int):  # x, (x, y) or (x, y, weight)
-        rows, lucky, again = self._chosen(i)
-        jobs = _jobs(self, rows, lucky, again)
-        if self.device:
-            x = {"stored": self.feed.stored(rows.reshape(-1)).reshape(*rows.shape, *[self.feed.source.size] * 2),
-                 "jobs": jobs.reshape(*rows.shape, -1)}
-        else:
-            x = self.feed.pixels(rows, jobs, self.pixels, self.channels)
-        return (x, *self._answers(i, rows)) if self.labelled else x
-
-    def __iter__(self):
-        "All batches of the epoch, one ahead."
-        with ThreadPoolExecutor(1) as ahead:
-            coming = ahead.submit(self.__getitem__, 0) if len(self) else None
-            for i in range(len(self)):
-                ready, coming = coming, None if i + 1 == len(self) else ahead.submit(self.__getitem__, i + 1)
-                yield ready.result()
-
-    def rows(
-        self,
-        i: int,  # batch
-    ) -> np.ndarray:  # int, shape as the batch up to its slices: rows of source.table
-        "Which slices batch i holds."
-        return self._chosen(i)[0]
-
-    def keras(self, **settings):  # see keras_dataset
-        "A PyDataset; fit it with shuffle=False."
-        return keras_dataset(self, **settings)
-
-    def torch(self, **settings):  # see torch_loader
-        "A DataLoader; images have their channels first."
-        return torch_loader(self, **settings)
-
-
-def _intercepts(table: pd.DataFrame) -> np.ndarray:
-    return table["intercept"].to_numpy(float) if "intercept" in table else np.full(len(table), -1024.)
-
-# %% ../nbs/17_batches.ipynb #b4407b21
-def _jobs(
-    batches: _Batches,
-    rows: np.ndarray,  # int [b, ...]
-    lucky: np.ndarray,  # int [b]
-    again: np.ndarray | None,  # int [b], the same thing's earlier appearances
-) -> np.ndarray:  # int32 [rows.size, 9]
-    flat, each = rows.reshape(-1), rows[0].size
-    matrices, hide = np.broadcast_to(np.eye(3), (len(rows), 3, 3)), np.zeros((len(rows), 2), bool)
-    if batches.affine is not None or batches.mask is not None:
-        normals, uniforms = Luck(batches.seed, batches.epoch, stream=3).draw(lucky, again)
-        if batches.affine is not None:
-            matrices = batches.affine.matrices(normals)
-        if batches.mask is not None:
-            hide = batches.mask.choose(uniforms, *batches.known.sides[lucky].T)
-    matrices = np.repeat(matrices, each, 0)
-    if batches.look is not None:
-        matrices = batches.look[flat] @ matrices
-    width = WIDTH if batches.mask is None else batches.mask.width
-    return make_jobs(matrices, np.repeat(hide, each, 0), batches.fill[flat], batches.feed.source.size, batches.pixels.size, width)
-
 # %% ../nbs/17_batches.ipynb #e1f55e36
-class ImageBatches(_Batches):
+class ImageBatches(Batches):
     "Slices: x uint8 [b, size, size, C], y float32 [b, 1], weights float32 [b], of mean 1 over the slices used."
 
     def __init__(
@@ -148,7 +27,7 @@ class ImageBatches(_Batches):
         studies=None,
         *,
         balanced: bool = False,  # training: half positives, a quarter negatives of positive studies, a quarter others
-        **settings,  # see _Batches
+        **settings,  # see Batches
     ):
         self.balanced = balanced
         super().__init__(source, truth, studies, **settings)
@@ -163,10 +42,10 @@ class ImageBatches(_Batches):
             positive = known.image[rows] == 1
             some = np.bincount(known.study[rows], positive)[known.study[rows]] > 0
             order = balanced_order(positive, some, self.seed, epoch)
-            order = order[i:len(order) - len(order) % of:of]
+            mine = slice(i, len(order) - len(order) % of, of)
+            self.again, order = turns(order)[mine], order[mine]
         else:
-            order = epoch_order(len(rows), self.seed, epoch, self.shuffle, self.shard)
-        self.again = turns(order) if self.balanced else None
+            self.again, order = None, epoch_order(len(rows), self.seed, epoch, self.shuffle, self.shard)
         self.mean = known.weight[rows].mean()
         if self.weights and not self.mean > 0:
             raise ValueError("no slice has a weight: the metric counts images of studies with an embolus only")
@@ -181,7 +60,7 @@ class ImageBatches(_Batches):
         return (y, self.known.weight[rows] / self.mean) if self.weights else (y,)
 
 # %% ../nbs/17_batches.ipynb #f454e3a9
-class _StudyWise(_Batches):
+class _StudyWise(Batches):
     def __init__(
         self,
         source,
@@ -190,7 +69,7 @@ class _StudyWise(_Batches):
         *,
         labels=EXAM_LABELS,  # exam labels to answer, e.g. EXAM_LABELS + AUX_LABELS
         batch: int = 1,
-        **settings,  # see _Batches
+        **settings,  # see Batches
     ):
         self.labels = list(labels)
         super().__init__(source, truth, studies, batch=batch, **settings)
