@@ -72,14 +72,17 @@ class Feed:
 
     def __init__(
         self,
-        source,  # with table, size, and read_into(row, out) or [row]
+        source,  # with table, size, and read(rows, out) or [row]
         workers: int | None = None,  # threads; default: the cores there are
     ):
         self.source, self.workers, self.buffers = source, workers or cores(), Buffers()
-        self.read = getattr(source, "read_into", None) or self._copy
+        self.direct = hasattr(source, "read")
 
-    def _copy(self, row: int, out: np.ndarray):
-        np.copyto(out, self.source[row])
+    def _read(self, row: int, out: np.ndarray):
+        if self.direct:
+            self.source.read((row,), out[None])
+        else:
+            np.copyto(out, self.source[row])
 
     def _spread(self, task, n: int):
         "task(start, stop) over pieces of n, in all threads; the first error is raised."
@@ -101,7 +104,7 @@ class Feed:
 
         def task(start, stop):
             for i in range(start, stop):
-                self.read(rows[i], out[i])
+                self._read(rows[i], out[i])
 
         self._spread(task, len(rows))
         return out
@@ -125,7 +128,7 @@ class Feed:
             stored, held = _own(self.source.size), None
             for i in range(start, stop):
                 if held is None or which[i] != which[held] or (jobs[i] != jobs[held]).any():
-                    self.read(which[i], stored)
+                    self._read(which[i], stored)
                 held, place = i, divmod(i, last)
                 render(stored, jobs[i], pixels, flat, place[0] * side * side * stride + place[1], stride)
 
