@@ -89,7 +89,7 @@ def fit_weights(
     equal = replace(weights, weights=dict.fromkeys(LABELS, [1 / len(oofs)] * len(oofs)))
     table, truth = loss_table(truth.align(honest), honest), truth.align(honest)
     losses = {"models": {name: _losses(truth, oof, blend({name: oof}, weights)) for name, oof in oofs.items()},
-              "equal": _losses(truth, honest, blend(oofs, equal)), "blend": table.loss.to_dict(),
+              "equal": _losses(truth, honest, blend(oofs, equal)), "blend": table.loss.dropna().to_dict(),
               "weight": table.weight.to_dict()}
     return replace(weights, losses=losses)
 
@@ -98,7 +98,7 @@ def _losses(truth: Predictions, speaks: Predictions, filled: Predictions) -> dic
     "Label -> loss, for the labels that `speaks` says anything of."
     silent = {label for label in EXAM_LABELS if speaks.exams[label].isna().all()}
     silent |= {IMAGE_LABEL} if speaks.images.isna().all() else set()
-    return {label: float(loss) for label, loss in loss_table(truth, filled).loss.items() if label not in silent}
+    return {label: loss for label, loss in loss_table(truth, filled).loss.dropna().items() if label not in silent}
 
 # %% ../nbs/50_blend.ipynb #d28bc3cd
 def loss_by_label(
@@ -108,7 +108,7 @@ def loss_by_label(
     if not weights.losses:
         raise ValueError("these weights were not fitted here, so no losses are known; fit_weights measures them")
     columns = weights.losses["models"] | {name: weights.losses[name] for name in ("equal", "blend")}
-    table = pd.DataFrame({name: {label: column.get(label, np.nan) for label in LABELS} for name, column in columns.items()})
+    table = pd.DataFrame(columns).reindex(LABELS)
     weight = pd.Series(weights.losses["weight"])
     table.loc["all"] = table.mul(weight, axis=0)[weight > 0].sum(skipna=False)
     return table
@@ -144,7 +144,8 @@ def plot_weights(
     right.scatter(losses["equal"] - best, rows, 60, ".3", marker="|", label="equal weights", zorder=3)
     right.axvline(0, c=".3", lw=1)
     for row, before, after in zip(rows, best, losses["blend"]):
-        right.text(1.02, row, f"{before:.3f} → {after:.3f}", fontsize=7, va="center", transform=right.get_yaxis_transform())
+        right.text(1.02, row, f"{before:.3f} → {after:.3f}", fontsize=7, va="center",
+                   transform=right.get_yaxis_transform())
     right.legend(fontsize=7, ncols=2, loc="lower center", bbox_to_anchor=(.5, 1), frameon=False)
     right.set(xlabel="loss, less that of the best member")
     fig.tight_layout()

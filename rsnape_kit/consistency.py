@@ -11,7 +11,7 @@ import pandas as pd
 from scipy.special import rel_entr
 
 from .hierarchy import allowed_answers
-from .labels import EXAM_LABELS, EXAM_WEIGHTS, IMAGE_LABEL, IMAGE_WEIGHT, NOT_POSITIVE, RULES, STUDY
+from .labels import EXAM_LABELS, EXAM_WEIGHTS, IMAGE_WEIGHT, NOT_POSITIVE, RULES, STUDY
 from .predictions import Predictions
 
 # %% ../nbs/51_consistency.ipynb #b601bc7f
@@ -20,13 +20,14 @@ PE_LABELS = np.array([label not in NOT_POSITIVE for label in EXAM_LABELS])
 
 def _arrays(pred: Predictions) -> tuple:  # exams float [s, 9]; images float [n]; study of each image int [n]
     "The numbers of a complete prediction, studies in the order of its exams."
-    for values, what in ((pred.exams[list(EXAM_LABELS)].stack(future_stack=True), "exam label"), (pred.images, "slice")):
+    exams = pred.exams[list(EXAM_LABELS)]
+    for values, what in ((exams.stack(future_stack=True), "exam label"), (pred.images, "slice")):
         missing = values.isna().to_numpy()
         if missing.any():
-            raise ValueError(f"{what} {values.index[missing.argmax()]} is not predicted ({missing.sum()} are not); only "
-                             "a complete prediction can be consistent: blend() fills gaps, with the prior if need be")
+            raise ValueError(f"{what} {values.index[missing.argmax()]} is not predicted ({missing.sum()} are not); a "
+                             "prediction must be complete to be consistent: blend() fills gaps, by the prior if it must")
     study = pred.exams.index.get_indexer(pred.images.index.levels[0])[pred.images.index.codes[0]]
-    return pred.exams[list(EXAM_LABELS)].to_numpy(), pred.images.to_numpy(), study
+    return exams.to_numpy(), pred.images.to_numpy(), study
 
 
 def violations(
