@@ -1,0 +1,149 @@
+"""Making a submission consistent, at the size of the whole test set: what it costs, and how long it takes.
+
+Made-up calibrated models at the competition's prevalence. Each repair is compared in the loss it is expected to add
+(by the predictions themselves and the exactly expected q) and the loss it adds in truth; then its time, in turns,
+beside a plain loop over the studies that tries all 44 answers and beside the usual repair with groupby.
+"""
+import argparse
+import time
+
+import numpy as np
+import pandas as pd
+
+from rsnape_kit.consistency import MARGIN, expected_cost, make_consistent, study_q, violations
+from rsnape_kit.hierarchy import allowed_answers
+from rsnape_kit.labels import CHRONICITY, EXAM_LABELS, EXAM_WEIGHTS, IMAGE_WEIGHT, LOCATIONS, NOT_POSITIVE, RV_LV, STUDY
+from rsnape_kit.metric import competition_loss
+from rsnape_kit.predictions import Predictions
+from rsnape_kit.qhat import fit_q
+from rsnape_kit.simulate import simulate_model, simulate_truth
+
+LO, HI = .5 - MARGIN, .5 + MARGIN
+AT = {label: i for i, label in enumerate(EXAM_LABELS)}
+PE = [AT[label] for label in EXAM_LABELS if label not in NOT_POSITIVE]
+
+
+def clip_study(exam: np.ndarray, images: np.ndarray, positive: bool):
+    "The usual repair of one study, in place: once its side is chosen, clip."
+    def exactly_one(labels):
+        columns = [AT[label] for label in labels]
+        top = columns[int(exam[columns].argmax())]
+        for i in columns:
+            exam[i] = max(exam[i], HI) if i == top else min(exam[i], LO)
+
+    if not positive:
+        exactly_one(NOT_POSITIVE)
+        exam[PE] = np.minimum(exam[PE], LO)
+        images[images > .5] = LO
+        return
+    exactly_one(RV_LV)
+    exam[[AT[label] for label in NOT_POSITIVE]] = np.minimum(exam[[AT[label] for label in NOT_POSITIVE]], LO)
+    if not (exam[[AT[label] for label in LOCATIONS]] > .5).any():
+        exactly_one(LOCATIONS)
+    if (exam[[AT[label] for label in CHRONICITY]] > .5).all():
+        exactly_one(CHRONICITY)
+    if not (images > .5).any():
+        images[images.argmax()] = HI
+
+
+def clip(pred: Predictions, by_image: bool) -> Predictions:
+    "The usual repair: the side by negative_exam_for_pe at most 0.5, or by any image above 0.5."
+    exams, images = pred.exams.to_numpy().copy(), pred.images.to_numpy().copy()
+    rows = pred.images.groupby(level=0, sort=False).indices
+    for i, study in enumerate(pred.exams.index):
+        mine = images[rows[study]]
+        clip_study(exams[i], mine, (mine > .5).any() if by_image else exams[i, 0] <= .5)
+        images[rows[study]] = mine
+    return Predictions(pd.DataFrame(exams, pred.exams.index, EXAM_LABELS), pd.Series(images, pred.images.index))
+
+
+def divergence(p: float, c: float) -> float:
+    return sum(a * np.log(a / b) for a, b in ((p, c), (1 - p, 1 - c)) if a > 0)
+
+
+def loop(pred: Predictions, q: pd.Series) -> Predictions:
+    "The exact repair as one would first write it: every study, every allowed answer."
+    exams, images = pred.exams.to_numpy().copy(), pred.images.to_numpy().copy()
+    rows = pred.images.groupby(level=0, sort=False).indices
+    weights = list(EXAM_WEIGHTS.values())
+    for i, study in enumerate(pred.exams.index):
+        mine = images[rows[study]]
+        for_no = sum(divergence(p, LO) for p in mine if p > .5)
+        for_yes = 0 if mine.max() > .5 else divergence(mine.max(), HI)
+        best = None
+        for yes, positive in zip(*allowed_answers()):
+            cost = IMAGE_WEIGHT * q[study] * (for_yes if positive else for_no)
+            cost += sum(w * divergence(p, HI if y else LO) for w, p, y in zip(weights, exams[i], yes) if (p > .5) != y)
+            if best is None or cost < best[0]:
+                best = cost, yes, positive
+        _, yes, positive = best
+        crosses = yes != (exams[i] > .5)
+        exams[i] = np.where(crosses, np.where(yes, HI, LO), exams[i])
+        if not positive:
+            mine[mine > .5] = LO
+        elif not (mine > .5).any():
+            mine[mine.argmax()] = HI
+        images[rows[study]] = mine
+    return Predictions(pd.DataFrame(exams, pred.exams.index, EXAM_LABELS), pd.Series(images, pred.images.index))
+
+
+def costs(studies: int, slices: tuple, skill: float, seed: int) -> pd.DataFrame:
+    "Contradictory studies, expected and realised cost of each repair of one made-up test set."
+    oof_truth, truth = simulate_truth(studies, slices, seed), simulate_truth(studies, slices, seed + 1000)
+    oof, _ = simulate_model(oof_truth, skill, seed)
+    pred, q = simulate_model(truth, skill, seed)
+    counts = pred.images.groupby(level=0, sort=False).size()
+    weights = studies + IMAGE_WEIGHT * (counts * study_q(truth)).sum()
+    repaired = {"exact, q exactly as expected": make_consistent(pred, q),
+                "exact, q fitted on OOF": make_consistent(pred, fit_q(oof, oof_truth)),
+                "exact, q = mean of images": make_consistent(pred),
+                "clip, side by negative_exam": clip(pred, False), "clip, side by image maximum": clip(pred, True)}
+    before, contradictory = competition_loss(truth, pred), violations(pred)[STUDY].nunique()
+    assert all(violations(to).empty for to in repaired.values())
+    return pd.DataFrame({name: {
+        "contradictory before": contradictory, "loss before": before,
+        "expected cost": expected_cost(pred, to, q).sum() / weights,
+        "realised cost": competition_loss(truth, to) - before} for name, to in repaired.items()}).T
+
+
+def in_turns(functions: dict, repeat: int) -> pd.DataFrame:
+    "Least CPU and wall seconds of each function, called one after the other."
+    times = {name: [] for name in functions}
+    for _ in range(repeat):
+        for name, function in functions.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            function()
+            times[name].append((time.process_time() - cpu, time.perf_counter() - wall))
+    return pd.DataFrame({name: np.min(t, axis=0) for name, t in times.items()}, ["CPU s", "wall s"]).T
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--studies", type=int, default=2167)
+    parser.add_argument("--median-slices", type=int, default=230)
+    parser.add_argument("--seeds", type=int, default=4, help="test sets to average over")
+    parser.add_argument("--skills", type=float, nargs="+", default=[.7, 1., 1.3])
+    parser.add_argument("--repeat", type=int, default=3)
+    args = parser.parse_args()
+    slices = (min(63, args.median_slices), args.median_slices, max(1083, args.median_slices))
+    for skill in args.skills:
+        tables = [costs(args.studies, slices, skill, seed) for seed in range(1, args.seeds + 1)]
+        mean = sum(tables) / len(tables)
+        print(f"\nskill {skill}: loss {mean['loss before'].iloc[0]:.4f}, {mean['contradictory before'].iloc[0]:.0f} of "
+              f"{args.studies} studies contradict themselves; mean of {args.seeds} test sets")
+        mean["ratio to fitted q"] = mean["realised cost"] / mean["realised cost"]["exact, q fitted on OOF"]
+        print(mean.drop(columns=["contradictory before", "loss before"]).round(5).to_string())
+
+    truth = simulate_truth(args.studies, slices, 99)
+    pred, q = simulate_model(truth)
+    exact, slow = make_consistent(pred, q), loop(pred, q)
+    assert np.array_equal(exact.exams, slow.exams) and np.array_equal(exact.images, slow.images)
+    table = in_turns({"make_consistent": lambda: make_consistent(pred, q), "violations": lambda: violations(pred),
+                      "clip, study by study": lambda: clip(pred, False),
+                      "all answers, study by study": lambda: loop(pred, q)}, args.repeat)
+    table["ratio"] = table["wall s"] / table.loc["make_consistent", "wall s"]
+    print(f"\n{len(pred.exams)} studies, {len(pred.images)} slices\n{table.round(3).to_string()}")
+
+
+if __name__ == "__main__":
+    main()
