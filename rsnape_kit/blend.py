@@ -121,7 +121,7 @@ def verdict(
     table = loss_by_label(weights)
     members = table.iloc[:-1, :len(weights.models)]
     weight = pd.Series(weights.losses["weight"])
-    best = members.min(axis=1)[weight > 0] @ weight[weight > 0]
+    best = members.min(axis=1).fillna(table["blend"])[weight > 0] @ weight[weight > 0]
     equal, fitted = table.loc["all", ["equal", "blend"]]
     said = "beats" if fitted < best else "does NOT beat"
     return (f"blend {fitted:.4f}: {said} the best member of each label ({best:.4f}), and is "

@@ -27,7 +27,7 @@ LABELS = (*EXAM_LABELS, IMAGE_LABEL)
 class BlendWeights:
     "What each model counts for each label."
     models: tuple  # names, in the order of each label's weights
-    weights: dict  # label -> a weight a model, summing to 1; all 0 leaves the label to the prior
+    weights: dict  # label -> a weight a model, summing to 1; all 0 where no model spoke at the fit
     prior: dict  # label -> probability where no model has a value
     space: str = "probability"  # what is averaged: "probability" or "logit"
     losses: dict = field(default_factory=dict)  # as fit_weights measured them; see blend.loss_by_label
@@ -125,8 +125,8 @@ def _whole(p: np.ndarray, label: str, weights: BlendWeights) -> np.ndarray:
     return np.where(np.isnan(mixed), weights.prior[label], mixed)
 
 # %% ../nbs/49_mix.ipynb #60675038
-TRAIN_MEANS = dict(zip(LABELS, (.6747, .0216, .0401, .0199, .0551, .2121, .2576, .1291, .1746, .29)))  # of train.csv;
-# the last is the image constant of least loss
+# What to say where nobody speaks: the means of train.csv's exam labels, and the image constant of least loss
+TRAIN_MEANS = dict(zip(LABELS, (.6747, .0216, .0401, .0199, .0551, .2121, .2576, .1291, .1746, .29)))
 
 
 def original_weights() -> BlendWeights:

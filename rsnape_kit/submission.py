@@ -59,6 +59,8 @@ def check_submission(
 ) -> list:  # of lines, empty if all is well
     "Everything that is wrong with a submission."
     table, sample = (t if isinstance(t, pd.DataFrame) else read_csv(t) for t in (table, sample))
+    if "id" not in sample:
+        return [f"- the sample has no column id, only {', '.join(map(str, sample.columns))}; is it sample_submission.csv?"]
     if list(table.columns) != ["id", "label"]:
         return [f"- columns are {', '.join(map(str, table.columns))}; expected id, label"]
     problems = _id_problems(pd.Index(table["id"]), pd.Index(sample["id"])) + _value_problems(table)
