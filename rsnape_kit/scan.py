@@ -132,13 +132,15 @@ def _rows(paths):
 # %% ../nbs/09_scan.ipynb #40b3beb8
 def _adopt(table):
     "Give files without ids those that most files of their folder have."
-    folder, lost = table.path.map(os.path.dirname), (table.StudyInstanceUID == "") | (table.SeriesInstanceUID == "")
     ids = ["StudyInstanceUID", "SeriesInstanceUID"]
+    lost, nameless = (table[ids] == "").any(axis=1), table.SOPInstanceUID == ""
+    if not lost.any() and not nameless.any():
+        return table
+    folder = table.path.map(os.path.dirname)
     for where, part in table[folder.isin(folder[lost].unique())].groupby(folder):
         known = part.loc[~lost[part.index], ids].value_counts()
         names = ["", *os.path.normpath(where).split(os.sep)][-2:]
         table.loc[part.index[lost[part.index]], ids] = known.index[0] if len(known) else names
-    nameless = table.SOPInstanceUID == ""
     table.loc[nameless, "SOPInstanceUID"] = [os.path.splitext(os.path.basename(p))[0] for p in table.path[nameless]]
     return table
 

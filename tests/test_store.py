@@ -209,8 +209,8 @@ def test_memory_is_flat(tmp_path):
     (tmp_path / "in").mkdir()
     ct_file(tmp_path / "in/1.dcm", stored_values((512, 512), bits=12))
     path = os.pathsep.join(sys.path)
-    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path / "in", tmp_path, "1900"], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": path})
+    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path / "in", tmp_path, "1900"], capture_output=True,
+                          text=True, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 40 * 1024, f"{int(done.stdout) / 1024:.0f} MB more"
 
