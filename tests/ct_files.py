@@ -11,12 +11,12 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels import apply_modality_lut
 from pydicom.uid import (
+    JPEG2000,
     CTImageStorage,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
-    JPEG2000,
     JPEG2000Lossless,
     JPEGLossless,
     JPEGLosslessSV1,
@@ -24,13 +24,18 @@ from pydicom.uid import (
     RLELossless,
 )
 
+
+def jpeg_2000(values, bits):
+    return imagecodecs.jpeg2k_encode(values, reversible=True, codecformat="j2k", level=0, bitspersample=bits)
+
+
 NATIVE = ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian
 ENCODERS = {
-    JPEGLosslessSV1: lambda x: imagecodecs.jpeg8_encode(x, lossless=True, bitspersample=16, predictor=1),
-    JPEGLossless: lambda x: imagecodecs.jpeg8_encode(x, lossless=True, bitspersample=16, predictor=6),
-    JPEGLSLossless: imagecodecs.jpegls_encode,
-    JPEG2000Lossless: lambda x: imagecodecs.jpeg2k_encode(x, reversible=True, codecformat="j2k", level=0),
-    JPEG2000: lambda x: imagecodecs.jpeg2k_encode(x, reversible=True, codecformat="j2k", level=0),
+    JPEGLosslessSV1: lambda x, bits: imagecodecs.jpeg8_encode(x, lossless=True, bitspersample=bits, predictor=1),
+    JPEGLossless: lambda x, bits: imagecodecs.jpeg8_encode(x, lossless=True, bitspersample=bits, predictor=6),
+    JPEGLSLossless: lambda x, bits: imagecodecs.jpegls_encode(x),
+    JPEG2000Lossless: jpeg_2000,
+    JPEG2000: jpeg_2000,
 }
 SYNTAXES = (*NATIVE, RLELossless, *ENCODERS)
 
@@ -54,7 +59,8 @@ def ct_file(path, values, syntax=ExplicitVRLittleEndian, bits=16, slope="1", int
     ds.SpecificCharacterSet, ds.ImageType, ds.Modality = "ISO_IR 100", ["ORIGINAL", "PRIMARY", "AXIAL"], "CT"
     ds.SliceThickness, ds.KVP, ds.PatientPosition = "1.25", "120", "FFS"
     ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.SOPInstanceUID = "1.2.1", "1.2.2", "1.2.3"
-    ds.InstanceNumber, ds.ImagePositionPatient, ds.ImageOrientationPatient = 7, [-165.5, -170, 31.25], [1, 0, 0, 0, 1, 0]
+    ds.InstanceNumber, ds.ImagePositionPatient = 7, [-165.5, -170, 31.25]
+    ds.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
     ds.PixelSpacing, ds.WindowCenter, ds.WindowWidth = [0.703125, 0.703125], ["40", "100"], ["400", "700"]
     ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
     ds.Rows, ds.Columns = values.shape
@@ -73,8 +79,10 @@ def ct_file(path, values, syntax=ExplicitVRLittleEndian, bits=16, slope="1", int
         ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         ds.compress(RLELossless, generate_instance_uid=False)
     elif syntax in ENCODERS:
-        mask = np.uint16(2 ** bits - 1)  # JPEG knows no sign: the bits that are stored
-        ds.PixelData = encapsulate([bytes(ENCODERS[syntax](values.view(np.uint16) & mask))])
+        words = values.view(np.uint16)  # JPEG knows no sign: only the bits that are stored go in
+        if syntax != JPEGLSLossless:  # whose encoder here always takes 16
+            words = words & np.uint16(2 ** bits - 1)
+        ds.PixelData = encapsulate([bytes(ENCODERS[syntax](words, bits))])
         ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
     ds.save_as(path, enforce_file_format=True)
     return path
