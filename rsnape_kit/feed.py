@@ -23,7 +23,7 @@ class Buffers:
 
     def __init__(
         self,
-        keep: int = 6,  # blocks to hold on to; more may be lent at a time
+        keep: int = 8,  # blocks to hold on to; more may be lent at a time
     ):
         self.keep, self.blocks, self.lock = keep, [], threading.Lock()
 
