@@ -17,6 +17,11 @@ def _need(module: str, install: str):
     except ImportError as error:
         raise ImportError(f"{module} cannot be imported ({error}); {install}") from error
 
+
+def _next_epoch(batches):
+    if getattr(batches, "shuffle", True):
+        batches.set_epoch(batches.epoch + 1)
+
 # %% ../nbs/16_loaders.ipynb #6036b083
 def keras_dataset(
     batches,  # with a length, [i], epoch and set_epoch
@@ -40,7 +45,7 @@ def keras_dataset(
         def on_epoch_end(self):
             if self.begun:
                 self.begun = always
-                batches.set_epoch(batches.epoch + 1)
+                _next_epoch(batches)
 
     always = Batches.begun = not hasattr(keras.utils.PyDataset, "on_epoch_begin")  # older Keras ends epochs only
     return Batches(workers=workers, use_multiprocessing=False, max_queue_size=max_queue_size)
@@ -72,6 +77,6 @@ def torch_loader(
                 x, *rest = ready if isinstance(ready, tuple) else (ready,)
                 x, rest = _to_torch(x, torch, image=True), [_to_torch(part, torch) for part in rest]
                 yield (x, *rest) if rest else x
-            batches.set_epoch(batches.epoch + 1)
+            _next_epoch(batches)
 
     return torch.utils.data.DataLoader(Batches(), batch_size=None, **settings)
