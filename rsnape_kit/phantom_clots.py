@@ -6,7 +6,7 @@
 __all__ = ['REGIONS', 'Clots', 'regions', 'children', 'walk', 'track', 'acute', 'chronic', 'ClotCover', 'near', 'clot_areas',
            'Plan', 'Calibre', 'lay_clot', 'saddle', 'embolise']
 
-# %% ../nbs/25_phantom_clots.ipynb #8a8f1819
+# %% ../nbs/25_phantom_clots.ipynb #8e4c7fb4
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,7 +15,7 @@ from numba import njit
 from .phantom_paint import Canvas, cover_capsules, empty_box
 from .phantom_vessels import ARTERIES, Tree
 
-# %% ../nbs/25_phantom_clots.ipynb #a90b7e9f
+# %% ../nbs/25_phantom_clots.ipynb #cc3c8731
 REGIONS = 'trunk', 'left main', 'right main', 'left', 'right'
 
 
@@ -45,7 +45,7 @@ def regions(tree: Tree) -> np.ndarray:  # int [n], index into REGIONS
     of_path = np.array([0, 1, 2, 3, 4, 4] + [4] * 4 + [3] * 4)      # ARTERIES, then the right and the left rows of ROOTS
     return of_path[tree.path]
 
-# %% ../nbs/25_phantom_clots.ipynb #199b096c
+# %% ../nbs/25_phantom_clots.ipynb #fdaa78c4
 def children(tree: Tree) -> dict:
     "Rows that spring from each row"
     out = {}
@@ -75,7 +75,7 @@ def track(tree: Tree, rows: list, length: float, step: float = 1.5) -> tuple:  #
     reg = regions(tree)[np.asarray(rows)[np.clip(np.searchsorted(s, at, 'right') - 1, 0, len(rows) - 1)]]
     return np.stack([np.interp(at, s, a[:, k]) for k in range(4)], 1), reg
 
-# %% ../nbs/25_phantom_clots.ipynb #e5c9f3e6
+# %% ../nbs/25_phantom_clots.ipynb #35be8058
 def _sideways(points, rng):
     "Unit vectors square to a curve, turning slowly"
     d = np.gradient(points[:, :3], axis=0)
@@ -121,7 +121,7 @@ def chronic(points, region, rng, value=70.) -> Clots:
             out = out + Clots(worms=web, worm_region=region[k:k + 1], value=value)
     return out
 
-# %% ../nbs/25_phantom_clots.ipynb #7b6d3905
+# %% ../nbs/25_phantom_clots.ipynb #9c8242fc
 @njit(nogil=True, cache=True)
 def _inside(clot, rim, hole, lumen, box):
     for j in range(box[0], box[1]):
@@ -154,7 +154,7 @@ class ClotCover:
         "Blank what was covered"
         self.part()[:] = 0
 
-# %% ../nbs/25_phantom_clots.ipynb #619acb79
+# %% ../nbs/25_phantom_clots.ipynb #7a29f659
 @njit(nogil=True, cache=True)
 def _touching(tubes, clots, margin):
     "Which tubes' boxes come within a margin of any clot's box"
@@ -202,7 +202,7 @@ def clot_areas(
             lumen[box[0]:box[1], box[2]:box[3]], box[:] = 0, empty_box()
     return out
 
-# %% ../nbs/25_phantom_clots.ipynb #c92c3543
+# %% ../nbs/25_phantom_clots.ipynb #8ec7c7f4
 @dataclass(frozen=True)
 class Plan:
     "What to aim at; the labels are measured afterwards"
@@ -221,7 +221,7 @@ class Calibre:
     lobar: float = .45           # share of clots beyond the main arteries that begin where the radius exceeds 3 mm
     length: float = 18.          # mm, median
 
-# %% ../nbs/25_phantom_clots.ipynb #a98bed55
+# %% ../nbs/25_phantom_clots.ipynb #45724b42
 def _saddle(tree, rng):
     "Rows from one main artery over the fork into the other, and a length"
     rows = {k: list(np.flatnonzero(tree.path == i)) for i, k in enumerate(ARTERIES)}
@@ -242,7 +242,7 @@ def _start(tree, rng, side, plan_central, calibre):
     p = r[rows] if not plan_central else np.ones(len(rows))
     return int(rng.choice(rows, p=p / p.sum()))
 
-# %% ../nbs/25_phantom_clots.ipynb #c2bd8fdb
+# %% ../nbs/25_phantom_clots.ipynb #f778e108
 def _resize(tree, rows, factor):
     caps = tree.caps.copy()
     caps[rows, 3] *= factor
@@ -267,7 +267,7 @@ def saddle(tree, rng) -> Clots:
     points, region = np.concatenate([a[::-1], b]), np.concatenate([ra[::-1], rb])
     return acute(points, region, rng.uniform(.35, .6), rng, rng.uniform(45, 65))
 
-# %% ../nbs/25_phantom_clots.ipynb #a1d095e9
+# %% ../nbs/25_phantom_clots.ipynb #ea027b47
 def _heights(clots, z):
     c = np.concatenate([clots.worms, clots.rims])
     r = np.maximum(c[:, 3], c[:, 7])[:, None] * .8
