@@ -6,7 +6,7 @@
 __all__ = ['N_ANGLES', 'ANGLE', 'Patient', 'bump', 'rise', 'centre_y', 'spine_y', 'cavity', 'dome', 'couch_y', 'contours', 'edge',
            'angle_index', 'paint_body']
 
-# %% ../nbs/21_phantom_body.ipynb #8475a4e0
+# %% ../nbs/21_phantom_body.ipynb #53de27fc
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from numba import njit
 
 from .phantom_paint import Tissue, empty_box, texture, tile
 
-# %% ../nbs/21_phantom_body.ipynb #04fee0ff
+# %% ../nbs/21_phantom_body.ipynb #c88bfcec
 @dataclass(frozen=True)
 class Patient:
     "What makes one chest differ from the next (mm in the frame of an average adult, HU)"
@@ -58,7 +58,7 @@ class Patient:
         "What the painter needs to know about the lungs"
         return np.array([self.lung, self.dome_right, self.dome_left, self.effusion_right, self.effusion_left])
 
-# %% ../nbs/21_phantom_body.ipynb #28f1d237
+# %% ../nbs/21_phantom_body.ipynb #53ca5508
 N_ANGLES = 2048
 ANGLE = (np.arange(N_ANGLES) / N_ANGLES * 360 + 270) % 360 - 180   # degrees from the front; index 0 points left
 
@@ -83,7 +83,7 @@ def spine_y(z):
     "Depth of the vertebral bodies' middle at height z, mm"
     return 61 - 14 * rise(z, 10, 120) - 10 * rise(-z, 40, 180)
 
-# %% ../nbs/21_phantom_body.ipynb #725e2052
+# %% ../nbs/21_phantom_body.ipynb #04c5d05c
 def cavity(
     p: Patient,
     z,            # mm
@@ -107,7 +107,7 @@ def dome(
     fall = (y + 2)**2 / 83
     return p.dome_right - (x + 62)**2 / 100 - fall, p.dome_left - (x - 62)**2 / 100 - fall
 
-# %% ../nbs/21_phantom_body.ipynb #597e123f
+# %% ../nbs/21_phantom_body.ipynb #20d26909
 def _ribs(p, z):
     q = np.abs(ANGLE)
     height = -p.rib_drop * np.clip(1 - q / 165, 0, 1)**1.15 + 6 * np.sin(np.radians(2 * q)) + 1.2 * (ANGLE < 0)
@@ -126,7 +126,7 @@ def _smooth(r, degrees):
     k = np.exp(-2 * (np.pi * np.arange(N_ANGLES // 2 + 1) * degrees / 360)**2)
     return np.fft.irfft(np.fft.rfft(r) * k, N_ANGLES)
 
-# %% ../nbs/21_phantom_body.ipynb #9e130f61
+# %% ../nbs/21_phantom_body.ipynb #f9de63fb
 def couch_y(p: Patient) -> float:
     "Depth of the surface the patient lies on, mm (in front of a prone one)"
     return -(p.depth + 22 + .5 * p.fat + .35 * p.breast) if p.prone else 97 + .45 * p.fat + 21 * p.muscle
@@ -149,7 +149,7 @@ def contours(p: Patient, z: float) -> np.ndarray:  # float32 [8, N_ANGLES]
     plane = wall + muscle * (.45 + .1 * np.sin(np.radians(3 * q + z)))
     return np.stack([lung, bone + 5.5, away, cartilage, wall, plane, np.minimum(outer, skin - 3), skin]).astype(np.float32)
 
-# %% ../nbs/21_phantom_body.ipynb #2ca2c246
+# %% ../nbs/21_phantom_body.ipynb #fbd969af
 @njit(nogil=True, inline='always')
 def edge(s, w):
     "Coverage at depth s below a surface whose edge is w wide"
@@ -168,7 +168,7 @@ def angle_index(y, x):
         r = 3.14159274 - r
     return int(((r if y >= 0 else -r) * .159154943 + 1.) * N_ANGLES) & (N_ANGLES - 1)
 
-# %% ../nbs/21_phantom_body.ipynb #1cd94065
+# %% ../nbs/21_phantom_body.ipynb #8ed373b7
 @njit(nogil=True, inline='always')
 def _fat_hu(depth, dy, tx, ft):
     "Fat under the skin: strands in it, and glands where it is deep in front"
@@ -208,7 +208,7 @@ def _belly_hu(x, y, liver, tx, soft):
     v += edge((1 - stomach) * 16., soft * 2) * (45. - v)
     return v + edge((.8 - stomach) * 16., soft * 2) * ((-940. if y < -30. else 30. + 8. * tx) - v)
 
-# %% ../nbs/21_phantom_body.ipynb #84a1459c
+# %% ../nbs/21_phantom_body.ipynb #7046f4b1
 @njit(nogil=True, inline='always')
 def _lung_hu(x, y, z, base, tx, ft):
     v = base + .55 * (y - 10.) + 15. * tx + 16. * ft
@@ -244,7 +244,7 @@ def _cavity_hu(x, y, z, par, tx, ft, soft, thick):
             ident = Tissue.SOFT.value
     return v, ident
 
-# %% ../nbs/21_phantom_body.ipynb #f894a9ad
+# %% ../nbs/21_phantom_body.ipynb #13faf6d6
 @njit(nogil=True, cache=True, fastmath=True)
 def paint_body(
     hu,      # float32 [H, W], air to begin with, changed in place

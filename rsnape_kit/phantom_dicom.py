@@ -6,7 +6,7 @@
 __all__ = ['OPTIONAL', 'POSITIONS', 'Style', 'draw_style', 'hex_id', 'header', 'encode', 'write_slice', 'instance_numbers',
            'write_series']
 
-# %% ../nbs/28_phantom_dicom.ipynb #7b208e2d
+# %% ../nbs/28_phantom_dicom.ipynb #3550d272
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,11 @@ from pydicom.filebase import DicomBytesIO
 from pydicom.filewriter import write_dataset, write_file_meta_info
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLosslessSV1
 
+from .phantom_paint import Tissue
 from .phantom_scanner import Scanner
 from .phantom_study import Scan, Study
 
-# %% ../nbs/28_phantom_dicom.ipynb #b34fa344
+# %% ../nbs/28_phantom_dicom.ipynb #65e5e2ba
 @dataclass(frozen=True)
 class Style:
     "What varies between series; the defaults are the plainest"
@@ -44,7 +45,7 @@ class Style:
     missing: tuple = ()                # keywords left out
     maker: str = 'GE MEDICAL SYSTEMS'
 
-# %% ../nbs/28_phantom_dicom.ipynb #e734a710
+# %% ../nbs/28_phantom_dicom.ipynb #e2e32707
 OPTIONAL = ('SliceThickness', 'KVP', 'ConvolutionKernel', 'SliceLocation', 'XRayTubeCurrent', 'Exposure', 'GantryDetectorTilt',
             'TableHeight', 'RotationDirection', 'PatientPosition', 'RescaleType', 'WindowCenter', 'FrameOfReferenceUID')
 POSITIONS = {False: (('HFS', 0, 0), ('FFS', 0, 0), ('FFS', 0, 1)), True: (('HFP', 1, 1), ('FFP', 1, 1), ('FFP', 1, 0))}
@@ -74,7 +75,7 @@ def draw_style(
                  str(rng.choice(['missing', 'right', 'nonsense'], p=[.45, .4, .15])), missing,
                  str(rng.choice(['GE MEDICAL SYSTEMS', 'SIEMENS', 'Philips', 'TOSHIBA'])))
 
-# %% ../nbs/28_phantom_dicom.ipynb #4facf24e
+# %% ../nbs/28_phantom_dicom.ipynb #6bb4f4f0
 def hex_id(*what) -> str:
     "12 hex digits that follow from anything"
     return hashlib.blake2b(repr(what).encode(), digest_size=6).hexdigest()
@@ -114,7 +115,7 @@ def header(s: Study, style: Style, study_id: str, series_id: str) -> Dataset:
     ds.file_meta.MediaStorageSOPClassUID, ds.file_meta.TransferSyntaxUID = CTImageStorage, style.syntax
     return ds
 
-# %% ../nbs/28_phantom_dicom.ipynb #0c4f8723
+# %% ../nbs/28_phantom_dicom.ipynb #1f3ebfa3
 def encode(hu: np.ndarray, style: Style) -> bytes:  # int16 [H, W], columns to the left, rows to the back
     "Pixel data of one slice"
     hu = hu[::-1 if style.flip_rows else 1, ::-1 if style.flip_columns else 1]
@@ -158,7 +159,7 @@ def write_slice(
     ds['PixelData'].is_undefined_length = style.syntax == JPEGLosslessSV1
     path.write_bytes(_file_bytes(ds, style))
 
-# %% ../nbs/28_phantom_dicom.ipynb #935f05d0
+# %% ../nbs/28_phantom_dicom.ipynb #478c8848
 def instance_numbers(n: int, style: Style, rng: np.random.Generator) -> np.ndarray:  # int [n]
     "InstanceNumber of each slice from the feet"
     k = np.arange(n)[::-1] if style.head_first else np.arange(n)
@@ -172,7 +173,6 @@ def write_series(
     ids: tuple,                   # study, series, list of SOP instance ids
 ) -> np.ndarray:  # int16 [voxels, 3]: slice from the feet, row, column of thrombus, as the oriented volume has them
     "All slices of a study as DICOM files"
-    from rsnape_kit.phantom_paint import Tissue
     folder.mkdir(parents=True, exist_ok=True)
     scanner, ds, found = Scanner(s), header(s, style, *ids[:2]), [np.zeros((0, 3), np.int16)]
     numbers = instance_numbers(len(s.scan.z), style, np.random.default_rng([*s.seed, 98]))

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['Tissue', 'TILE', 'empty_box', 'cover_capsules', 'cover_ellipsoid', 'fill', 'tile', 'texture', 'Canvas']
 
-# %% ../nbs/20_phantom_paint.ipynb #25245e85
+# %% ../nbs/20_phantom_paint.ipynb #b39078f4
 from enum import IntEnum
 
 import numpy as np
 from numba import njit
 
-# %% ../nbs/20_phantom_paint.ipynb #bddeb64c
+# %% ../nbs/20_phantom_paint.ipynb #c3691d08
 Tissue = IntEnum('Tissue', 'SKIN FAT MUSCLE BONE SOFT ORGAN TABLE HEART RV LV RA LA AORTA SVC PA CLOT LUNG AIRWAY VEIN')
 
-# %% ../nbs/20_phantom_paint.ipynb #fd2504c6
+# %% ../nbs/20_phantom_paint.ipynb #e6c0d3b6
 def empty_box() -> np.ndarray:  # int64 [4]: first and end row, first and end column
     "A box that holds nothing yet"
     return np.array([1 << 30, 0, 1 << 30, 0])
@@ -39,7 +39,7 @@ def _reach_box(view, shape, ax, ay, az, bx, by, bz, reach):
     return (max(0, int((min(ya, yb) - reach - y0) / px)), min(shape[0], int((max(ya, yb) + reach - y0) / px) + 2),
             max(0, int((min(xa, xb) - reach - x0) / px)), min(shape[1], int((max(xa, xb) + reach - x0) / px) + 2))
 
-# %% ../nbs/20_phantom_paint.ipynb #92a02f58
+# %% ../nbs/20_phantom_paint.ipynb #b5b30c47
 @njit(nogil=True, cache=True)
 def cover_capsules(
     cov,   # float32 [H, W] coverage 0..1, raised in place
@@ -72,7 +72,7 @@ def cover_capsules(
                     if a > cov[j, i]:
                         cov[j, i] = min(1., a)
 
-# %% ../nbs/20_phantom_paint.ipynb #6ca7478f
+# %% ../nbs/20_phantom_paint.ipynb #d60e0429
 @njit(nogil=True, cache=True)
 def _grown(axes, grow):
     "Axes of an ellipsoid whose half-lengths are longer by `grow` mm, and its half-extents in x and y"
@@ -94,7 +94,7 @@ def _power_norm(u, v, w, power):
         return np.sqrt(u * u + v * v + w * w) + 1e-6
     return (abs(u)**power + abs(v)**power + abs(w)**power)**(1 / power) + 1e-6
 
-# %% ../nbs/20_phantom_paint.ipynb #5fd87891
+# %% ../nbs/20_phantom_paint.ipynb #1aa968f7
 @njit(nogil=True, cache=True)
 def cover_ellipsoid(
     cov,     # float32 [H, W] coverage 0..1, raised in place
@@ -133,7 +133,7 @@ def cover_ellipsoid(
                 if a > cov[j, i]:
                     cov[j, i] = min(1., a)
 
-# %% ../nbs/20_phantom_paint.ipynb #9036c684
+# %% ../nbs/20_phantom_paint.ipynb #c595f2e5
 @njit(nogil=True, cache=True)
 def fill(
     hu,      # float32 [H, W], changed in place
@@ -159,7 +159,7 @@ def fill(
                         tissue[j, i] = ident
     box[0], box[1], box[2], box[3] = 1 << 30, 0, 1 << 30, 0
 
-# %% ../nbs/20_phantom_paint.ipynb #7bb34c67
+# %% ../nbs/20_phantom_paint.ipynb #5def05a0
 TILE = 1024   # pixels, a power of two
 
 
@@ -184,7 +184,7 @@ def tile(name: str) -> np.ndarray:  # float32 [TILE, TILE], mean 0, variance 1, 
         _tiles[name] = _tile(_SPECTRA[name], [3, list(_SPECTRA).index(name)])
     return _tiles[name]
 
-# %% ../nbs/20_phantom_paint.ipynb #e4bc572c
+# %% ../nbs/20_phantom_paint.ipynb #4be6703f
 @njit(nogil=True, cache=True)
 def texture(
     out,   # float32 [H, W], overwritten
@@ -204,7 +204,7 @@ def texture(
         for i in range(out.shape[1]):
             out[j, i] = norm * (a * tile[u, (i + h0 // n) & (n - 1)] + b * tile[v, (i + h1 // n) & (n - 1)])
 
-# %% ../nbs/20_phantom_paint.ipynb #6546e385
+# %% ../nbs/20_phantom_paint.ipynb #746248d6
 class Canvas:
     "One slice being painted: HU, tissue and the scratch coverage"
     def __init__(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['paint_couch', 'paint_arteries', 'paint_slice', 'rays', 'add_streaks', 'develop', 'Scanner']
 
-# %% ../nbs/27_phantom_scanner.ipynb #c230572e
+# %% ../nbs/27_phantom_scanner.ipynb #3b9986d6
 import numpy as np
 from numba import njit
 
@@ -16,7 +16,7 @@ from .phantom_heart import mediastinum, paint_heart
 from .phantom_paint import TILE, Canvas, Tissue, cover_capsules, tile
 from .phantom_study import Study, view_of
 
-# %% ../nbs/27_phantom_scanner.ipynb #cea64d39
+# %% ../nbs/27_phantom_scanner.ipynb #0a1b3c6c
 @njit(nogil=True, cache=True)
 def paint_couch(hu, tissue, view, y, sign, tex):
     "A curved carbon-fibre shell filled with foam under a thin mattress, at depth y (sign -1: above it)"
@@ -37,7 +37,7 @@ def paint_couch(hu, tissue, view, y, sign, tex):
                         tissue[j, i] = Tissue.TABLE.value
                 hu[j, i] = max(hu[j, i], v)
 
-# %% ../nbs/27_phantom_scanner.ipynb #b07dcf8b
+# %% ../nbs/27_phantom_scanner.ipynb #4f40d427
 @njit(nogil=True, cache=True)
 def _fill_arteries(hu, tissue, lumen, box, clot, tex, value, mixing, thrombus):
     for j in range(box[0], box[1]):
@@ -64,7 +64,7 @@ def paint_arteries(canvas: Canvas, cover: ClotCover, s: Study):
     if there:
         cover.clear()
 
-# %% ../nbs/27_phantom_scanner.ipynb #40e3cd03
+# %% ../nbs/27_phantom_scanner.ipynb #36341e09
 def paint_slice(canvas: Canvas, cover: ClotCover, s: Study, z: float, dx: float = 0., dy: float = 0.):
     "Everything at one height, without the scanner's noise; dx, dy shift the patient (mm)"
     p, b, t, v = s.patient, s.blood, Tissue, view_of(s.scan, s.patient, z)
@@ -93,7 +93,7 @@ def paint_slice(canvas: Canvas, cover: ClotCover, s: Study, z: float, dx: float 
     canvas.tubes(s.tubes['airways'], -985, t.AIRWAY)
     paint_arteries(canvas, cover, s)
 
-# %% ../nbs/27_phantom_scanner.ipynb #0959c24b
+# %% ../nbs/27_phantom_scanner.ipynb #e5dd81cf
 def rays(phase: float) -> np.ndarray:  # float32 [N_ANGLES]
     "Light and shade by direction, mean 0"
     a = np.arange(N_ANGLES) * (2 * np.pi / N_ANGLES)
@@ -114,7 +114,7 @@ def add_streaks(hu, view, x, y, strength, by_angle):
                 fall = strength * min(1., d / 8.) * (1. - d / 75.)**3
                 hu[j, i] += fall * by_angle[angle_index(dy, dx)]
 
-# %% ../nbs/27_phantom_scanner.ipynb #e8bed0ec
+# %% ../nbs/27_phantom_scanner.ipynb #a487d8ee
 @njit(nogil=True, cache=True)
 def develop(
     out,     # int16 [H, W]
@@ -143,7 +143,7 @@ def develop(
                 v += smear * (1. - .5 * q) * ((1 - f) * noise[r, (at[1] + 5 * k) & m] + f * noise[r, (at[1] + 5 * k + 5) & m])
             out[j, i] = np.int16(np.rint(min(3071., max(-1024., v))))
 
-# %% ../nbs/27_phantom_scanner.ipynb #8e3dbe13
+# %% ../nbs/27_phantom_scanner.ipynb #3e735f36
 class Scanner:
     "Renders any slice of a study; keeps its buffers, so use one a thread"
     def __init__(self, study: Study):
