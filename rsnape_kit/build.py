@@ -165,7 +165,7 @@ def build_store(
     finally:
         if executor is None:
             pool.shutdown(cancel_futures=True)
-    _index(out, paths, meta)
+    _index(out, paths, meta, source.table)
     return out
 
 def _with_labels(table, labels):
@@ -177,17 +177,14 @@ def _with_labels(table, labels):
 # %% ../nbs/15_build.ipynb #0f1bd94f
 INDEX = "index.parquet"
 
-def _index(out, paths, meta):
-    "Join the shards' tables into the store's index; list the problems."
-    tables = []
-    for path in paths:
-        table, _ = read_footer(path)
-        tables.append(table.assign(shard=path.name))
-    index = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-    if len(index):
-        index = index.sort_values(["StudyInstanceUID", "SeriesInstanceUID", "order"], ignore_index=True, kind="stable")
-        columns = ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "path", "problem"]
-        index.loc[index.problem != "", columns].to_csv(out / "problems.csv", index=False)
+def _index(out, paths, meta, table):
+    "Join the shards' tables into the store's index; list the problems. A part may be empty, and still is a store."
+    tables = [read_footer(path)[0].assign(shard=path.name) for path in paths]
+    index = pd.concat(tables, ignore_index=True) if tables else table.iloc[:0].assign(
+        start=0, bytes=0, crc32=0, shard="")
+    index = index.sort_values(["StudyInstanceUID", "SeriesInstanceUID", "order"], ignore_index=True, kind="stable")
+    columns = ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "path", "problem"]
+    index.loc[index.problem != "", columns].to_csv(out / "problems.csv", index=False)
     temporary = out / f"{INDEX}.tmp"
     index.attrs = meta
     index.to_parquet(temporary, compression="zstd", index=False)
