@@ -9,7 +9,7 @@ __all__ = ['STUDIES', 'INDEX', 'study_hash', 'groups', 'fingerprint', 'make_shar
 import hashlib
 import json
 import os
-from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -148,6 +148,7 @@ def build_store(
     if source.size != size:
         raise ValueError(f"the source gives {source.size} pixels a side, the store shall have {size}")
     if labels is not None:
+        source = source.take(np.arange(len(source.table)))  # the caller's own stays as it is
         source.table = _with_labels(source.table, labels)
     out, meta = Path(out), {"size": size, "lowest": getattr(source, "lowest", -1024), "part": list(part)}
     out.mkdir(parents=True, exist_ok=True)
@@ -156,34 +157,39 @@ def build_store(
     left = sum(len(r) for r, _ in todo)
     pool = executor or _pool(left, len(todo))
     try:
-        with tqdm(total=left + sum(there), initial=sum(there), unit=" slices", desc=f"store {out.name}") as bar:
+        with tqdm(total=left + sum(there), initial=sum(there), unit=" slices", desc=out.name) as bar:
             _run(((make_shard, source.take(r), path, meta) for r, path in todo), pool, bar.update)
+    except BrokenExecutor as error:
+        raise RuntimeError("a process of the build ended. If this is a script, keep its main part under "
+                           "`if __name__ == '__main__':`; if memory ran out, give an executor of fewer workers. "
+                           "Finished shards are kept: build again to go on") from error
     finally:
         if executor is None:
             pool.shutdown(cancel_futures=True)
-    _index(out, paths, meta)
+    _index(out, paths, meta, source.table)
     return out
 
 def _with_labels(table, labels):
     "The slices table with label columns, NaN where a slice has none."
     keys = ["StudyInstanceUID", "SOPInstanceUID"]
     labels = labels.drop(columns=[c for c in labels if c in table and c not in keys])
-    return table.merge(labels, on=keys, how="left", validate="many_to_one")
+    joined = table.merge(labels, on=keys, how="left", validate="many_to_one", indicator="_found")
+    if len(table) and not (joined["_found"] == "both").any():
+        raise ValueError(f"labels name none of these slices: theirs begin with {labels[keys].iloc[:1].values.tolist()}, "
+                         f"the source's with {table[keys].iloc[:1].values.tolist()}; ids are texts")
+    return joined.drop(columns="_found")
 
 # %% ../nbs/15_build.ipynb #0f1bd94f
 INDEX = "index.parquet"
 
-def _index(out, paths, meta):
-    "Join the shards' tables into the store's index; list the problems."
-    tables = []
-    for path in paths:
-        table, _ = read_footer(path)
-        tables.append(table.assign(shard=path.name))
-    index = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-    if len(index):
-        index = index.sort_values(["StudyInstanceUID", "SeriesInstanceUID", "order"], ignore_index=True, kind="stable")
-        columns = ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "path", "problem"]
-        index.loc[index.problem != "", columns].to_csv(out / "problems.csv", index=False)
+def _index(out, paths, meta, table):
+    "Join the shards' tables into the store's index; list the problems. A part may be empty, and still is a store."
+    tables = [read_footer(path)[0].assign(shard=path.name) for path in paths]
+    index = pd.concat(tables, ignore_index=True) if tables else table.iloc[:0].assign(
+        start=0, bytes=0, crc32=0, shard="")
+    index = index.sort_values(["StudyInstanceUID", "SeriesInstanceUID", "order"], ignore_index=True, kind="stable")
+    columns = ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "path", "problem"]
+    index.loc[index.problem != "", columns].to_csv(out / "problems.csv", index=False)
     temporary = out / f"{INDEX}.tmp"
     index.attrs = meta
     index.to_parquet(temporary, compression="zstd", index=False)

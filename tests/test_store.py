@@ -113,6 +113,10 @@ def test_parts_on_many_mounts(tmp_path, monkeypatch):
     np.testing.assert_array_equal(store[:], whole[:])
     study = whole.table.StudyInstanceUID[20]
     np.testing.assert_array_equal(store[store.study(study)], whole[(whole.table.StudyInstanceUID == study).to_numpy()])
+    some = [build_store(root, tmp_path / f"of40-{i}", part=(i, 40)) for i in range(40)]  # most of them empty
+    np.testing.assert_array_equal(SliceStore(*some)[:], whole[:])
+    empty = next(s for s in map(SliceStore, some) if len(s) == 0)
+    assert empty[:].shape == (0, 256, 256) and list(empty.table) == list(whole.table)
     full = build_store(root, tmp_path / "full", size=512)
     with pytest.raises(ValueError, match="parts of one size"):
         SliceStore(moved, full)
@@ -160,6 +164,19 @@ def test_kill_9_at_any_moment(tmp_path, monkeypatch):
     assert kills >= 3
     assert shards(out) == expected and not list(out.glob("*.tmp"))
     np.testing.assert_array_equal(SliceStore(out)[:], SliceStore(tmp_path / "expected")[:])
+
+
+def test_a_script_without_main_is_told_what_to_do(tmp_path):
+    "Its processes would start the script again; they end at once instead, and the error says why."
+    competition(tmp_path / "train", studies=2, slices=2)
+    (tmp_path / "script.py").write_text(
+        "from rsnape_kit import build\n"
+        "from concurrent.futures import ProcessPoolExecutor\nfrom multiprocessing import get_context\n"
+        "build._pool = lambda *_: ProcessPoolExecutor(1, mp_context=get_context('spawn'))\n"
+        f"build.build_store({os.fspath(tmp_path / 'train')!r}, {os.fspath(tmp_path / 'out')!r}, size=32)\n")
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert done.returncode == 1 and "keep its main part under `if __name__" in done.stderr.splitlines()[-1]
 
 
 def test_half_written_files_are_not_trusted(tmp_path):
@@ -247,6 +264,8 @@ def test_labels_beside_the_pixels(tmp_path):
     store = SliceStore(build_store(root, tmp_path / "out", size=32, labels=labels))
     assert store.table.pe_present_on_image.tolist() == [0, 1, 0, 1, 0, 1, 0, 1, 0]
     assert store.table.SOPInstanceUID.tolist() == table.SOPInstanceUID.tolist()
+    with pytest.raises(ValueError, match="labels name none of these slices"):
+        build_store(root, tmp_path / "none", size=32, labels=labels.assign(StudyInstanceUID="0"))
 
 
 def test_many_threads_read_one_store(tmp_path):
