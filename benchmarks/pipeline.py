@@ -235,7 +235,7 @@ def fit_model(shape: tuple, dtype: str, device: bool = False):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--studies", type=int, default=4)
+    parser.add_argument("--studies", type=int, default=2)
     parser.add_argument("--slices", type=int, default=234, help="of each study; 234 is the competition's median")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
