@@ -16,21 +16,13 @@ from scipy.stats import binomtest
 from rsnape_kit.dicom import read_series
 from rsnape_kit.labels import EXAM_LABELS, RULES
 from rsnape_kit.phantom import Settings, make_competition, make_study
+from rsnape_kit.phantom_body import Patient
 from rsnape_kit.phantom_dicom import Style, hex_id, write_series
 from rsnape_kit.phantom_heart import Heart
 from rsnape_kit.phantom_paint import Tissue
+from rsnape_kit.phantom_protocol import Scan, draw_scan, view_of
 from rsnape_kit.phantom_scanner import Scanner
-from rsnape_kit.phantom_study import (
-    DEMO,
-    MIN_AREA,
-    Scan,
-    draw_scan,
-    draw_study,
-    exam_labels,
-    image_labels,
-    twin,
-    view_of,
-)
+from rsnape_kit.phantom_study import DEMO, MIN_AREA, draw_heart, draw_study, exam_labels, image_labels, twin
 from rsnape_kit.scan import scan
 
 TRAIN = 7279  # studies, of which 2,211 have emboli and 157 are indeterminate (the competition's train.csv)
@@ -86,7 +78,7 @@ def test_every_study_obeys_the_hierarchy(drawn):
 
 def test_slices_per_study_are_the_competitions():
     rng = np.random.default_rng(0)
-    n = np.array([len(draw_scan(make_patient, rng).z) for make_patient in [draw_study(1).patient] * 2000])
+    n = np.array([len(draw_scan(Patient(), rng).z) for _ in range(2000)])
     assert n.min() >= 60 and n.max() <= 1083 and 220 < np.median(n) < 248 and 360 < np.quantile(n, .95) < 420
 
 
@@ -126,7 +118,6 @@ def _eroded(mask):
 
 
 def test_larger_clots_strain_the_heart():
-    from rsnape_kit.phantom_study import draw_heart
     ratio = {ml: np.mean([draw_heart(np.random.default_rng(k), ml).right for k in range(400)]) for ml in (0, .3, 10)}
     assert ratio[0] < ratio[.3] < ratio[10] and Heart().right < ratio[10]
 
@@ -219,4 +210,4 @@ def test_the_layout_is_the_competitions(tmp_path):
 
 
 def test_scan_defaults_are_plain():
-    assert draw_scan(draw_study(1).patient, np.random.default_rng(0), clean=True).pad == Scan().pad == -1024
+    assert draw_scan(Patient(), np.random.default_rng(0), clean=True).pad == Scan().pad == -1024
