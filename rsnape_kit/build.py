@@ -9,7 +9,7 @@ __all__ = ['STUDIES', 'INDEX', 'study_hash', 'groups', 'fingerprint', 'make_shar
 import hashlib
 import json
 import os
-from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -67,10 +67,11 @@ def make_shard(
 ) -> int:  # slices
     "Read and write one shard. The table goes in as it is at the end, with what was found wrong while reading."
     table = source.table.assign(path=source.table.path.map(_short))
+    image = np.empty((1, source.size, source.size), np.int16)
 
     def slices():
         for i in range(len(table)):
-            yield source[i]
+            yield source.read([i], image)[0]
         for column in ("problem", "exact"):  # reading may have found more
             table[column] = source.table[column].to_numpy()
 
@@ -155,12 +156,16 @@ def build_store(
     left = sum(len(r) for r, _ in todo)
     pool = executor or _pool(left, len(todo))
     try:
-        with tqdm(total=left + sum(there), initial=sum(there), unit=" slices", desc=f"store {out.name}") as bar:
+        with tqdm(total=left + sum(there), initial=sum(there), unit=" slices", desc=out.name) as bar:
             _run(((make_shard, source.take(r), path, meta) for r, path in todo), pool, bar.update)
+    except BrokenExecutor as error:
+        raise RuntimeError("a process of the build ended. If this is a script, keep its main part under "
+                           "`if __name__ == '__main__':`; if memory ran out, give an executor of fewer workers. "
+                           "Finished shards are kept: build again to go on") from error
     finally:
         if executor is None:
             pool.shutdown(cancel_futures=True)
-    _index(out, paths, meta)
+    _index(out, paths, meta, source.table)
     return out
 
 def _with_labels(table, labels):
@@ -172,17 +177,14 @@ def _with_labels(table, labels):
 # %% ../nbs/15_build.ipynb #0f1bd94f
 INDEX = "index.parquet"
 
-def _index(out, paths, meta):
-    "Join the shards' tables into the store's index; list the problems."
-    tables = []
-    for path in paths:
-        table, _ = read_footer(path)
-        tables.append(table.assign(shard=path.name))
-    index = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-    if len(index):
-        index = index.sort_values(["StudyInstanceUID", "SeriesInstanceUID", "order"], ignore_index=True, kind="stable")
-        columns = ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "path", "problem"]
-        index.loc[index.problem != "", columns].to_csv(out / "problems.csv", index=False)
+def _index(out, paths, meta, table):
+    "Join the shards' tables into the store's index; list the problems. A part may be empty, and still is a store."
+    tables = [read_footer(path)[0].assign(shard=path.name) for path in paths]
+    index = pd.concat(tables, ignore_index=True) if tables else table.iloc[:0].assign(
+        start=0, bytes=0, crc32=0, shard="")
+    index = index.sort_values(["StudyInstanceUID", "SeriesInstanceUID", "order"], ignore_index=True, kind="stable")
+    columns = ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "path", "problem"]
+    index.loc[index.problem != "", columns].to_csv(out / "problems.csv", index=False)
     temporary = out / f"{INDEX}.tmp"
     index.attrs = meta
     index.to_parquet(temporary, compression="zstd", index=False)
