@@ -2,8 +2,8 @@
 
 Per slice of 512x512: labels alone (no pixels), rendering with its tissue map, and a whole study with DICOM writing in
 each transfer syntax, as CPU-seconds of this process. Beside them the cost of two plain ways to do a part of the work:
-drawing correlated noise afresh for each slice, and writing through pydicom's `save_as`. Memory is the growth of the peak from a
-short study to one four times longer. Stages take turns, so that a slow spell of the machine falls on all of them.
+drawing correlated noise afresh for each slice, and writing through pydicom's `save_as`. Memory is the growth of the
+peak from a short study to one four times longer. Stages take turns, so that a slow spell of the machine falls on all.
 """
 import argparse
 import resource

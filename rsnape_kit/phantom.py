@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Settings', 'make_study', 'label_table', 'facts', 'write_study', 'write_tables', 'make_competition']
 
-# %% ../nbs/29_phantom.ipynb #f47451b3
+# %% ../nbs/29_phantom.ipynb #dd8874c6
 import json
 import os
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -22,7 +22,7 @@ from .phantom_dicom import draw_style, hex_id, write_series
 from .phantom_heart import rv_lv_ratio
 from .phantom_study import DIFFICULTIES, Study, draw_study, exam_labels, image_labels, twin
 
-# %% ../nbs/29_phantom.ipynb #05cf6e80
+# %% ../nbs/29_phantom.ipynb #5bfb8e6f
 @dataclass(frozen=True)
 class Settings:
     "What decides every byte of a phantom competition"
@@ -52,7 +52,7 @@ def label_table(s: Study, ids: tuple) -> pd.DataFrame:
     "The study's rows of train.csv, feet to head"
     return pd.DataFrame(dict(zip((STUDY, SERIES, SLICE), ids)) | {IMAGE_LABEL: image_labels(s).astype(int)} | exam_labels(s))
 
-# %% ../nbs/29_phantom.ipynb #6c58c0d1
+# %% ../nbs/29_phantom.ipynb #136af05e
 def facts(s: Study, ids: tuple, split: str) -> dict:
     "What a study is made of"
     p, c = s.patient, s.scan
@@ -87,7 +87,7 @@ def write_study(
     record.with_suffix(".part").replace(record)
     return str(record)
 
-# %% ../nbs/29_phantom.ipynb #9c11c674
+# %% ../nbs/29_phantom.ipynb #40dd7ed4
 def _rows(records, labels="exam", images=True):
     "Rows of train.csv from records, as columns"
     parts = [pd.DataFrame(dict(zip((STUDY, SERIES, SLICE), r["ids"])) | {IMAGE_LABEL: r["images"] if images else 0} | r[labels])
@@ -112,7 +112,7 @@ def write_tables(out: Path, records: list, cfg: Settings):
     if twins:
         _rows(twins, "twin", images=False).to_csv(out / "truth" / "twins.csv", index=False)
 
-# %% ../nbs/29_phantom.ipynb #758748f2
+# %% ../nbs/29_phantom.ipynb #25694184
 def _begin(out, cfg):
     "Make the folders and keep the settings, or check them"
     kept, text = out / "truth" / "settings.json", json.dumps(asdict(cfg), indent=1)

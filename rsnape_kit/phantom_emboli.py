@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Plan', 'Calibre', 'lay_clot', 'saddle', 'embolise']
 
-# %% ../nbs/25_phantom_emboli.ipynb #48e8dac8
+# %% ../nbs/25_phantom_emboli.ipynb #b2f0d351
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,7 +14,7 @@ from .phantom_clots import Clots, acute, children, chronic, regions, track, walk
 from .phantom_paths import ARTERIES
 from .phantom_vessels import Tree
 
-# %% ../nbs/25_phantom_emboli.ipynb #0e7b9a13
+# %% ../nbs/25_phantom_emboli.ipynb #d970845c
 @dataclass(frozen=True)
 class Plan:
     "What to aim at; the labels are measured afterwards"
@@ -33,7 +33,7 @@ class Calibre:
     lobar: float = .45           # share of clots beyond the main arteries that begin where the radius exceeds 3 mm
     length: float = 18.          # mm, median
 
-# %% ../nbs/25_phantom_emboli.ipynb #39949f83
+# %% ../nbs/25_phantom_emboli.ipynb #00486f9c
 def _saddle(tree, rng):
     "Rows from one main artery over the fork into the other, and a length"
     rows = {k: list(np.flatnonzero(tree.path == i)) for i, k in enumerate(ARTERIES)}
@@ -54,7 +54,7 @@ def _start(tree, rng, side, plan_central, calibre):
     p = r[rows] if not plan_central else np.ones(len(rows))
     return int(rng.choice(rows, p=p / p.sum()))
 
-# %% ../nbs/25_phantom_emboli.ipynb #6e68d155
+# %% ../nbs/25_phantom_emboli.ipynb #ad77ed73
 def _resize(tree, healthy, rows, factor):
     "The tree with rows `factor` times as wide as they were in health"
     caps = tree.caps.copy()
@@ -80,7 +80,7 @@ def saddle(tree, rng) -> Clots:
     points, region = np.concatenate([a[::-1], b]), np.concatenate([ra[::-1], rb])
     return acute(points, region, rng.uniform(.35, .6), rng, rng.uniform(45, 65))
 
-# %% ../nbs/25_phantom_emboli.ipynb #1afb749b
+# %% ../nbs/25_phantom_emboli.ipynb #19e3839c
 def _heights(clots, z):
     c = np.concatenate([clots.worms, clots.rims])
     r = np.maximum(c[:, 3], c[:, 7])[:, None] * .8

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['edge', 'angle_index', 'paint_body']
 
-# %% ../nbs/21_phantom_layers.ipynb #46a138a5
+# %% ../nbs/21_phantom_layers.ipynb #46658e63
 import numpy as np
 from numba import njit
 
 from .phantom_body import N_ANGLES
 from .phantom_paint import Tissue
 
-# %% ../nbs/21_phantom_layers.ipynb #2d54ff68
+# %% ../nbs/21_phantom_layers.ipynb #3994b773
 @njit(nogil=True, inline="always")
 def edge(s, w):
     "Coverage at depth s below a surface whose edge is w wide"
@@ -31,7 +31,7 @@ def angle_index(y, x):
         r = 3.14159274 - r
     return int(((r if y >= 0 else -r) * .159154943 + 1.) * N_ANGLES) & (N_ANGLES - 1)
 
-# %% ../nbs/21_phantom_layers.ipynb #bbfcaacc
+# %% ../nbs/21_phantom_layers.ipynb #18686867
 @njit(nogil=True, inline="always")
 def _fat_hu(depth, dy, tx, ft):
     "Fat under the skin: strands in it, and glands where it is deep in front"
@@ -71,7 +71,7 @@ def _belly_hu(x, y, liver, tx, soft):
     v += edge((1 - stomach) * 16., soft * 2) * (45. - v)
     return v + edge((.8 - stomach) * 16., soft * 2) * ((-940. if y < -30. else 30. + 8. * tx) - v)
 
-# %% ../nbs/21_phantom_layers.ipynb #a63061bd
+# %% ../nbs/21_phantom_layers.ipynb #292faae4
 @njit(nogil=True, inline="always")
 def _lung_hu(x, y, z, base, tx, ft):
     v = base + .55 * (y - 10.) + 15. * tx + 16. * ft
@@ -107,7 +107,30 @@ def _cavity_hu(x, y, z, par, tx, ft, soft, thick):
             ident = Tissue.SOFT.value
     return v, ident
 
-# %% ../nbs/21_phantom_layers.ipynb #da330507
+# %% ../nbs/21_phantom_layers.ipynb #e7d1460c
+@njit(nogil=True, inline="always")
+def _wall_hu(v, ident, r, dy, radii, marrow, tx, ft, soft):
+    "Value and tissue in the chest wall, blended into what is there"
+    s = radii[7] - r
+    v += edge(s, soft) * (10. - v)
+    ident = Tissue.SKIN.value if s > 0. else ident
+    if s > 1.:
+        v += edge(s - 1.8, soft) * (_fat_hu(s, dy, tx, ft) - v)
+        ident = Tissue.FAT.value if s > 1.8 else ident
+    s = radii[6] - r
+    if s > -2.:
+        v += edge(s, soft * 1.3) * (_muscle_hu(r, radii[5], radii[6] - radii[4], tx, ft) - v)
+        ident = Tissue.MUSCLE.value if s > 0. else ident
+    s, off = radii[4] - r, (r - radii[1]) / 4.6
+    if s > -2.:
+        v += edge(s, 2.) * (20. + 18. * tx - 48. * min(1.2, abs(off)) * (1. - radii[3]) - v)
+        depth = (1. - np.sqrt(off * off + (radii[2] / 6.8)**2)) * 4.6
+        if depth > -2.:
+            v = _rib_hu(v, depth, radii[3], marrow, ft, soft)
+            ident = Tissue.BONE.value if depth > 0. else ident
+    return v, ident
+
+# %% ../nbs/21_phantom_layers.ipynb #149d176e
 @njit(nogil=True, cache=True, fastmath=True)
 def paint_body(
     hu,      # float32 [H, W], air to begin with, changed in place
@@ -136,24 +159,8 @@ def paint_body(
                 continue
             v, ident = hu[j, i], tissue[j, i]
             tx, ft = tex[j, i], fine[j, i]
-            if r > radii[0, t] - 2.:                                # chest wall
-                s = radii[7, t] - r
-                v += edge(s, soft) * (10. - v)
-                ident = Tissue.SKIN.value if s > 0. else ident
-                if s > 1.:
-                    v += edge(s - 1.8, soft) * (_fat_hu(s, y - cy, tx, ft) - v)
-                    ident = Tissue.FAT.value if s > 1.8 else ident
-                s = radii[6, t] - r
-                if s > -2.:
-                    v += edge(s, soft * 1.3) * (_muscle_hu(r, radii[5, t], radii[6, t] - radii[4, t], tx, ft) - v)
-                    ident = Tissue.MUSCLE.value if s > 0. else ident
-                s, off = radii[4, t] - r, (r - radii[1, t]) / 4.6
-                if s > -2.:
-                    v += edge(s, 2.) * (20. + 18. * tx - 48. * min(1.2, abs(off)) * (1. - radii[3, t]) - v)
-                    depth = (1. - np.sqrt(off * off + (radii[2, t] / 6.8)**2)) * 4.6
-                    if depth > -2.:
-                        v = _rib_hu(v, depth, radii[3, t], marrow, ft, soft)
-                        ident = Tissue.BONE.value if depth > 0. else ident
+            if r > radii[0, t] - 2.:
+                v, ident = _wall_hu(v, ident, r, y - cy, radii[:, t], marrow, tx, ft, soft)
             s = radii[0, t] - r
             if s > -2. and radii[0, t] > 3.:                        # inside
                 inner, kind = _cavity_hu(x, y, z, par, tx, ft, soft, thick)

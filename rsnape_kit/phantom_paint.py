@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Tissue', 'empty_box', 'cover_capsules', 'cover_ellipsoid', 'fill', 'Canvas']
 
-# %% ../nbs/20_phantom_paint.ipynb #45bf53df
+# %% ../nbs/20_phantom_paint.ipynb #2a2ab7a2
 from enum import IntEnum
 
 import numpy as np
@@ -13,10 +13,10 @@ from numba import njit
 
 from .phantom_texture import texture, tile
 
-# %% ../nbs/20_phantom_paint.ipynb #e73d0af7
+# %% ../nbs/20_phantom_paint.ipynb #2e92e490
 Tissue = IntEnum("Tissue", "SKIN FAT MUSCLE BONE SOFT ORGAN TABLE HEART RV LV RA LA AORTA SVC PA CLOT LUNG AIRWAY VEIN")
 
-# %% ../nbs/20_phantom_paint.ipynb #40943f07
+# %% ../nbs/20_phantom_paint.ipynb #5ae23597
 def empty_box() -> np.ndarray:  # int64 [4]: first and end row, first and end column
     "A box that holds nothing yet"
     return np.array([1 << 30, 0, 1 << 30, 0])
@@ -41,7 +41,7 @@ def _reach_box(view, shape, ax, ay, az, bx, by, bz, reach):
     return (max(0, int((min(ya, yb) - reach - y0) / px)), min(shape[0], int((max(ya, yb) + reach - y0) / px) + 2),
             max(0, int((min(xa, xb) - reach - x0) / px)), min(shape[1], int((max(xa, xb) + reach - x0) / px) + 2))
 
-# %% ../nbs/20_phantom_paint.ipynb #a91e3372
+# %% ../nbs/20_phantom_paint.ipynb #94c91c94
 @njit(nogil=True, cache=True)
 def cover_capsules(
     cov,   # float32 [H, W] coverage 0..1, raised in place
@@ -74,7 +74,7 @@ def cover_capsules(
                     if a > cov[j, i]:
                         cov[j, i] = min(1., a)
 
-# %% ../nbs/20_phantom_paint.ipynb #e597361c
+# %% ../nbs/20_phantom_paint.ipynb #cffeb071
 @njit(nogil=True, cache=True)
 def _grown(axes, grow):
     "Axes of an ellipsoid whose half-lengths are longer by `grow` mm, and its half-extents in x and y"
@@ -96,7 +96,18 @@ def _power_norm(u, v, w, power):
         return np.sqrt(u * u + v * v + w * w) + 1e-6
     return (abs(u)**power + abs(v)**power + abs(w)**power)**(1 / power) + 1e-6
 
-# %% ../nbs/20_phantom_paint.ipynb #5b7c5e00
+
+@njit(nogil=True, cache=True)
+def _ellipsoid_coverage(m, u, v, w, power, soft, thick):
+    "Coverage, not yet clipped to one, where the transformed point is u, v, w: depth over the width of the edge there"
+    q = _power_norm(u, v, w, power)
+    gx = (u * m[0, 0] + v * m[1, 0] + w * m[2, 0]) / q
+    gy = (u * m[0, 1] + v * m[1, 1] + w * m[2, 1]) / q
+    gz = (u * m[0, 2] + v * m[1, 2] + w * m[2, 2]) / q
+    g = np.sqrt(gx * gx + gy * gy + gz * gz) + 1e-9
+    return .5 + (1 - q) / g / (soft + thick * abs(gz) / g)
+
+# %% ../nbs/20_phantom_paint.ipynb #e960d156
 @njit(nogil=True, cache=True)
 def cover_ellipsoid(
     cov,     # float32 [H, W] coverage 0..1, raised in place
@@ -123,19 +134,12 @@ def cover_ellipsoid(
             u = m[0, 0] * qx + m[0, 1] * qy + m[0, 2] * qz
             v = m[1, 0] * qx + m[1, 1] * qy + m[1, 2] * qz
             w = m[2, 0] * qx + m[2, 1] * qy + m[2, 2] * qz
-            if max(abs(u), abs(v), abs(w)) > 1.3:
-                continue
-            q = _power_norm(u, v, w, power)
-            if q < 1.3:
-                gx = (u * m[0, 0] + v * m[1, 0] + w * m[2, 0]) / q
-                gy = (u * m[0, 1] + v * m[1, 1] + w * m[2, 1]) / q
-                gz = (u * m[0, 2] + v * m[1, 2] + w * m[2, 2]) / q
-                g = np.sqrt(gx * gx + gy * gy + gz * gz) + 1e-9
-                a = .5 + (1 - q) / g / (soft + thick * abs(gz) / g)
+            if max(abs(u), abs(v), abs(w)) < 1.3:
+                a = _ellipsoid_coverage(m, u, v, w, power, soft, thick)
                 if a > cov[j, i]:
                     cov[j, i] = min(1., a)
 
-# %% ../nbs/20_phantom_paint.ipynb #e5196fa3
+# %% ../nbs/20_phantom_paint.ipynb #90d0451c
 @njit(nogil=True, cache=True)
 def fill(
     hu,      # float32 [H, W], changed in place
@@ -161,7 +165,7 @@ def fill(
                         tissue[j, i] = ident
     box[0], box[1], box[2], box[3] = 1 << 30, 0, 1 << 30, 0
 
-# %% ../nbs/20_phantom_paint.ipynb #e98e0f64
+# %% ../nbs/20_phantom_paint.ipynb #4015d16b
 class Canvas:
     "One slice being painted: HU, tissue and the scratch coverage"
     def __init__(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['paint_couch', 'paint_arteries', 'paint_slice', 'rays', 'add_streaks', 'develop', 'Scanner']
 
-# %% ../nbs/27_phantom_scanner.ipynb #0a222a85
+# %% ../nbs/27_phantom_scanner.ipynb #487ca0c8
 import numpy as np
 from numba import njit
 
@@ -19,7 +19,7 @@ from .phantom_protocol import view_of
 from .phantom_study import Study
 from .phantom_texture import TILE, tile
 
-# %% ../nbs/27_phantom_scanner.ipynb #01649ef3
+# %% ../nbs/27_phantom_scanner.ipynb #207eb9f7
 @njit(nogil=True, cache=True)
 def paint_couch(hu, tissue, view, y, sign, tex):
     "A curved carbon-fibre shell filled with foam under a thin mattress, at depth y (sign -1: above it)"
@@ -40,7 +40,7 @@ def paint_couch(hu, tissue, view, y, sign, tex):
                         tissue[j, i] = Tissue.TABLE.value
                 hu[j, i] = max(hu[j, i], v)
 
-# %% ../nbs/27_phantom_scanner.ipynb #900b0dad
+# %% ../nbs/27_phantom_scanner.ipynb #63ec09a8
 @njit(nogil=True, cache=True)
 def _fill_arteries(hu, tissue, lumen, box, clot, tex, value, mixing, thrombus):
     for j in range(box[0], box[1]):
@@ -60,14 +60,15 @@ def _fill_arteries(hu, tissue, lumen, box, clot, tex, value, mixing, thrombus):
 def paint_arteries(canvas: Canvas, cover: ClotCover, s: Study):
     "Walls, contrast and thrombus of the pulmonary arteries"
     t = s.arteries
-    canvas.tubes(t.caps[:t.central], 55, Tissue.SOFT, grain=5, grow=.8)
+    beyond = t.caps[:t.central][t.path[:t.central] > 0]                 # the trunk opens into the right ventricle without a wall
+    canvas.tubes(beyond, 55, Tissue.SOFT, grain=5, grow=.8)
     cover_capsules(canvas.cov, canvas.box, canvas.view, t.caps, 0.)
     there = cover.cover(s.clots, canvas.view, canvas.cov)
     _fill_arteries(canvas.hu, canvas.tissue, canvas.cov, canvas.box, cover.clot, canvas.coarse, s.blood.artery, s.blood.mixing, s.clots.value)
     if there:
         cover.clear()
 
-# %% ../nbs/27_phantom_scanner.ipynb #de0f529f
+# %% ../nbs/27_phantom_scanner.ipynb #cbafde2a
 def paint_slice(canvas: Canvas, cover: ClotCover, s: Study, z: float, dx: float = 0., dy: float = 0.):
     "Everything at one height, without the scanner's noise; dx, dy shift the patient (mm)"
     p, b, t, v = s.patient, s.blood, Tissue, view_of(s.scan, s.patient, z)
@@ -96,7 +97,7 @@ def paint_slice(canvas: Canvas, cover: ClotCover, s: Study, z: float, dx: float 
     canvas.tubes(s.tubes["airways"], -985, t.AIRWAY)
     paint_arteries(canvas, cover, s)
 
-# %% ../nbs/27_phantom_scanner.ipynb #9ff9e999
+# %% ../nbs/27_phantom_scanner.ipynb #8e848dd4
 def rays(phase: float) -> np.ndarray:  # float32 [N_ANGLES]
     "Light and shade by direction, mean 0"
     a = np.arange(N_ANGLES) * (2 * np.pi / N_ANGLES)
@@ -117,7 +118,7 @@ def add_streaks(hu, view, x, y, strength, by_angle):
                 fall = strength * min(1., d / 8.) * (1. - d / 75.)**3
                 hu[j, i] += fall * by_angle[angle_index(dy, dx)]
 
-# %% ../nbs/27_phantom_scanner.ipynb #8b5b7293
+# %% ../nbs/27_phantom_scanner.ipynb #75137234
 @njit(nogil=True, cache=True)
 def develop(
     out,     # int16 [H, W]
@@ -146,7 +147,7 @@ def develop(
                 v += smear * (1. - .5 * q) * ((1 - f) * noise[r, (at[1] + 5 * k) & m] + f * noise[r, (at[1] + 5 * k + 5) & m])
             out[j, i] = np.int16(np.rint(min(3071., max(-1024., v))))
 
-# %% ../nbs/27_phantom_scanner.ipynb #59225591
+# %% ../nbs/27_phantom_scanner.ipynb #58207650
 class Scanner:
     "Renders any slice of a study; keeps its buffers, so use one a thread"
     def __init__(self, study: Study):

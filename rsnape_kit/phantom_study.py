@@ -6,7 +6,7 @@
 __all__ = ['REAL', 'DEMO', 'DIFFICULTIES', 'MIN_AREA', 'Difficulty', 'Study', 'draw_blood', 'draw_plan', 'draw_heart',
            'draw_study', 'image_labels', 'exam_labels', 'twin']
 
-# %% ../nbs/26_phantom_study.ipynb #4fc7727e
+# %% ../nbs/26_phantom_study.ipynb #04e14f5b
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,7 +19,7 @@ from .phantom_paths import AIRWAYS, AORTA, ARTERIES, CAVAL, GULLET, UNFILLED, VE
 from .phantom_protocol import Scan, draw_scan, two_sided, view_of
 from .phantom_vessels import Tree, bronchi, plant
 
-# %% ../nbs/26_phantom_study.ipynb #5ff35827
+# %% ../nbs/26_phantom_study.ipynb #ede71e52
 @dataclass(frozen=True)
 class Difficulty:
     "How often and how large emboli are"
@@ -34,7 +34,7 @@ REAL = Difficulty()
 DEMO = Difficulty("demo", .45, 157 / 7279, .12, Calibre(smallest=5., lobar=1., length=22.))
 DIFFICULTIES = {"real": REAL, "demo": DEMO}
 
-# %% ../nbs/26_phantom_study.ipynb #87f480be
+# %% ../nbs/26_phantom_study.ipynb #7d4ce90f
 @dataclass(frozen=True, eq=False)
 class Study:
     "Everything about one examination"
@@ -52,7 +52,7 @@ class Study:
     plan: Plan | None            # None without emboli
     flags: dict                  # qa_motion, qa_contrast, flow_artifact, true_filling_defect_not_pe
 
-# %% ../nbs/26_phantom_study.ipynb #8f876681
+# %% ../nbs/26_phantom_study.ipynb #e103bd84
 def draw_blood(rng: np.random.Generator, poor: bool, mixed: bool) -> Blood:
     "HU of the circulation, with poor contrast or uneven mixing on demand"
     pa = rng.uniform(95, 165) if poor else np.clip(rng.normal(370, 65), 240, 540)
@@ -70,7 +70,7 @@ def draw_plan(rng: np.random.Generator, height: float, share: float) -> Plan:
     left = both or rng.random() < .31
     return Plan(left, both or not left, central, kind >= .14, kind < .198, q * height)
 
-# %% ../nbs/26_phantom_study.ipynb #eda4abc1
+# %% ../nbs/26_phantom_study.ipynb #078c3a15
 def draw_heart(rng: np.random.Generator, clot: float) -> Heart:  # clot: ml
     "A heart whose RV/LV ratio is shifted up by the volume of clot"
     target = (.985 * (max(clot, .05) / 2.)**.07 if clot else .83) * np.exp(rng.normal(0, .17))
@@ -84,7 +84,7 @@ def _wrapped(a, s):
     near += [s["air right main"], s["air left main"][:-3], s["left subclavian"][:-5], s["left arm"][:-9], s["right arm"][:-6]]
     return np.concatenate(near)
 
-# %% ../nbs/26_phantom_study.ipynb #28fe826b
+# %% ../nbs/26_phantom_study.ipynb #86402149
 def _defect(rng, on):
     x, y, z = (-32, -16, rng.uniform(-30, 10)) if rng.random() < .5 else (-30, -14, -70)
     return np.array([[x, y, z, 4.5, x + rng.uniform(-3, 3), y + 3, z - rng.uniform(8, 22), 3.5]])[:int(on)]
@@ -96,7 +96,7 @@ def _flags(rng, kind):
     return dict(qa_motion=bool(motion), qa_contrast=bool(contrast), flow_artifact=bool(rng.random() < .04),
                 true_filling_defect_not_pe=bool(rng.random() < .014))
 
-# %% ../nbs/26_phantom_study.ipynb #7fc0dd71
+# %% ../nbs/26_phantom_study.ipynb #107ef274
 MIN_AREA = 5.   # mm2 of thrombus in a slice from which a reader calls it: a round clot of 2.5 mm, or the edge of a larger one
 
 
@@ -113,7 +113,7 @@ def _positive(p, scan, arteries, difficulty, rng):
     raise RuntimeError(f"no visible clot in 50 attempts: {len(scan.z)} slices from {scan.z[0]:.0f} to {scan.z[-1]:.0f} mm "
                        "may be too few or too high; give more slices")
 
-
+# %% ../nbs/26_phantom_study.ipynb #066b7f02
 def draw_study(
     seed: int | tuple,                 # everything follows from it
     difficulty: Difficulty = REAL,
@@ -145,7 +145,7 @@ def draw_study(
     return Study(seed, p, scan, draw_heart(rngs[5], ml), draw_blood(rngs[5], flags["qa_contrast"], flags["flow_artifact"]), arteries, veins,
                  tubes, points, clots, areas, plan, flags)
 
-# %% ../nbs/26_phantom_study.ipynb #dca31935
+# %% ../nbs/26_phantom_study.ipynb #6ff1a563
 def image_labels(s: Study) -> np.ndarray:  # bool [slices]
     "pe_present_on_image for each slice, feet to head"
     return s.areas[:, 0] >= MIN_AREA

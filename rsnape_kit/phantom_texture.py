@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['TILE', 'tile', 'texture']
 
-# %% ../nbs/20_phantom_texture.ipynb #49f66bb6
+# %% ../nbs/20_phantom_texture.ipynb #1a96c055
 import numpy as np
 from numba import njit
 
-# %% ../nbs/20_phantom_texture.ipynb #41975aaf
+# %% ../nbs/20_phantom_texture.ipynb #2b3da5fa
 TILE = 1024   # pixels, a power of two
 
 
@@ -34,7 +34,7 @@ def tile(name: str) -> np.ndarray:  # float32 [TILE, TILE], mean 0, variance 1, 
         _tiles[name] = _tile(_SPECTRA[name], [3, list(_SPECTRA).index(name)])
     return _tiles[name]
 
-# %% ../nbs/20_phantom_texture.ipynb #cbfa600a
+# %% ../nbs/20_phantom_texture.ipynb #166d1cfb
 @njit(nogil=True, cache=True)
 def texture(
     out,   # float32 [H, W], overwritten

@@ -32,8 +32,8 @@ ALL = dict(negative_exam_for_pe=.6747, indeterminate=.0216)
 POSITIVE = dict(rv_lv_ratio_gte_1=.425, leftsided_pe=.70, rightsided_pe=.85, central_pe=.18, chronic_pe=.13,
                 acute_and_chronic_pe=.064)
 COLUMNS = """StudyInstanceUID SeriesInstanceUID SOPInstanceUID pe_present_on_image negative_exam_for_pe qa_motion
-    qa_contrast flow_artifact rv_lv_ratio_gte_1 rv_lv_ratio_lt_1 leftsided_pe chronic_pe true_filling_defect_not_pe rightsided_pe
-    acute_and_chronic_pe central_pe indeterminate""".split()
+    qa_contrast flow_artifact rv_lv_ratio_gte_1 rv_lv_ratio_lt_1 leftsided_pe chronic_pe true_filling_defect_not_pe
+    rightsided_pe acute_and_chronic_pe central_pe indeterminate""".split()
 
 
 def positives(n, difficulty=DEMO, **kind):
