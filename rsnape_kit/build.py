@@ -148,6 +148,7 @@ def build_store(
     if source.size != size:
         raise ValueError(f"the source gives {source.size} pixels a side, the store shall have {size}")
     if labels is not None:
+        source = source.take(np.arange(len(source.table)))  # the caller's own stays as it is
         source.table = _with_labels(source.table, labels)
     out, meta = Path(out), {"size": size, "lowest": getattr(source, "lowest", -1024), "part": list(part)}
     out.mkdir(parents=True, exist_ok=True)
@@ -172,7 +173,11 @@ def _with_labels(table, labels):
     "The slices table with label columns, NaN where a slice has none."
     keys = ["StudyInstanceUID", "SOPInstanceUID"]
     labels = labels.drop(columns=[c for c in labels if c in table and c not in keys])
-    return table.merge(labels, on=keys, how="left", validate="many_to_one")
+    joined = table.merge(labels, on=keys, how="left", validate="many_to_one", indicator="_found")
+    if len(table) and not (joined["_found"] == "both").any():
+        raise ValueError(f"labels name none of these slices: theirs begin with {labels[keys].iloc[:1].values.tolist()}, "
+                         f"the source's with {table[keys].iloc[:1].values.tolist()}; ids are texts")
+    return joined.drop(columns="_found")
 
 # %% ../nbs/15_build.ipynb #0f1bd94f
 INDEX = "index.parquet"

@@ -54,7 +54,8 @@ class DicomSource:
         if on_error not in ("raise", "fill"):
             raise ValueError(f"on_error={on_error!r}: choose 'raise' or 'fill'")
         table = table.reset_index(drop=True) if hasattr(table, "columns") else scan(table)
-        self.table = table.assign(exact=is_exact(table["rows"], table["columns"], size))
+        own = ~table["problem"].str.contains("filled ", regex=False)
+        self.table = table.assign(exact=is_exact(table["rows"], table["columns"], size) & own)
         self.size, self.on_error, self.lowest, self.reader = size, on_error, lowest, reader
         self._rows, self._bad, self._lock = None, {}, threading.Lock()
 

@@ -264,6 +264,8 @@ def test_labels_beside_the_pixels(tmp_path):
     store = SliceStore(build_store(root, tmp_path / "out", size=32, labels=labels))
     assert store.table.pe_present_on_image.tolist() == [0, 1, 0, 1, 0, 1, 0, 1, 0]
     assert store.table.SOPInstanceUID.tolist() == table.SOPInstanceUID.tolist()
+    with pytest.raises(ValueError, match="labels name none of these slices"):
+        build_store(root, tmp_path / "none", size=32, labels=labels.assign(StudyInstanceUID="0"))
 
 
 def test_many_threads_read_one_store(tmp_path):
