@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['N_ANGLES', 'ANGLE', 'Patient', 'bump', 'rise', 'centre_y', 'spine_y', 'cavity', 'dome', 'couch_y', 'contours']
 
-# %% ../nbs/21_phantom_body.ipynb #0fa54b96
+# %% ../nbs/21_phantom_body.ipynb #9b4796b7
 from dataclasses import dataclass
 
 import numpy as np
 
-# %% ../nbs/21_phantom_body.ipynb #57816bfa
+# %% ../nbs/21_phantom_body.ipynb #94394b81
 @dataclass(frozen=True)
 class Patient:
     "What makes one chest differ from the next (mm in the frame of an average adult, HU)"
@@ -54,7 +54,7 @@ class Patient:
         "What the painter needs to know about the lungs"
         return np.array([self.lung, self.dome_right, self.dome_left, self.effusion_right, self.effusion_left])
 
-# %% ../nbs/21_phantom_body.ipynb #67689d19
+# %% ../nbs/21_phantom_body.ipynb #88e331a9
 N_ANGLES = 2048
 ANGLE = (np.arange(N_ANGLES) / N_ANGLES * 360 + 270) % 360 - 180   # degrees from the front; index 0 points left
 
@@ -79,7 +79,7 @@ def spine_y(z):
     "Depth of the vertebral bodies' middle at height z, mm"
     return 61 - 14 * rise(z, 10, 120) - 10 * rise(-z, 40, 180)
 
-# %% ../nbs/21_phantom_body.ipynb #5855848f
+# %% ../nbs/21_phantom_body.ipynb #605f949a
 def cavity(
     p: Patient,
     z,            # mm
@@ -103,7 +103,7 @@ def dome(
     fall = (y + 2)**2 / 83
     return p.dome_right - (x + 62)**2 / 100 - fall, p.dome_left - (x - 62)**2 / 100 - fall
 
-# %% ../nbs/21_phantom_body.ipynb #f78dc99f
+# %% ../nbs/21_phantom_body.ipynb #e7ab7a04
 def _ribs(p, z):
     q = np.abs(ANGLE)
     height = -p.rib_drop * np.clip(1 - q / 165, 0, 1)**1.15 + 6 * np.sin(np.radians(2 * q)) + 1.2 * (ANGLE < 0)
@@ -122,7 +122,7 @@ def _smooth(r, degrees):
     k = np.exp(-2 * (np.pi * np.arange(N_ANGLES // 2 + 1) * degrees / 360)**2)
     return np.fft.irfft(np.fft.rfft(r) * k, N_ANGLES)
 
-# %% ../nbs/21_phantom_body.ipynb #5db8e3b6
+# %% ../nbs/21_phantom_body.ipynb #411d0cc5
 def couch_y(p: Patient) -> float:
     "Depth of the surface the patient lies on, mm (in front of a prone one)"
     return -(p.depth + 22 + .5 * p.fat + .35 * p.breast) if p.prone else 97 + .45 * p.fat + 21 * p.muscle
