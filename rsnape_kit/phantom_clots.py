@@ -12,7 +12,6 @@ import numpy as np
 from numba import njit
 
 from .phantom_paint import cover_capsules, empty_box
-from .phantom_paths import ARTERIES
 from .phantom_vessels import Tree
 
 # %% ../nbs/25_phantom_clots.ipynb #adaa98ce
