@@ -213,5 +213,6 @@ def unpack(
                 path = Path(site, place)
                 if path.exists():
                     raise ValueError(f"{wheel.path.name} brings {place}, which another wheel brought: bundle only one")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(archive.read(member))
+                if content := archive.read(member) or (b"\n" if path.suffix == ".py" else b""):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(content)
