@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 
 from .kaggle import MANIFEST, sha256
-from .wheels import ARCHIVES
+from .site import ARCHIVES
 
 # %% ../nbs/63_dataset.ipynb #27995ded
 METADATA = "dataset-metadata.json"
