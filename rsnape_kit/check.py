@@ -6,7 +6,6 @@
 __all__ = ['NO_SUBMISSION', 'check_kernel']
 
 # %% ../nbs/66_check.ipynb #2bb0af78
-import json
 import re
 from pathlib import Path
 
@@ -44,9 +43,10 @@ def _module_faults(code: str, bundle: Path | None, target: str) -> list:
     "Imports that nothing fulfils."
     package, names, _ = _in_bundle(bundle, target)
     modules = reached(dict.fromkeys(imports(parse(code)), "the kernel"), package)
+    there = {*names, *image(target).packages}
     return [f"{by} imports {module}, which is neither in Kaggle's {target} image nor in the bundle: "
-            + ("make the bundle again" if module.startswith("rsnape_kit") else "bundle it or do without")
-            for module, by in sorted(modules.items()) if not brings(image(target).packages, module) and not brings(names, module)]
+            + ("make the bundle again" if "." in module else "bundle it or do without")
+            for module, by in sorted(modules.items()) if "." in module or not brings(there, module)]
 
 # %% ../nbs/66_check.ipynb #ca165558
 def _notebook_faults(path: Path) -> list:

@@ -47,31 +47,34 @@ def _catches(node: ast.Try) -> bool:
     return not OPTIONAL.isdisjoint(names)
 
 
-def _nodes(node, inside: bool):
-    "Nodes below one, without optional imports and, unless wanted, the inside of functions."
+def _nodes(node, inside: bool, optional: bool = False):
+    "Nodes below one; the inside of functions and imports that may fail only if they are wanted."
     for child in ast.iter_child_nodes(node):
         if not inside and isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             continue
-        if isinstance(child, ast.Try) and _catches(child):
+        if isinstance(child, ast.Try) and _catches(child) and not optional:
             for rest in (*child.orelse, *child.finalbody):
                 yield rest
                 yield from _nodes(rest, inside)
             continue
         yield child
-        yield from _nodes(child, inside)
+        yield from _nodes(child, inside, optional)
 
 
 def imports(
     tree: ast.Module,
     inside: bool = True,  # also those inside functions
+    package: str = "",  # where the code belongs, for imports that begin with a dot
 ) -> set:  # dotted names; of `from a import b` both a and a.b, as b may be a module
-    "What the code imports, other than relative to itself."
+    "What the code imports."
     found = set()
     for node in _nodes(tree, inside):
         if isinstance(node, ast.Import):
             found |= {name.name for name in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            found |= {node.module} | {f"{node.module}.{name.name}" for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[:len(package.split(".")) + 1 - node.level] if node.level else []
+            module = ".".join([*above, *filter(None, [node.module])])
+            found |= {module} | {f"{module}.{name.name}" for name in node.names}
     return found
 
 # %% ../nbs/64_code.ipynb #819cd764
@@ -84,7 +87,7 @@ def _source(package: Path, dotted: str) -> Path | None:
 def _defines(path: Path, name: str) -> bool:
     "Whether a module has a name at its top: a function, class, variable or import."
     tree, found = parse(path.read_text(encoding="utf-8")), {"*"}
-    for node in _nodes(tree, inside=False):
+    for node in _nodes(tree, inside=False, optional=True):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             found |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -108,7 +111,8 @@ def reached(
             foreign.setdefault(name.partition(".")[0], by)
         elif path := _source(package, name):
             parents = {".".join(name.split(".")[:depth]) for depth in range(1, name.count(".") + 1)}
-            found = imports(parse(path.read_text(encoding="utf-8")), inside=False)
+            home = name if path.stem == "__init__" else name.rpartition(".")[0]
+            found = imports(parse(path.read_text(encoding="utf-8")), inside=False, package=home)
             todo |= {module: name for module in found | parents if module not in seen}
         elif not ((parent := _source(package, name.rpartition(".")[0])) and _defines(parent, name.rpartition(".")[2])):
             foreign[name] = by  # neither a module nor a name in one
