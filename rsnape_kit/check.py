@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 import rsnape_kit
-from .code import imports, magics, network, parse, read_code, reached
+from .code import imports, magics, network, parse, reached, read_code
 from .dataset import METADATA, read_json
 from .images import brings, image
 from .kaggle import MANIFEST
