@@ -48,7 +48,8 @@ def image(
     notes = [line.removeprefix("# ") for line in lines if line.startswith("# ")]
     python = next(note.removeprefix("python: ") for note in notes if note.startswith("python: "))
     split = (line.partition("==") for line in lines if line and not line.startswith("#"))
-    return Image(target, python, " ".join(notes), {normal(name): version for name, _, version in split})
+    source = " ".join(note for note in notes if note.startswith(("date: ", "https://")))
+    return Image(target, python, source, {normal(name): version for name, _, version in split})
 
 # %% ../nbs/61_images.ipynb #c93f6c63
 MODULES = {  # module -> distributions that bring it, where the names differ
