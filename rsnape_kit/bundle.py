@@ -15,12 +15,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import rsnape_kit
-from .check import check_kernel
+from .check import check_kernel  # noqa: F401
 from .dataset import METADATA, OWNER, check_dataset
 from .images import image
 from .kaggle import MANIFEST, sha256
-from .kernels import BUNDLE, ROOT
-from .push import push, push_bundle, submit_kernel
+from .kernels import BUNDLES, ROOT
+from .push import push, push_bundle, submit_kernel  # noqa: F401
 from .site import closure, unpack
 from .wheels import missing
 
@@ -73,7 +73,7 @@ def write_manifest(
     files = {path.relative_to(out).as_posix(): sha256(path) for path in sorted(out.rglob("*")) if path.is_file()}
     files.pop(METADATA, None)
     manifest = {
-        "package": BUNDLE, "version": rsnape_kit.__version__, "commit": commit(),
+        "package": BUNDLES["gpu"], "version": rsnape_kit.__version__, "commit": commit(),
         "made": datetime.now(UTC).isoformat(timespec="seconds"), "python": there.python, "target": there.target,
         "image": there.source, "wheels": [{"name": wheel.name, "version": wheel.version, "licence": wheel.licence,
                                            "file": wheel.path.name, "sha256": sha256(wheel.path)} for wheel in wheels],
@@ -104,7 +104,7 @@ def make_bundle(
     python: str = "3.12",  # Kaggle's Python, not this one
     target: str = "gpu",  # Kaggle's image: gpu (also for sessions on a CPU) or tpu
     owner: str = OWNER,  # Kaggle user name; needed to push
-    slug: str = BUNDLE,  # name of the dataset
+    slug: str = "",  # name of the dataset; by default that which this project's kernels attach
     runs=(),  # folders of trained runs to bring along
     wheels=None,  # folder that keeps downloaded wheels; by default beside `out`
 ) -> Path:  # the folder
@@ -120,7 +120,7 @@ def make_bundle(
     copy_package(part)
     unpack(chosen, part / "site")
     copy_runs(runs, part)
-    write_metadata(part, owner, slug)
+    write_metadata(part, owner, slug or BUNDLES[target])
     write_manifest(part, there, chosen)
     faults = [fault for fault in check_dataset(part) if owner != OWNER or OWNER not in fault]
     if faults:

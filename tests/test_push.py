@@ -5,9 +5,10 @@ import pytest
 from conftest import ROOT
 from kaggle_stub import Stub, serving
 
+from rsnape_kit.client import KaggleError
 from rsnape_kit.kaggle import COMPETITION, MANIFEST, sha256
 from rsnape_kit.kernels import export_kernels
-from rsnape_kit.push import KaggleError, push, push_bundle, submit_kernel
+from rsnape_kit.push import push, push_bundle, submit_kernel
 
 extended = pytest.importorskip("kaggle.api.kaggle_api_extended", reason="pip install kaggle==2.2.4 six")
 
