@@ -51,7 +51,7 @@ def make_environment(
         subprocess.run([base, "-m", "venv", str(folder)], check=True, capture_output=True, text=True)
     wanted = {name: HERE.get(name, name) + (f"=={version}" if (version := there.packages.get(name)) else "")
               for name in packages if name not in SKIPPED and (there.has(name) or there.has(HERE.get(name, name)))}
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--only-binary=:all:"]
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--no-compile", "--only-binary=:all:"]
     if subprocess.run([*pip, *wanted.values()], capture_output=True).returncode == 0:
         return str(python), [name for name in packages if name not in wanted]
     skipped = [name for name, spec in wanted.items() if subprocess.run([*pip, spec], capture_output=True).returncode]

@@ -47,7 +47,7 @@ mount -o remount,ro "$ROOT"
 ip link set lo up 2>/dev/null || true
 set +e
 chroot "$ROOT" /usr/bin/env -i PATH=/usr/bin:/bin HOME=/kaggle/temp TMPDIR=/tmp LANG=C.UTF-8 MPLBACKEND=agg \
-  TF_CPP_MIN_LOG_LEVEL=2 KAGGLE_KERNEL_RUN_TYPE=Batch /bin/sh -c 'cd /kaggle/working && exec "$0" -c "$1"' "$PYTHON" "$CODE" < /dev/null
+  TF_CPP_MIN_LOG_LEVEL=2 PYTHONUNBUFFERED=1 KAGGLE_KERNEL_RUN_TYPE=Batch /bin/sh -c 'cd /kaggle/working && exec "$0" -c "$1"' "$PYTHON" "$CODE" < /dev/null
 status=$?
 cp -r "$ROOT/kaggle/working/." "$OUT"
 exit $status

@@ -10,15 +10,16 @@ from test_kernels import competition
 
 from rsnape_kit.bundle import make_bundle
 from rsnape_kit.check import check_kernel
+from rsnape_kit.code import imports, parse, reached, read_code
 from rsnape_kit.dataset import check_dataset
-from rsnape_kit.environment import CORE, make_environment
+from rsnape_kit.environment import make_environment
 from rsnape_kit.images import IMAGES, image
 from rsnape_kit.kaggle import HEADER
 from rsnape_kit.preflight import KERNEL
 from rsnape_kit.rehearse import LAYOUTS, rehearse, why_not
 from rsnape_kit.wheels import NEVER
 
-NEEDED_BY_WHEELS = ("msgpack", "requests", "six", "h5py")  # which both images have
+NEEDED_BY_WHEELS = ("numpy", "msgpack", "requests", "six")  # which both images have
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,8 @@ def shelf():
 def bundles(shelf):
     "A bundle for each image, from the package index."
     try:
-        return {target: make_bundle(shelf / target, target=target, owner="me", wheels=shelf / "wheels") for target in IMAGES}
+        return {target: make_bundle(shelf / target, target=target, owner="me", wheels=shelf / "wheels")
+                for target in IMAGES}
     except RuntimeError as error:
         if "pip could not download" not in str(error):
             raise
@@ -41,11 +43,13 @@ def bundles(shelf):
 
 @pytest.fixture(scope="module")
 def python(shelf):
-    "Kaggle's Python with its packages, without this library."
+    "Kaggle's Python with what the kernel imports, without this library."
     if reason := why_not():
         pytest.skip(reason)
     try:
-        return make_environment(shelf / "python", packages=CORE + NEEDED_BY_WHEELS)[0]
+        imported = imports(parse(read_code(ROOT / "kernels" / "submit" / "submit.ipynb")))
+        modules = reached(dict.fromkeys(imported, "submit"), ROOT / "rsnape_kit")
+        return make_environment(shelf / "python", packages=(*sorted(modules), *NEEDED_BY_WHEELS))[0]
     except RuntimeError as error:
         pytest.skip(str(error))
 
@@ -127,7 +131,11 @@ assert total(picture) == picture.sum()
 for module in (blosc2, numba, pydicom): assert module.__file__.startswith("/kaggle/input/"), module
 subprocess.run([sys.executable, "-c", "import numba, rsnape_kit"], check=True)
 """
-COPY = "import shutil, glob; shutil.copy(glob.glob('/kaggle/input/competitions/*/sample_submission.csv')[0], 'submission.csv')"
+COPY = """
+import shutil
+from rsnape_kit.kaggle import competition_dir
+shutil.copy(competition_dir() / "sample_submission.csv", "submission.csv")
+"""
 
 
 @pytest.mark.parametrize("target", IMAGES)
