@@ -43,7 +43,7 @@ while [ $# -gt 0 ]; do
   mount -o remount,bind,ro "$ROOT/kaggle/input/$2" || mount -o remount,bind,ro,nosuid,nodev "$ROOT/kaggle/input/$2"
   shift 2
 done
-mount -o remount,ro "$ROOT"
+mount -o remount,bind,ro "$ROOT"
 ip link set lo up 2>/dev/null || true
 set +e
 chroot "$ROOT" /usr/bin/env -i PATH=/usr/bin:/bin HOME=/kaggle/temp TMPDIR=/tmp LANG=C.UTF-8 MPLBACKEND=agg \

@@ -1,5 +1,8 @@
 "The real client of Kaggle against a server on loopback: what is sent, what is refused, what is reported."
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -151,6 +154,14 @@ def test_every_kernel_is_pushed_whole(stub, kernels):
         text = json.loads(sent["text"])
         assert text["metadata"]["kernelspec"]["language"] == "python"
         assert "rsnape_kit.kaggle import attach" in text["cells"][1]["source"]
+
+
+def test_plain_kaggle_kernels_push_works_from_the_top_of_the_repository(stub, kernels):
+    result = subprocess.run([sys.executable, "-m", "kaggle", "kernels", "push"], cwd=kernels, capture_output=True, text=True,
+                            env={**os.environ, "KAGGLE_API_ENVIRONMENT": "LOCALHOST"})
+    assert "Kernel version 1 successfully pushed" in result.stdout, result.stderr
+    sent = stub.sent("SaveKernel")[0]
+    assert sent["slug"] == "test/rsnape-kit-submit" and "submission.csv" in sent["text"]
 
 
 @pytest.mark.parametrize("answer, words", [
