@@ -104,7 +104,7 @@ def test_a_dataset_that_fails_or_never_gets_ready_is_an_error(stub, bundle):
         push_bundle(bundle, wait=.2, poll=.01)
     stub.faults["GetDatasetStatus"] = (200, {"status": "FAILED"})
     with pytest.raises(KaggleError, match="its state is failed"):
-        push_bundle(bundle, poll=.01)
+        push_bundle(bundle, wait=5, poll=.01)
 
 
 def test_a_wrong_token_is_told_from_a_dataset_that_is_not_there(stub, bundle):
@@ -157,8 +157,8 @@ def test_every_kernel_is_pushed_whole(stub, kernels):
 
 
 def test_plain_kaggle_kernels_push_works_from_the_top_of_the_repository(stub, kernels):
-    result = subprocess.run([sys.executable, "-m", "kaggle", "kernels", "push"], cwd=kernels, capture_output=True, text=True,
-                            env={**os.environ, "KAGGLE_API_ENVIRONMENT": "LOCALHOST"})
+    result = subprocess.run([sys.executable, "-m", "kaggle", "kernels", "push"], cwd=kernels, capture_output=True,
+                            text=True, env={**os.environ, "KAGGLE_API_ENVIRONMENT": "LOCALHOST"})
     assert "Kernel version 1 successfully pushed" in result.stdout, result.stderr
     sent = stub.sent("SaveKernel")[0]
     assert sent["slug"] == "test/rsnape-kit-submit" and "submission.csv" in sent["text"]
