@@ -27,9 +27,11 @@ def find_python(
     "A Python of Kaggle's version: this one, one on the path, or pyenv's."
     if sys.version.startswith(f"{version}."):
         return sys.executable
-    shelf = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
-    found = [*sorted(shelf.glob(f"{version}.*/bin/python{version}")), shutil.which(f"python{version}")]
-    for python in filter(None, found):
+    on_path = shutil.which(f"python{version}")
+    homes = {Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))}
+    homes |= {Path(tool).parents[1] for tool in (on_path, shutil.which("pyenv")) if tool}  # whatever HOME is
+    found = [python for home in sorted(homes) for python in sorted(home.glob(f"versions/{version}.*/bin/python{version}"))]
+    for python in filter(None, [*found, on_path]):
         if subprocess.run([python, "-c", "import venv, ensurepip"], capture_output=True).returncode == 0:
             return str(python)
     return None
