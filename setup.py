@@ -24,5 +24,6 @@ setup(
     install_requires=config["requirements"].split(),
     extras_require={name.removesuffix(suffix): config[name].split() for name in config if name.endswith(suffix)},
     entry_points={"nbdev": [f"{config['lib_name']}={config['lib_name']}._modidx:d"]},
+    package_data={"rsnape_kit": ["*.txt"]},  # the lists of packages in Kaggle's images
     zip_safe=False,
 )

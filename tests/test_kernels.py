@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 
 from rsnape_kit.kaggle import HEADER
+from rsnape_kit.kernels import export_kernels
 from rsnape_kit.labels import AUX_LABELS, EXAM_LABELS, IMAGE_LABEL, SLICE, STUDY
 from rsnape_kit.predictions import Predictions
 
@@ -85,3 +86,15 @@ def test_the_kernel_that_push_sends_is_there():
     assert json.loads((ROOT / metadata["code_file"]).read_text())["metadata"]["kernelspec"]["language"] == "python"
     assert metadata["enable_internet"] is False  # the client's default is true
     assert metadata["id"].split("/")[1] == metadata["title"].lower().replace(" ", "-")
+
+
+def test_exported_kernels_are_in_step_with_their_notebooks(tmp_path):
+    "Whoever they are exported for: `rsnape kernels --owner NAME` puts a name into the metadata."
+    owner = json.loads((ROOT / "kernel-metadata.json").read_text())["id"].partition("/")[0]
+    shutil.copytree(ROOT / "nbs" / "kernels", tmp_path / "nbs" / "kernels")
+    folders = export_kernels(owner, tmp_path)
+    assert {folder.name for folder in folders} <= {folder.name for folder in (ROOT / "kernels").iterdir()}
+    made = [tmp_path / "kernel-metadata.json", *(path for folder in folders for path in folder.iterdir())]
+    assert len(made) == 1 + 2 * len(folders) > 1
+    for path in made:
+        assert (ROOT / path.relative_to(tmp_path)).read_text() == path.read_text(), f"export {path.parent.name} again"

@@ -1,0 +1,128 @@
+"A server on loopback that answers Kaggle's client as Kaggle would, remembers what it was sent, and fails on request."
+import io
+import json
+import threading
+import zipfile
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+
+class Stub:
+    "Kaggle's side: datasets, kernels and submissions in memory."
+
+    def __init__(self):
+        self.calls, self.blobs, self.datasets, self.faults = [], {}, {}, {}
+        self.pending = 2  # questions until a new version is ready
+        self.lags = False  # whether the old version is called ready meanwhile
+        self.kernel_states = ["QUEUED", "RUNNING", "COMPLETE"]
+
+    def sent(self, method: str) -> list:
+        "Bodies of the calls of one method."
+        return [body for name, body in self.calls if name == method]
+
+    def answer(self, method: str, body: dict) -> tuple:
+        self.calls.append((method, body))
+        if method in self.faults:
+            return self.faults[method]
+        return getattr(self, method)(body)
+
+    def StartBlobUpload(self, body):
+        token = f"token{len(self.blobs)}"
+        self.blobs[token] = {"name": body["name"], "content": None}
+        return 200, {"token": token, "createUrl": f"http://blobs.localhost/{token}"}
+
+    def put(self, token: str, content: bytes) -> int:
+        fault = self.faults.get("PUT " + self.blobs[token]["name"])
+        if fault:
+            return fault
+        self.blobs[token]["content"] = content
+        return 200
+
+    def CreateDataset(self, body):
+        return self._version(body["ownerSlug"], body["slug"], body["files"])
+
+    def CreateDatasetVersion(self, body):
+        return self._version(body["ownerSlug"], body["datasetSlug"], body["body"]["files"])
+
+    def _version(self, owner, slug, files):
+        dataset = self.datasets.setdefault(f"{owner}/{slug}", {"version": 0})
+        dataset.update(pending=self.pending, next=dataset["version"] + 1, files=self._unpacked(files))
+        url = f"https://www.kaggle.com/datasets/{owner}/{slug}"
+        return 200, {"ref": f"/{owner}/{slug}", "url": url, "status": "Ok"}
+
+    def _unpacked(self, files) -> dict:
+        "Files of a dataset: archives are unpacked into a folder of their name."
+        made = {}
+        for blob in (self.blobs[file["token"]] for file in files):
+            if not blob["name"].endswith(".zip"):
+                made[blob["name"]] = blob["content"]
+                continue
+            with zipfile.ZipFile(io.BytesIO(blob["content"])) as archive:
+                made |= {f"{blob['name'][:-4]}/{name}": archive.read(name) for name in archive.namelist()
+                         if not name.endswith("/")}
+        return made
+
+    def GetDatasetStatus(self, body):
+        dataset = self.datasets.get(f"{body['ownerSlug']}/{body['datasetSlug']}")
+        if dataset is None:
+            return 404, {"code": 404, "message": "Not found"}
+        dataset["pending"] -= 1
+        if dataset["pending"] >= 0:
+            return 200, {"status": "READY" if self.lags else "BLOBS_RECEIVED"}
+        dataset["version"] = dataset["next"]
+        return 200, {"status": "READY"}
+
+    def GetDataset(self, body):
+        dataset = self.datasets[f"{body['ownerSlug']}/{body['datasetSlug']}"]
+        return 200, {"ref": body["datasetSlug"], "currentVersionNumber": dataset["version"]}
+
+    def SaveKernel(self, body):
+        url = f"https://www.kaggle.com/code/{body['slug']}"
+        return 200, {"ref": "/" + body["slug"], "url": url, "versionNumber": len(self.sent("SaveKernel"))}
+
+    def GetKernelSessionStatus(self, body):
+        return 200, {"status": self.kernel_states.pop(0) if len(self.kernel_states) > 1 else self.kernel_states[0],
+                     "failureMessage": "Out of memory" if self.kernel_states[0] == "ERROR" else ""}
+
+    def CreateCodeSubmission(self, body):
+        return 200, {"message": f"Successfully submitted to {body['competitionName']}", "ref": 1}
+
+
+@contextmanager
+def serving(stub: Stub):
+    "The stub behind an HTTP proxy; gives the proxy's address."
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def _body(self):
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+        def _reply(self, status, value):
+            data = json.dumps(value).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def do_POST(self):
+            body = json.loads(self._body() or b"{}")
+            self._reply(*stub.answer(urlsplit(self.path).path.rpartition("/")[2], body))
+
+        def do_PUT(self):
+            content = self._body()
+            self._reply(stub.put(urlsplit(self.path).path.rpartition("/")[2], content), {})
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(.01,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
