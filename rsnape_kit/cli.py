@@ -10,6 +10,7 @@ import argparse
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 
 # %% ../nbs/90_cli.ipynb #9b2a3323
 def _demo(args):
@@ -43,6 +44,57 @@ def _store(args):
     build_store(args.folder, args.out, size=args.size, part=(i, n))
     print(SliceStore(args.out))
 
+# %% ../nbs/90_cli.ipynb #604b1904
+def _kernels(args):
+    from rsnape_kit.kernels import export_kernels
+
+    print(*export_kernels(args.owner), sep="\n")
+
+
+def _bundle(args):
+    from rsnape_kit.bundle import make_bundle
+
+    print(make_bundle(args.out, target=args.target, owner=args.owner, runs=args.runs))
+
+
+def _check(args):
+    from rsnape_kit.bundle import check_kernel
+
+    faults = check_kernel(args.folder, args.bundle)
+    sys.exit("\n".join(faults) if faults else print(f"{args.folder}: nothing to mend"))
+
+
+def _push(args):
+    from rsnape_kit.bundle import push, push_bundle
+
+    is_dataset = Path(args.folder, "dataset-metadata.json").exists()
+    print(push_bundle(args.folder) if is_dataset else push(args.folder, args.bundle))
+
+
+def _submit(args):
+    from rsnape_kit.bundle import submit_kernel
+
+    print(submit_kernel(args.folder, args.version, args.message))
+
+# %% ../nbs/90_cli.ipynb #2719baf6
+def _rehearse(args):
+    from rsnape_kit.bundle import make_bundle
+    from rsnape_kit.environment import make_environment
+    from rsnape_kit.kernels import export_kernel
+    from rsnape_kit.phantom import make_competition
+    from rsnape_kit.rehearse import rehearse, why_not
+
+    if reason := why_not():
+        sys.exit(f"rsnape: no rehearsal here: {reason}")
+    folder = Path(args.folder)
+    bundle = args.bundle or make_bundle(folder / "bundle")
+    competition = make_competition(folder / "competition", 4, 2, slices=16, difficulty="demo")
+    python, skipped = make_environment(folder / "python")
+    print("not in the rehearsal's Python:", ", ".join(skipped) or "nothing")
+    result = rehearse(bundle, competition, export_kernel("submit"), python, out=folder / "working")
+    print(result.log)
+    sys.exit(0 if result.ok else f"rsnape: {result.problem}")
+
 # %% ../nbs/90_cli.ipynb #f5c7c38e
 def parser() -> argparse.ArgumentParser:
     "All commands and their arguments."
@@ -71,7 +123,27 @@ def parser() -> argparse.ArgumentParser:
             ("folder", {"help": "DICOM at any depth"}), ("out", {"help": "store to make"}),
             ("--size", {"type": int, "default": 256, "choices": (256, 512), "help": "pixels a side (default 256)"}),
             ("--part", {"default": "0/1", "help": "part i of n, counted from 0, as i/n (default 0/1: all)"}))
+    _add_kaggle(command)
     return top
+
+
+def _add_kaggle(command):
+    owner = ("--owner", {"default": "OWNER", "help": "your Kaggle user name"})
+    folder = ("folder", {"nargs": "?", "default": ".", "help": "with the metadata (default: this one)"})
+    bundle = ("--bundle", {"help": "folder of the bundle that is attached, to check its modules too"})
+    command(_kernels, "export nbs/kernels into kernels/ with complete metadata", owner)
+    command(_bundle, "make the dataset that kernels attach: the package and what Kaggle's image lacks",
+            ("--out", {"default": "build/bundle", "help": "folder to make (default build/bundle)"}),
+            ("--target", {"choices": ("gpu", "tpu"), "default": "gpu", "help": "Kaggle's image (default gpu)"}),
+            ("--runs", {"nargs": "*", "default": (), "help": "folders of trained runs to bring along"}), owner)
+    command(_check, "all that would make a kernel fail on Kaggle", folder, bundle)
+    command(_push, "push a kernel, or a bundle as a dataset, and wait", folder, bundle)
+    command(_submit, "enter a kernel's submission.csv in the competition", folder,
+            ("--version", {"type": int, "help": "of the kernel (default: the newest)"}),
+            ("--message", {"default": "rsnape_kit", "help": "shown beside the score"}))
+    command(_rehearse, "run the submission kernel as Kaggle would: its folders, its Python, no network",
+            ("--folder", {"default": "build/rehearsal", "help": "where everything goes (default build/rehearsal)"}),
+            ("--bundle", {"help": "folder of a bundle (default: one is made)"}))
 
 
 def main(arguments=None):
@@ -79,7 +151,7 @@ def main(arguments=None):
     args = parser().parse_args(arguments)
     try:
         args.run(args)
-    except (ValueError, OSError) as error:  # what the library says in plain words needs no traceback
+    except (ValueError, OSError, RuntimeError) as error:  # what the library says in plain words needs no traceback
         sys.exit(f"rsnape: {error}")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; run the same command again to go on")

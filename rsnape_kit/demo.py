@@ -70,7 +70,7 @@ def montage(
 
     positive = truth.images.groupby(level=0).max() > 0
     figure = Figure(figsize=(2.2 * each, 4.7), dpi=80, layout="tight")
-    for row, (has, axes) in enumerate(zip((True, False), figure.subplots(2, each))):
+    for has, axes in zip((True, False), figure.subplots(2, each)):
         for study, ax in zip(positive.index[positive == has], axes):
             rows = store.study(study)
             images = truth.images[study].reindex(store.table.SOPInstanceUID.iloc[rows])
