@@ -42,8 +42,8 @@ def test_the_submission_kernel_answers_every_id_on_both_mount_layouts(tmp_path, 
     submission = pd.read_csv(tmp_path / "working" / "submission.csv")
     assert submission["id"].tolist() == sample["id"].tolist()
     values = submission.set_index("id").label
-    assert values["c1_negative_exam_for_pe"] == .5 and values["c2_central_pe"] == 0
-    assert values["d1"] == .5  # one positive study, half of whose images are positive
+    assert values["c1_negative_exam_for_pe"] == pytest.approx(.5, abs=2e-6)  # the mean, pushed over to *yes*
+    assert values["c2_central_pe"] == 0 and values["d1"] == .5  # half of the positive study's images are positive
 
 
 def test_a_missing_competition_is_named_with_what_is_attached(tmp_path):

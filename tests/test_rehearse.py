@@ -131,6 +131,13 @@ assert total(picture) == picture.sum()
 for module in (blosc2, numba, pydicom): assert module.__file__.startswith("/kaggle/input/"), module
 subprocess.run([sys.executable, "-c", "import numba, rsnape_kit"], check=True)
 """
+ANSWER = """
+import pandas
+from rsnape_kit.kaggle import competition_dir
+table = pandas.read_csv(competition_dir() / "sample_submission.csv")
+table["label"] = table["id"].str.endswith("_negative_exam_for_pe") * .8 + .1
+table.to_csv("submission.csv", index=False)
+"""
 COPY = """
 import shutil
 from rsnape_kit.kaggle import competition_dir
@@ -138,8 +145,13 @@ shutil.copy(competition_dir() / "sample_submission.csv", "submission.csv")
 """
 
 
+def test_a_submission_that_contradicts_itself_is_caught(bundles, python, contest, tmp_path):
+    went = rehearse(bundles["gpu"], contest, code(tmp_path / "kernel", COPY), python)
+    assert not went.ok and "exactly one of negative and indeterminate" in went.problem
+
+
 @pytest.mark.parametrize("target", IMAGES)
 def test_what_the_bundle_brings_works_on_kaggles_python(bundles, python, contest, tmp_path, target):
-    text = BOTH + (TPU if target == "tpu" else "") + COPY
+    text = BOTH + (TPU if target == "tpu" else "") + ANSWER
     went = rehearse(bundles[target], contest, code(tmp_path / "kernel", text), python)
     assert went.ok, went.problem + went.log
