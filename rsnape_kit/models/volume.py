@@ -116,15 +116,15 @@ def add_heads(
     x,  # features [b, frames, h, w, c]
     expect_image: float = .5,  # what the untrained image head says
     expect_exam=.5,  # likewise, one value or nine
-) -> dict:  # image: float32 [b, frames]; exam: float32 [b, 9] in the order of EXAM_LABELS
+) -> dict:  # images: float32 [b, frames]; exams: float32 [b, 9] in the order of EXAM_LABELS
     "One probability a slice, nine an exam."
     keras = import_keras()
     bias = [log_odds(expect_exam)] * len(EXAM_LABELS) if isinstance(expect_exam, float) else list(log_odds(expect_exam))
     image = keras.layers.Dense(1, "sigmoid", dtype="float32", name="pe_present_on_image",
                                bias_initializer=keras.initializers.Constant(log_odds(expect_image)))
-    exam = keras.layers.Dense(len(EXAM_LABELS), "sigmoid", dtype="float32", name="exam", bias_initializer=_values(bias))
-    return {"image": keras.ops.squeeze(image(keras.ops.max(x, (2, 3))), -1),
-            "exam": exam(keras.layers.GlobalMaxPooling3D(name="pool")(x))}
+    exam = keras.layers.Dense(len(EXAM_LABELS), "sigmoid", dtype="float32", name="exams", bias_initializer=_values(bias))
+    return {"images": keras.ops.squeeze(image(keras.ops.max(x, (2, 3))), -1),
+            "exams": exam(keras.layers.GlobalMaxPooling3D(name="pool")(x))}
 
 
 def _values(values: list):
@@ -157,7 +157,7 @@ def resnet3d(
     expect_exam=.5,
     recompute: bool = False,  # keep only the blocks' inputs for the backward pass
     policy: str = "float32",  # precision
-):  # keras.Model: uint8 [b, frames, size, size, channels] -> {'image': [b, frames], 'exam': [b, 9]}
+):  # keras.Model: uint8 [b, frames, size, size, channels] -> {'images': [b, frames], 'exams': [b, 9]}
     "A ResNet-50 in 3-D."
     keras, plane, cube = import_keras(), (1, 3, 3), (3, 3, 3)
     layout = (("stage2", 3, 32, plane, 1), ("stage3", 4, 64, plane, 2), ("stage4", 6, 128, cube, 2),
@@ -189,7 +189,7 @@ def efficientnet3d(
     expect_exam=.5,
     recompute: bool = False,  # keep only the 3-D blocks' inputs, and the body's, for the backward pass
     policy: str = "float32",  # precision
-):  # keras.Model: uint8 [b, frames, size, size, channels] -> {'image': [b, frames], 'exam': [b, 9]}
+):  # keras.Model: uint8 [b, frames, size, size, channels] -> {'images': [b, frames], 'exams': [b, 9]}
     "A 2-D EfficientNet on each frame, and 3-D blocks on top."
     keras = import_keras()
     with precision(policy):
