@@ -155,5 +155,6 @@ def efficientnet(
         x = pool_layer(pool)(x)
         x = keras.layers.Dropout(dropout, name="dropout")(x) if dropout else x
         head = keras.layers.Dense(1, "sigmoid", dtype="float32", name="pe_present_on_image",
+                                  kernel_initializer=keras.initializers.RandomNormal(stddev=.01),
                                   bias_initializer=keras.initializers.Constant(log_odds(expect)))
         return keras.Model(inputs, head(x), name=f"efficientnet_{variant}")

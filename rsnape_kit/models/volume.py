@@ -26,13 +26,13 @@ def bottleneck(
     "A residual block in 3-D."
     keras = import_keras()
 
-    def conv(x, filters, kernel=(1, 1, 1), stride=1):
+    def conv(x, filters, kernel=(1, 1, 1), stride=1, scale="ones"):
         x = keras.layers.Conv3D(filters, kernel, (1, stride, stride), "same", kernel_initializer="he_normal")(x)
-        return keras.layers.BatchNormalization(momentum=momentum)(x)
+        return keras.layers.BatchNormalization(momentum=momentum, gamma_initializer=scale)(x)
 
     inputs = keras.Input(shape)
     x = keras.layers.ReLU()(conv(inputs, n, stride=stride))
-    x = conv(keras.layers.ReLU()(conv(x, n, kernel)), 4 * n)
+    x = conv(keras.layers.ReLU()(conv(x, n, kernel)), 4 * n, scale="zeros")
     shortcut = conv(inputs, 4 * n, stride=stride) if first else inputs
     return keras.Model(inputs, keras.layers.ReLU()(keras.layers.Add()([x, shortcut])), name=name)
 
@@ -120,9 +120,10 @@ def add_heads(
     "One probability a slice, nine an exam."
     keras = import_keras()
     bias = [log_odds(expect_exam)] * len(EXAM_LABELS) if isinstance(expect_exam, float) else list(log_odds(expect_exam))
-    image = keras.layers.Dense(1, "sigmoid", dtype="float32", name="pe_present_on_image",
-                               bias_initializer=keras.initializers.Constant(log_odds(expect_image)))
-    exam = keras.layers.Dense(len(EXAM_LABELS), "sigmoid", dtype="float32", name="exams", bias_initializer=_values(bias))
+    small = {"activation": "sigmoid", "dtype": "float32",
+             "kernel_initializer": keras.initializers.RandomNormal(stddev=.01)}
+    image = keras.layers.Dense(1, name="pe_present_on_image", bias_initializer=_values([log_odds(expect_image)]), **small)
+    exam = keras.layers.Dense(len(EXAM_LABELS), name="exams", bias_initializer=_values(bias), **small)
     return {"images": keras.ops.squeeze(image(keras.ops.max(x, (2, 3))), -1),
             "exams": exam(keras.layers.GlobalMaxPooling3D(name="pool")(x))}
 
