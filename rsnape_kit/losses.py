@@ -36,7 +36,8 @@ def _loss_class():
         "Weighted cross-entropy, summed over a sample's answers, averaged over samples."
 
         def call(self, packed, p):
-            y, w, p = packed[..., 0], packed[..., 1], keras.ops.clip(p, 1e-7, 1 - 1e-7)
+            y, w = packed[..., 0], packed[..., 1]
+            p = keras.ops.where(p < 1e-7, 1e-7, keras.ops.where(p > 1 - 1e-7, 1 - 1e-7, p))  # clip would swallow NaN
             return keras.ops.sum(-w * (y * keras.ops.log(p) + (1 - y) * keras.ops.log(1 - p)), -1)
 
     return WeightedBCE
