@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from .fused import scatter
 from .pixels import Pixels, render
 
 # %% ../nbs/16_feed.ipynb #110611b7
@@ -22,7 +23,7 @@ class Buffers:
 
     def __init__(
         self,
-        keep: int = 6,  # blocks to hold on to; more may be lent at a time
+        keep: int = 8,  # blocks to hold on to; more may be lent at a time
     ):
         self.keep, self.blocks, self.lock = keep, [], threading.Lock()
 
@@ -99,14 +100,18 @@ class Feed:
         rows,  # int [n]
     ) -> np.ndarray:  # int16 [n, S, S], quarter-HU
         "Slices as they are, for a device that does the rest."
-        rows = [int(row) for row in rows]
-        out = self.buffers.lend((len(rows), self.source.size, self.source.size), np.int16)
+        order = np.argsort(rows, kind="stable")
+        which, order = np.asarray(rows)[order].tolist(), order.tolist()
+        out = self.buffers.lend((len(which), self.source.size, self.source.size), np.int16)
 
         def task(start, stop):
-            for i in range(start, stop):
-                self._read(rows[i], out[i])
+            for k in range(start, stop):
+                if k > start and which[k] == which[k - 1]:
+                    out[order[k]] = out[order[k - 1]]
+                else:
+                    self._read(which[k], out[order[k]])
 
-        self._spread(task, len(rows))
+        self._spread(task, len(which))
         return out
 
     def pixels(
@@ -122,15 +127,29 @@ class Feed:
             raise ValueError(f"{windows} windows: slices that become channels are seen through one")
         shape = (*rows.shape[:-1], side, side, rows.shape[-1]) if channels else (*rows.shape, side, side, windows)
         out, stride = self.buffers.lend(shape, np.uint8), shape[-1]
-        flat, which, last = out.reshape(-1), rows.reshape(-1).tolist(), stride if channels else 1
+        flat, each, last = out.reshape(-1), side * side * stride, stride if channels else 1
+        order, fresh = _together(rows.reshape(-1), jobs)
+        which, order = rows.reshape(-1)[order].tolist(), order.tolist()
 
         def task(start, stop):
-            stored, held = _own(self.source.size), None
-            for i in range(start, stop):
-                if held is None or which[i] != which[held] or (jobs[i] != jobs[held]).any():
-                    self._read(which[i], stored)
-                held, place = i, divmod(i, last)
-                render(stored, jobs[i], pixels, flat, place[0] * side * side * stride + place[1], stride)
+            stored, plane = _own(self.source.size), np.empty(side * side if channels else 0, np.uint8)
+            for k in range(start, stop):
+                i = order[k]
+                if k == start or fresh[k]:
+                    self._read(which[k], stored)
+                    if channels:
+                        render(stored, jobs[i], pixels, plane)
+                if channels:
+                    scatter(plane, flat[i // last * each + i % last:], stride)
+                else:
+                    render(stored, jobs[i], pixels, flat, i * each)
 
         self._spread(task, len(which))
         return out
+
+
+def _together(rows: np.ndarray, jobs: np.ndarray) -> tuple:
+    "An order that brings a slice's appearances together, and where another slice or job begins in it."
+    order = np.argsort(rows, kind="stable")
+    changes = (np.diff(rows[order]) != 0) | (np.diff(jobs[order], axis=0) != 0).any(1)
+    return order, [True, *changes.tolist()]
