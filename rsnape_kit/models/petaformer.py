@@ -7,17 +7,14 @@ __all__ = ['ATTENTION', 'EXAM_OUTPUTS', 'positions', 'ReformerTokens', 'EncoderT
            'normalise']
 
 # %% ../../nbs/32_models.petaformer.ipynb #bd91fbee
-import torch
-from torch import nn
-
 from ..labels import AUX_LABELS, EXAM_LABELS
-from .backbone import ResNetBody, load_imagenet
+from .backbone import ResNetBody, load_imagenet, need_torch, nn, torch
 
 # %% ../../nbs/32_models.petaformer.ipynb #5876a7ef
 def positions(
     shape: tuple,  # sizes of the axes (groups, rows, columns)
     dim: int,  # features of a token
-) -> torch.Tensor:  # float [*shape, dim], within -1 and 1
+):  # float tensor [*shape, dim], within -1 and 1
     "Sinusoidal positions along three axes."
     each = -(-dim // 6) * 2
     rates = 10000. ** (-torch.arange(0, each, 2) / each)
@@ -76,7 +73,7 @@ def make_attention(
     layers: int,
     heads: int,
     dropout: float,  # of attention
-) -> nn.Module:  # (tokens float [B, T, dim], mask bool [B, T]) -> float [B, T, dim]
+):  # module: (tokens float [B, T, dim], mask bool [B, T]) -> float [B, T, dim]
     "The transformer of a PetaFormer."
     if kind == "encoder":
         return EncoderTokens(dim, layers, heads, dropout)
@@ -92,7 +89,7 @@ def mlp(
     inputs: int,
     outputs: int,
     dropout: float,
-) -> nn.Sequential:
+):  # module
     "Two hidden layers, of a half and a quarter of the inputs, each after dropout."
     sizes = (inputs, inputs // 2, inputs // 4, outputs)
     layers = []
@@ -119,8 +116,10 @@ class PetaFormer(nn.Module):
         attention: str = "reformer",  # one of ATTENTION
         dropout: float = .25,  # in the heads
         attention_dropout: float = .1,
+        frozen_norm: bool = False,  # batch norms of the CNN keep their statistics, e.g. ImageNet's, while training
         imagenet=None,  # path of torchvision's resnet34 weights
     ):
+        need_torch()
         super().__init__()
         self.body = ResNetBody(slices, width, depth)
         if imagenet is not None:
@@ -130,6 +129,15 @@ class PetaFormer(nn.Module):
         self.attention = make_attention(attention, dim, layers, heads, attention_dropout)
         self.image_head = mlp(dim * pool[0] * pool[1], slices, dropout)
         self.exam_head = mlp(dim, len(EXAM_OUTPUTS), dropout)
+        self.frozen_norm = frozen_norm
+
+    def train(self, mode: bool = True):
+        "Training or evaluation mode."
+        super().train(mode)
+        for module in self.body.modules():
+            if self.frozen_norm and isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
 
     def forward(
         self,
@@ -146,7 +154,8 @@ class PetaFormer(nn.Module):
 
     def tokens(self, images, real):  # float [B, groups, *pool, dim]
         "Each group's pooled features with their position; zeros for padding."
-        features = self.pool(self.body(normalise(images[real])))
+        x = normalise(images[real])
+        features = self.pool(self.body(x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x))
         found = self.project(features.permute(0, 2, 3, 1))
         tokens = found.new_zeros(*real.shape, *found.shape[1:])
         tokens[real] = found
