@@ -77,7 +77,7 @@ class ResNetBody(nn.Module):
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
 # %% ../../nbs/32_models.backbone.ipynb #22c08853
-def _stage(before: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
+def _stage(before: int, channels: int, blocks: int, stride: int):
     "Basic blocks of one width; the first may halve the image."
     block = import_torchvision().models.resnet.BasicBlock
     shortcut = None
