@@ -1,0 +1,53 @@
+"Made-up CT for the benchmarks: a body with lungs, a table and noise, in the competition's layout and size."
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pydicom
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+
+def image(rng, size=512):
+    "int16 HU with the noise of a thin slice."
+    y, x = np.mgrid[-1:1:size * 1j, -1:1:size * 1j]
+    hu = np.full((size, size), -1000.0)
+    hu[x**2 / .7 + y**2 / .4 < 1] = 50
+    hu[((np.abs(x) - .38) / .27) ** 2 + (y / .42) ** 2 < 1] = -850
+    hu[(x - .05) ** 2 + (y + .05) ** 2 < .02] = 350
+    hu += rng.normal(0, 25, hu.shape) * (x**2 + y**2 < 1)
+    hu[x**2 + y**2 >= 1] = -2000
+    return hu.astype(np.int16)
+
+
+def dataset(study, series, name, i, implicit):
+    "A header with the competition's tags."
+    ds = pydicom.Dataset()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID = CTImageStorage
+    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID = name
+    ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+    ds.SpecificCharacterSet, ds.ImageType, ds.Modality = "ISO_IR 100", ["ORIGINAL", "PRIMARY", "AXIAL"], "CT"
+    ds.SliceThickness, ds.KVP, ds.GantryDetectorTilt, ds.TableHeight = "1.25", "120", "0", "155.5"
+    ds.RotationDirection, ds.XRayTubeCurrent, ds.Exposure, ds.ConvolutionKernel = "CW", 400, 10, "STANDARD"
+    ds.PatientPosition, ds.StudyInstanceUID, ds.SeriesInstanceUID = "FFS", study, series
+    ds.SeriesNumber, ds.InstanceNumber, ds.FrameOfReferenceUID = 2, 400 - i, "1.2.3"
+    ds.ImagePositionPatient, ds.ImageOrientationPatient = [-179.5, -165.25, -300.125 + 1.25 * i], [1, 0, 0, 0, 1, 0]
+    ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PixelSpacing = 1, "MONOCHROME2", [0.703125, 0.703125]
+    ds.WindowCenter, ds.WindowWidth, ds.RescaleIntercept, ds.RescaleSlope = "100", "700", "-1024", "1"
+    return ds
+
+
+def write(root, studies=3, slices=200, seed=0, size=512):
+    "Write a competition folder; returns the number of slices. A dozen images are used over and over, rolled."
+    rng = np.random.default_rng(seed)
+    images = [image(rng, size) for _ in range(12)]
+    for s, i in itertools.product(range(studies), range(slices)):
+        study, series, name = f"{s:012x}", f"{s:06x}aaaaaa", f"{s:06x}{i:06x}"
+        path = Path(root) / study / series / f"{name}.dcm"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ds = dataset(study, series, name, i, implicit=s % 4 != 3)
+        pixels = np.roll(images[i % 12], rng.integers(0, size, 2), (0, 1)) + 1024
+        ds.set_pixel_data(pixels.astype(np.int16), "MONOCHROME2", 16, generate_instance_uid=False)
+        ds.save_as(path, enforce_file_format=True)
+    return studies * slices
