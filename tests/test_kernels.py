@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
+from rsnape_kit.kaggle import HEADER
 from rsnape_kit.labels import AUX_LABELS, EXAM_LABELS, IMAGE_LABEL, SLICE, STUDY
 from rsnape_kit.predictions import Predictions
 
@@ -36,7 +37,7 @@ def test_the_submission_kernel_answers_every_id_on_both_mount_layouts(tmp_path, 
     (tmp_path / "working").mkdir()
     result = run_kernel(tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip().startswith(str(tmp_path)), "the kernel imported another rsnape_kit than the attached"
+    assert result.stdout.splitlines()[-1].startswith(str(tmp_path)), "not the attached rsnape_kit"
     submission = pd.read_csv(tmp_path / "working" / "submission.csv")
     assert submission["id"].tolist() == sample["id"].tolist()
     values = submission.set_index("id").label
@@ -44,18 +45,39 @@ def test_the_submission_kernel_answers_every_id_on_both_mount_layouts(tmp_path, 
     assert values["d1"] == .5  # one positive study, half of whose images are positive
 
 
-def test_a_missing_dataset_is_named_with_what_is_attached(tmp_path):
+def test_a_missing_competition_is_named_with_what_is_attached(tmp_path):
+    shutil.copytree(ROOT / "rsnape_kit", tmp_path / "input" / "rsnape-kit" / "rsnape_kit")
+    error = run_kernel(tmp_path).stderr
+    assert "holds sample_submission.csv" in error and "attached: rsnape-kit" in error
+
+
+def test_child_processes_see_what_the_header_attached(tmp_path):
+    "As wheels are unpacked in a bundle: on the path of this process and of those that it starts."
     competition(tmp_path / "input" / COMPETITION)
-    assert f"attached are: ['{COMPETITION}']" in run_kernel(tmp_path).stderr
+    kit = tmp_path / "input" / "datasets" / "owner" / "rsnape-kit"
+    shutil.copytree(ROOT / "rsnape_kit", kit / "rsnape_kit")
+    (kit / "site").mkdir()
+    (kit / "site" / "only_in_the_bundle.py").write_text("answer = 42")
+    (tmp_path / "working").mkdir()
+    child = "import only_in_the_bundle as m, rsnape_kit; print(m.answer, rsnape_kit.__file__)"
+    start_child = f"import subprocess; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    result = run_kernel(tmp_path, then=start_child)
+    assert result.returncode == 0, result.stderr
+    assert f"42 {kit}/rsnape_kit/__init__.py" in result.stdout.splitlines()
 
 
-def run_kernel(kaggle):
-    "The kernel's cells as one script, /kaggle moved to a folder; prints which rsnape_kit it imported."
-    notebook = json.loads((ROOT / "nbs/kernels/submit.ipynb").read_text())
+def test_every_kernel_begins_with_the_header():
+    for path in (ROOT / "nbs" / "kernels").glob("*.ipynb"):
+        first = next(cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code")
+        assert "".join(first["source"]).removeprefix("#| eval: false\n").strip() == HEADER.strip(), path
+
+
+def run_kernel(kaggle, name="submit", then="import rsnape_kit; print(rsnape_kit.__file__)"):
+    "A kernel's cells as one script, /kaggle moved to a folder, then a line of ours."
+    notebook = json.loads((ROOT / f"nbs/kernels/{name}.ipynb").read_text())
     code = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code")
-    code += "\nimport rsnape_kit; print(rsnape_kit.__file__)"
-    return subprocess.run([sys.executable, "-c", code.replace("/kaggle/", f"{kaggle}/")], cwd=kaggle,
-                          env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", code.replace("/kaggle/", f"{kaggle}/") + "\n" + then], cwd=kaggle,
+                          env={"PATH": "/usr/bin:/bin", "RSNAPE_KAGGLE": str(kaggle)}, capture_output=True, text=True)
 
 
 def test_the_kernel_that_push_sends_is_there():
