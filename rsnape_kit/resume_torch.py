@@ -9,6 +9,7 @@ __all__ = ['Score', 'add_over_processes', 'Checkpoint', 'optimizer_state', 'load
 import math
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -143,7 +144,7 @@ class Checkpoint(Hook):
         if late[0] and self.learn.epoch + 1 < self.learn.n_epoch:
             if self.writes:
                 print(f"stopping after epoch {self.learn.epoch + 1} of {self.learn.n_epoch}: the next would outlast the "
-                      f"session. The same call goes on from {self.run}")
+                      f"session. The same call goes on from {Path(self.run).name}")
             raise CancelFitException
 
 # %% ../nbs/41_resume_torch.ipynb #6d79375b
@@ -161,5 +162,6 @@ def load_optimizer(
     "Take the state up again."
     from fastcore.foundation import L
     opt.load_state_dict({"hypers": L(dict(group) for group in state["hypers"]), "state": state["state"]})
+
 
 

@@ -79,7 +79,7 @@ def new_model(
     torch.manual_seed(config.seed)
     model = PetaFormer(**asdict(config.net), imagenet=config.imagenet)
     exams, image = best_constants(truth)
-    for head, p in ((model.exam_head, exams.reindex(EXAM_OUTPUTS).fillna(.5)), (model.image_head, image)):
+    for head, p in ((model.exam_head, exams.reindex(EXAM_OUTPUTS).fillna(.5).to_numpy()), (model.image_head, image)):
         p = torch.as_tensor(np.clip(p, .01, .99), dtype=torch.float32)
         with torch.no_grad():
             head[-1].bias.copy_(p.logit().expand_as(head[-1].bias))
@@ -192,5 +192,5 @@ def main(argv=None):
     print(train(source, truth, split, config, given.out, tuple(given.roots), given.hours and 3600 * given.hours))
 
 # %% ../nbs/41_train_torch.ipynb #4159b275
-if __name__ == "__main__":
+if __name__ == "__main__" and globals().get("__spec__"):  # python -m, not a notebook
     main()
