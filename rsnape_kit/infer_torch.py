@@ -61,7 +61,6 @@ class PetaFormerConfig(RunConfig):
     weight_decay: float = .01
     clip: float = 1.  # norm that gradients are clipped to
     precision: str = "auto"  # 'bf16', 'fp16', 'off'; 'auto': bf16 where the GPU has it, else fp16; off on a CPU
-    imagenet: str | None = None  # path of torchvision's resnet34 weights
     tta: int = 0  # passes with random maps, besides the plain one, over the held-out studies
 
     @property
