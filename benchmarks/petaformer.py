@@ -105,7 +105,8 @@ def main():
              turns(tasks, args.repeat, device), args.batch, "as reformer-pytorch's defaults")
 
     config = PetaFormerConfig(size=args.size, groups=args.groups, batch=args.batch)
-    batches = group_batches(Noise(4 * args.batch, args.slices), [f"study{i}" for i in range(4 * args.batch)], config, tta=1)
+    source = Noise(4 * args.batch, args.slices)
+    batches = group_batches(source, source.table[STUDY].unique(), config, tta=1)
     images = next(iter(tensors(batches)))[0].to(device)
     y, e = torch.rand(images.shape[:3], device=device).round(), torch.rand(args.batch, 13, device=device).round()
     targets = y, torch.ones_like(y) / y[0].numel(), e, torch.ones_like(e) / 13
@@ -117,7 +118,8 @@ def main():
     optimizers = {kind: torch.optim.AdamW(model.parameters(), 1e-4) for kind, model in models.items()}
     tasks = {kind: partial(forward, model, images, precision) for kind, model in models.items()}
     show("whole network, forward", turns(tasks, args.repeat, device), args.batch, "reformer")
-    tasks = {kind: partial(step, model, optimizers[kind], images, targets, precision) for kind, model in models.items()}
+    tasks = {kind: partial(step, model, optimizers[kind], images, targets, precision)
+             for kind, model in models.items()}
     steps = turns(tasks, args.repeat, device)
     show("whole network, training step", steps, args.batch, "reformer")
     feed = turns({"input": lambda: [None for _ in tensors(batches)]}, args.repeat, device)["input"]

@@ -7,8 +7,8 @@ __all__ = ['processes', 'SameNorms', 'parallel', 'new_model', 'train', 'fingerpr
 
 # %% ../nbs/41_train_torch.ipynb #1d8ffd45
 import argparse
+import ast
 import hashlib
-import json
 import os
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -162,23 +162,29 @@ def held_out(run, source, split, config, rank: int = 0, world: int = 1, device=N
 
 # %% ../nbs/41_train_torch.ipynb #1c500915
 def settings(
-    pairs,  # 'name=value', values as JSON or plain text
+    pairs,  # 'name=value', values as in Python or plain text
     config: PetaFormerConfig,
 ) -> PetaFormerConfig:
     "Change settings by name."
     for pair in pairs:
         name, _, text = pair.partition("=")
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = text
         inner, _, last = name.rpartition(".")
         known = asdict(config.net if inner else config)
         if inner not in ("", "net") or last not in known:
             raise ValueError(f"there is no setting {name!r}; known are {', '.join(known)} and net.*")
-        value = tuple(map(tuple, value)) if last == "phases" else tuple(value) if isinstance(value, list) else value
+        value = _value(text)
+        if isinstance(value, str) and not isinstance(known[last], str):
+            raise ValueError(f"{pair!r}: expected a value like {known[last]!r}")
         config = replace(config, net=replace(config.net, **{last: value})) if inner else replace(config, **{last: value})
     return config
+
+
+def _value(text: str):
+    "A number, True, None or tuple as Python writes it; else the text itself."
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 # %% ../nbs/41_train_torch.ipynb #28f68a1c
 def main(argv=None):
