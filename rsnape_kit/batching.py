@@ -61,50 +61,8 @@ def write_jobs(
     hide, source = np.repeat(hide, each, 0), batches.feed.source.size
     return make_jobs(matrices, hide, batches.fill[flat], source, batches.pixels.size, width)
 
-# %% ../nbs/16_batching.ipynb #8abd1ad4
-class Batches:
-    "Batches of a pixel source; a subclass says what is in one (`items`, `_chosen`) and what is asked (`_answers`)."
-
-    channels = False  # whether the last axis of rows becomes the channels
-
-    def __init__(
-        self,
-        source,  # SliceStore or the like: table, size, and read_into(row, out) or [row]
-        truth=None,  # Predictions; None: batches without labels
-        studies=None,  # StudyInstanceUIDs to use, e.g. a fold; default: all that the truth has
-        *,
-        batch: int = 32,
-        pixels: Pixels | None = None,  # how slices become input; default: three windows, 256 px (groups: the PE window)
-        mask: SideMask | None = None,  # training: hide sides that the labels leave free
-        affine: AffineRange | None = None,  # training and TTA: random maps
-        seed: int = 0,
-        shuffle: bool = False,  # training: another order every epoch, and only whole batches
-        shard: tuple = (0, 1),  # (i, of): this process' part of a data-parallel run
-        weights: bool = False,  # give the metric's weights as well
-        device: bool = False,  # give stored slices and jobs, for PixelLayer, instead of pixels
-        workers: int | None = None,  # threads; default: the cores there are
-    ):
-        if truth is None and (weights or mask is not None):
-            raise ValueError("weights and masks come from the labels: give the truth")
-        self.feed, self.known = Feed(source, workers), know(source.table, truth, studies)
-        self.pixels = pixels or (Pixels((PE,)) if self.channels else Pixels())
-        self.batch, self.mask, self.affine, self.seed, self.shuffle = batch, mask, affine, seed, shuffle
-        self.shard, self.weights, self.device, self.labelled = shard, weights, device, truth is not None
-        intercept = source.table.get("intercept", np.full(len(source.table), -1024.))
-        self.fill = fill_values(intercept, self.pixels.fill)
-        self.look = None if self.pixels.crop is None else look_matrices(source.table, self.pixels.crop)
-        self.set_epoch(0)
-
-    def set_epoch(
-        self,
-        epoch: int,  # from 0; also the number of a TTA pass
-    ):
-        "Order, luck and frames of an epoch."
-        self.epoch, self.order = epoch, self._order(epoch)
-
-    def _order(self, epoch: int) -> np.ndarray:
-        return epoch_order(self.items, self.seed, epoch, self.shuffle, self.shard)
-
+# %% ../nbs/16_batching.ipynb #1f90c7c5
+class _Given:
     def __len__(self):
         return len(self.order) // self.batch if self.shuffle else -(-len(self.order) // self.batch)
 
@@ -145,3 +103,47 @@ class Batches:
     def torch(self, **settings):  # see torch_loader
         "A DataLoader; images have their channels first."
         return torch_loader(self, **settings)
+
+# %% ../nbs/16_batching.ipynb #8abd1ad4
+class Batches(_Given):
+    "Batches of a pixel source; a subclass says what is in one (`items`, `_chosen`) and what is asked (`_answers`)."
+
+    channels = False  # whether the last axis of rows becomes the channels
+
+    def __init__(
+        self,
+        source,  # SliceStore or the like: table, size, and read(rows, out) or [row]
+        truth=None,  # Predictions; None: batches without labels
+        studies=None,  # StudyInstanceUIDs to use, e.g. a fold; default: all that the truth has
+        *,
+        batch: int = 32,
+        pixels: Pixels | None = None,  # how slices become input; default: three windows, 256 px (groups: the PE window)
+        mask: SideMask | None = None,  # training: hide sides that the labels leave free
+        affine: AffineRange | None = None,  # training and TTA: random maps
+        seed: int = 0,
+        shuffle: bool = False,  # training: another order every epoch, and only whole batches
+        shard: tuple = (0, 1),  # (i, of): this process' part of a data-parallel run
+        weights: bool = False,  # give the metric's weights as well
+        device: bool = False,  # give stored slices and jobs, for PixelLayer, instead of pixels
+        workers: int | None = None,  # threads; default: the cores there are
+    ):
+        if truth is None and (weights or mask is not None):
+            raise ValueError("weights and masks come from the labels: give the truth")
+        self.feed, self.known = Feed(source, workers), know(source.table, truth, studies)
+        self.pixels = pixels or (Pixels((PE,)) if self.channels else Pixels())
+        self.batch, self.mask, self.affine, self.seed, self.shuffle = batch, mask, affine, seed, shuffle
+        self.shard, self.weights, self.device, self.labelled = shard, weights, device, truth is not None
+        intercept = source.table.get("intercept", np.full(len(source.table), -1024.))
+        self.fill = fill_values(intercept, self.pixels.fill)
+        self.look = None if self.pixels.crop is None else look_matrices(source.table, self.pixels.crop)
+        self.set_epoch(0)
+
+    def set_epoch(
+        self,
+        epoch: int,  # from 0; also the number of a TTA pass
+    ):
+        "Order, luck and frames of an epoch."
+        self.epoch, self.order = epoch, self._order(epoch)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return epoch_order(self.items, self.seed, epoch, self.shuffle, self.shard)

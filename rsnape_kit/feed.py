@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from .fused import scatter
 from .pixels import Pixels, render
 
 # %% ../nbs/16_feed.ipynb #110611b7
@@ -22,7 +23,7 @@ class Buffers:
 
     def __init__(
         self,
-        keep: int = 6,  # blocks to hold on to; more may be lent at a time
+        keep: int = 8,  # blocks to hold on to; more may be lent at a time
     ):
         self.keep, self.blocks, self.lock = keep, [], threading.Lock()
 
@@ -72,14 +73,17 @@ class Feed:
 
     def __init__(
         self,
-        source,  # with table, size, and read_into(row, out) or [row]
+        source,  # with table, size, and read(rows, out) or [row]
         workers: int | None = None,  # threads; default: the cores there are
     ):
         self.source, self.workers, self.buffers = source, workers or cores(), Buffers()
-        self.read = getattr(source, "read_into", None) or self._copy
+        self.direct = hasattr(source, "read")
 
-    def _copy(self, row: int, out: np.ndarray):
-        np.copyto(out, self.source[row])
+    def _read(self, row: int, out: np.ndarray):
+        if self.direct:
+            self.source.read((row,), out[None])
+        else:
+            np.copyto(out, self.source[row])
 
     def _spread(self, task, n: int):
         "task(start, stop) over pieces of n, in all threads; the first error is raised."
@@ -101,7 +105,7 @@ class Feed:
 
         def task(start, stop):
             for i in range(start, stop):
-                self.read(rows[i], out[i])
+                self._read(rows[i], out[i])
 
         self._spread(task, len(rows))
         return out
@@ -119,15 +123,29 @@ class Feed:
             raise ValueError(f"{windows} windows: slices that become channels are seen through one")
         shape = (*rows.shape[:-1], side, side, rows.shape[-1]) if channels else (*rows.shape, side, side, windows)
         out, stride = self.buffers.lend(shape, np.uint8), shape[-1]
-        flat, which, last = out.reshape(-1), rows.reshape(-1).tolist(), stride if channels else 1
+        flat, each, last = out.reshape(-1), side * side * stride, stride if channels else 1
+        order, fresh = _together(rows.reshape(-1), jobs)
+        which, order = rows.reshape(-1)[order].tolist(), order.tolist()
 
         def task(start, stop):
-            stored, held = _own(self.source.size), None
-            for i in range(start, stop):
-                if held is None or which[i] != which[held] or (jobs[i] != jobs[held]).any():
-                    self.read(which[i], stored)
-                held, place = i, divmod(i, last)
-                render(stored, jobs[i], pixels, flat, place[0] * side * side * stride + place[1], stride)
+            stored, plane = _own(self.source.size), np.empty(side * side if channels else 0, np.uint8)
+            for k in range(start, stop):
+                i = order[k]
+                if k == start or fresh[k]:
+                    self._read(which[k], stored)
+                    if channels:
+                        render(stored, jobs[i], pixels, plane)
+                if channels:
+                    scatter(plane, flat[i // last * each + i % last:], stride)
+                else:
+                    render(stored, jobs[i], pixels, flat, i * each)
 
         self._spread(task, len(which))
         return out
+
+
+def _together(rows: np.ndarray, jobs: np.ndarray) -> tuple:
+    "An order that brings a slice's appearances together, and where another slice or job begins in it."
+    order = np.argsort(rows, kind="stable")
+    changes = (np.diff(rows[order]) != 0) | (np.diff(jobs[order], axis=0) != 0).any(1)
+    return order, [True, *changes.tolist()]

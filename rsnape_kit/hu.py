@@ -160,9 +160,9 @@ def _careful(
     if ("RescaleSlope" in ds) != ("RescaleIntercept" in ds):
         raise ValueError("only one of RescaleSlope and RescaleIntercept, so its HU are unknown")
     codec, lut = CODECS.get(ds.file_meta.TransferSyntaxUID), "ModalityLUTSequence" in ds
-    slope, intercept = (float(ds.RescaleSlope), float(ds.RescaleIntercept)) if "RescaleSlope" in ds else (1.0, 0.0)
-    if not (np.isfinite(slope) and np.isfinite(intercept)):
-        raise ValueError(f"slope {slope}, intercept {intercept}")
+    slope, intercept = (ds.RescaleSlope, ds.RescaleIntercept) if "RescaleSlope" in ds else (1.0, 0.0)
+    if not all(isinstance(v, (int, float)) and np.isfinite(v) for v in (slope, intercept)):
+        raise ValueError(f"RescaleSlope {slope!r}, RescaleIntercept {intercept!r}")
     if codec and not lut:
         values, bits = decode(ds, codec)
         return to_hu(values, slope, intercept, lowest, bits)

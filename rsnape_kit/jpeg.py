@@ -42,6 +42,8 @@ def decode(
     from pydicom.encaps import get_frame
 
     frame = get_frame(ds.PixelData, 0, number_of_frames=1)
+    if not frame.rstrip(b"\0").endswith(b"\xff\xd9"):
+        raise ValueError("its JPEG stream is cut short: no end marker")
     rows, columns, precision = _stream(frame)
     if (rows, columns) != (ds.Rows, ds.Columns):
         raise ValueError(f"its JPEG stream is {rows}x{columns}, its header says {ds.Rows}x{ds.Columns}")

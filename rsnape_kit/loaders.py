@@ -17,6 +17,11 @@ def _need(module: str, install: str):
     except ImportError as error:
         raise ImportError(f"{module} cannot be imported ({error}); {install}") from error
 
+
+def _next_epoch(batches):
+    if getattr(batches, "shuffle", True):
+        batches.set_epoch(batches.epoch + 1)
+
 # %% ../nbs/16_loaders.ipynb #6036b083
 def keras_dataset(
     batches,  # with a length, [i], epoch and set_epoch
@@ -34,9 +39,15 @@ def keras_dataset(
             ready = batches[i]
             return ready if isinstance(ready, tuple) else (ready,)
 
-        def on_epoch_end(self):
-            batches.set_epoch(batches.epoch + 1)
+        def on_epoch_begin(self):
+            self.begun = True
 
+        def on_epoch_end(self):
+            if self.begun:
+                self.begun = always
+                _next_epoch(batches)
+
+    always = Batches.begun = not hasattr(keras.utils.PyDataset, "on_epoch_begin")  # older Keras ends epochs only
     return Batches(workers=workers, use_multiprocessing=False, max_queue_size=max_queue_size)
 
 # %% ../nbs/16_loaders.ipynb #3400d14a
@@ -53,6 +64,9 @@ def torch_loader(
 ):  # torch.utils.data.DataLoader
     "Wrap batches for a torch training loop or fastai; each pass over it is an epoch."
     torch = _need("torch", "pip install 'rsnape-kit[torch]', or use .keras()")
+    if settings.get("num_workers"):
+        raise ValueError(f"num_workers={settings['num_workers']}: batches are made in threads of their own, of which "
+                         "workers= of the batches says how many; leave num_workers at 0")
 
     class Batches(torch.utils.data.IterableDataset):
         def __len__(self):
@@ -63,6 +77,6 @@ def torch_loader(
                 x, *rest = ready if isinstance(ready, tuple) else (ready,)
                 x, rest = _to_torch(x, torch, image=True), [_to_torch(part, torch) for part in rest]
                 yield (x, *rest) if rest else x
-            batches.set_epoch(batches.epoch + 1)
+            _next_epoch(batches)
 
     return torch.utils.data.DataLoader(Batches(), batch_size=None, **settings)

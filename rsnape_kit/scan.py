@@ -131,16 +131,17 @@ def _rows(paths):
 
 # %% ../nbs/09_scan.ipynb #40b3beb8
 def _adopt(table):
-    "Give files without ids those of their folder."
+    "Give files without ids those that most files of their folder have."
+    ids = ["StudyInstanceUID", "SeriesInstanceUID"]
+    lost, nameless = (table[ids] == "").any(axis=1), table.SOPInstanceUID == ""
+    if not lost.any() and not nameless.any():
+        return table
     folder = table.path.map(os.path.dirname)
-    for column, up in (("SeriesInstanceUID", 1), ("StudyInstanceUID", 2)):
-        lost = table[column] == ""
-        for where in folder[lost].unique():
-            ids = table.loc[(folder == where) & ~lost, column].unique()
-            name = ids[0] if len(ids) == 1 else os.path.normpath(where).split(os.sep)[-up:][0]
-            table.loc[(folder == where) & lost, column] = name
-    lost = table.SOPInstanceUID == ""
-    table.loc[lost, "SOPInstanceUID"] = [os.path.splitext(os.path.basename(p))[0] for p in table.path[lost]]
+    for where, part in table[folder.isin(folder[lost].unique())].groupby(folder):
+        known = part.loc[~lost[part.index], ids].value_counts()
+        names = ["", *os.path.normpath(where).split(os.sep)][-2:]
+        table.loc[part.index[lost[part.index]], ids] = known.index[0] if len(known) else names
+    table.loc[nameless, "SOPInstanceUID"] = [os.path.splitext(os.path.basename(p))[0] for p in table.path[nameless]]
     return table
 
 # %% ../nbs/09_scan.ipynb #131cee7f

@@ -1,0 +1,109 @@
+"""DICOM in: listing a folder and reading slices, beside pydicom and beside reading the bytes alone.
+
+Everything is in the operating system's cache, so these are costs of the processor, not of a disk. The ways take turns
+within one process; figures are medians over rounds. "read()" is open(path, "rb").read(), the least any reader can do.
+"""
+import argparse
+import tempfile
+from pathlib import Path
+
+import imagecodecs
+import made_up
+import numpy as np
+import pydicom
+from pydicom.encaps import encapsulate
+from pydicom.pixels import apply_modality_lut
+from pydicom.uid import JPEGLosslessSV1
+
+from rsnape_kit.dicom import read_hu, scan
+from rsnape_kit.scan import list_files
+
+FIELDS = ("StudyInstanceUID SeriesInstanceUID SOPInstanceUID Rows Columns PixelSpacing SliceThickness RescaleSlope "
+          "RescaleIntercept PixelRepresentation ImagePositionPatient ImageOrientationPatient InstanceNumber").split()
+
+
+def ordinary(path):
+    "pydicom's ordinary path to HU."
+    ds = pydicom.dcmread(path)
+    return apply_modality_lut(ds.pixel_array, ds)
+
+
+def read(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def headers(paths, fields=()):
+    for path in paths:
+        ds = pydicom.dcmread(path, stop_before_pixels=True)
+        for field in fields:
+            ds.get(field)
+
+
+def each(function, paths):
+    def run():
+        for path in paths:
+            function(path)
+    return run
+
+
+def as_jpeg(path, out):
+    "The same slice as JPEG Lossless, which 8 % of the competition is."
+    ds = pydicom.dcmread(path)
+    values = ds.pixel_array.astype(np.uint16)
+    ds.PixelData = encapsulate([bytes(imagecodecs.jpeg8_encode(values, lossless=True, bitspersample=16))])
+    ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
+    ds.file_meta.TransferSyntaxUID = JPEGLosslessSV1
+    ds.save_as(out)
+
+
+def measure(root, many, rounds, n):
+    paths = list_files(many)
+    few = paths[:2 * n]
+    seconds = made_up.alternate({
+        "scan(root)": lambda: scan(many),
+        "pydicom stop_before_pixels": lambda: headers(few),
+        "pydicom, the table's fields asked for": lambda: headers(few, FIELDS),
+    }, rounds)
+    counts = dict.fromkeys(seconds, len(few)) | {"scan(root)": len(paths)}
+    made_up.table("Listing a folder", seconds, counts, ["pydicom stop_before_pixels"])
+
+    paths = list_files(root)
+    few, scratch = paths[:n], np.empty(512 * 512 * 2, np.uint8)
+    seconds = made_up.alternate({
+        "read_hu(path)": each(read_hu, paths[:4 * n]),
+        "read_hu(path, scratch=)": each(lambda p: read_hu(p, scratch=scratch), paths[:4 * n]),
+        "pydicom + apply_modality_lut": each(ordinary, few),
+        "read()": each(read, paths[:4 * n]),
+    }, rounds)
+    counts = dict.fromkeys(seconds, len(paths[:4 * n])) | {"pydicom + apply_modality_lut": len(few)}
+    made_up.table("DICOM to int16 HU", seconds, counts, ["pydicom + apply_modality_lut", "read()"])
+
+    with tempfile.TemporaryDirectory() as folder:
+        jpegs = [Path(folder) / f"{i}.dcm" for i in range(20)]
+        for path, jpeg in zip(paths, jpegs):
+            as_jpeg(path, jpeg)
+        seconds = made_up.alternate({"read_hu(path), JPEG Lossless SV1": each(read_hu, jpegs),
+                                     "read_hu(path), uncompressed": each(read_hu, paths[:20])}, rounds)
+        made_up.table("Compressed", seconds, dict.fromkeys(seconds, 20), ["read_hu(path), uncompressed"])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", help="a folder of DICOM, instead of made-up slices of 512x512")
+    parser.add_argument("--studies", type=int, default=4, help="made-up studies")
+    parser.add_argument("--slices", type=int, default=200, help="slices in each")
+    parser.add_argument("--headers", type=int, default=10_000, help="made-up headers to scan")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    made_up.quiet()
+    with tempfile.TemporaryDirectory() as folder:
+        few, many = Path(folder) / "few", Path(folder) / "many"
+        if not args.folder:
+            made_up.write(few, args.studies, args.slices)
+            made_up.write_headers(many, args.headers // 250)
+        measure(args.folder or few, args.folder or many, args.rounds, 100)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,348 @@
+"""From files to batches: the 30th place's input pipelines, written anew after its notebooks, and this library's.
+
+Everything runs in one process in turns, so that ratios hold on a busy machine too: a round lets each pipeline make
+batches for a while, and the best round counts. Rates are slices per CPU-second (all threads together) and per second.
+The made-up CT is noisy, so it compresses like the real thing.
+
+    python benchmarks/pipeline.py                        # under two minutes
+    python benchmarks/pipeline.py --rounds 5 --seconds 3 --only training fit
+"""
+import argparse
+import os
+import tempfile
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+
+import numpy as np
+import pandas as pd
+from _slices import write
+
+from rsnape_kit.affine import STUDY_RANGE, AffineRange
+from rsnape_kit.batches import GroupBatches, ImageBatches, StudyBatches
+from rsnape_kit.feed import Feed, cores
+from rsnape_kit.labels import EXAM_LABELS, SLICE, STUDY
+from rsnape_kit.loaders import keras_dataset
+from rsnape_kit.masks import SideMask
+from rsnape_kit.pixels import Pixels, make_jobs, render
+from rsnape_kit.predictions import Predictions
+from rsnape_kit.sampling import Luck
+from rsnape_kit.store import DicomSource, SliceStore, build_store, to_quarter_hu
+from rsnape_kit.tables import slice_index
+
+TAGS = """SpecificCharacterSet ImageType SOPClassUID SOPInstanceUID Modality SliceThickness KVP GantryDetectorTilt
+TableHeight RotationDirection XRayTubeCurrent Exposure ConvolutionKernel PatientPosition StudyInstanceUID
+SeriesInstanceUID
+SeriesNumber InstanceNumber ImagePositionPatient ImageOrientationPatient FrameOfReferenceUID SamplesPerPixel
+PhotometricInterpretation Rows Columns PixelSpacing BitsAllocated BitsStored HighBit PixelRepresentation WindowCenter
+WindowWidth RescaleIntercept RescaleSlope""".split()
+LABELS = """negative_exam_for_pe qa_motion qa_contrast flow_artifact rv_lv_ratio_gte_1 rv_lv_ratio_lt_1 leftsided_pe
+chronic_pe true_filling_defect_not_pe rightsided_pe acute_and_chronic_pe central_pe indeterminate
+pe_present_on_image""".split()
+FRAMES = 56
+
+
+# ---- the files
+
+def make_truth(table: pd.DataFrame) -> Predictions:
+    "Every second study is positive, on the right, in its middle."
+    n = table.groupby(STUDY)["order"].transform("size")
+    odd = pd.factorize(table[STUDY])[0] % 2 == 1
+    images = pd.Series((odd & ((table["order"] - n / 2).abs() < n / 8)).to_numpy(float), slice_index(table))
+    yes = images.groupby(level=0, sort=False).max()
+    exams = pd.DataFrame({label: yes * (label in ("rightsided_pe", "rv_lv_ratio_lt_1")) for label in EXAM_LABELS})
+    return Predictions(exams.assign(negative_exam_for_pe=1 - yes), images)
+
+
+def write_records(source: DicomSource, truth: Predictions, folder: Path):
+    "The organisers' image-level records, 49 features each, and the study-level ones of JPEG frames."
+    import pydicom
+    import tensorflow as tf
+
+    def text(value):
+        return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+
+    def number(*values):
+        return tf.train.Feature(int64_list=tf.train.Int64List(value=[int(value) for value in values]))
+
+    with tf.io.TFRecordWriter(str(folder / "images.tfrec")) as out:
+        for row in source.table.itertuples():
+            data, exam = pydicom.dcmread(row.path), truth.exams.loc[row.StudyInstanceUID]
+            features = {tag: text(str(data[tag].value).encode()) for tag in TAGS}
+            features |= {label: number(exam.get(label, 0)) for label in LABELS[:-1]}
+            features |= {LABELS[-1]: number(truth.images[row.StudyInstanceUID, row.SOPInstanceUID])}
+            features |= {"image": text(data.PixelData)}
+            out.write(tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString())
+    with tf.io.TFRecordWriter(str(folder / "studies.tfrec")) as out:
+        for study, rows in source.table.groupby(STUDY, sort=False).indices.items():
+            images = ImageBatches(source, studies=[study], batch=len(rows))[0]
+            jpegs = [tf.io.encode_jpeg(image, quality=95) for image in images]
+            features = {"study_labels": number(*[0] * 13), "image_labels": number(*truth.images[study]),
+                        "images": text(tf.io.serialize_tensor(tf.stack(jpegs)).numpy())}
+            out.write(tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString())
+
+
+# ---- the original, image level
+
+def original_images(path: Path, batch: int):
+    "tf.data as in the training notebook of the image model: everything in floats, slice by slice, batch last."
+    import tensorflow as tf
+
+    form = {name: tf.io.FixedLenFeature([], tf.string) for name in (*TAGS, "image")}
+    form |= {name: tf.io.FixedLenFeature([], tf.int64) for name in LABELS}
+
+    def parse(example):
+        data = tf.io.parse_single_example(example, form)
+        return {name: tf.cast(value, form[name].dtype) for name, value in data.items()}
+
+    def window(image, level, width):
+        image = tf.clip_by_value(image, level - width // 2, level + width // 2)
+        image = image - tf.reduce_min(image)
+        return image / tf.reduce_max(image)
+
+    def prepare(data):
+        image = tf.cast(tf.io.decode_raw(data["image"], tf.int16), tf.float32)
+        image = tf.image.resize(tf.reshape(image, [512, 512, 1]), [256, 256])
+        gone, kept = tf.zeros((256, 90, 1)), tf.ones((256, 166, 1))
+        for label, mask in (("leftsided_pe", (kept, gone)), ("rightsided_pe", (gone, kept))):
+            hide = tf.logical_and(data[label] == 0, tf.random.uniform([]) < .5)
+            image = tf.cond(hide, lambda image=image, mask=mask: image * tf.concat(mask, 1), lambda image=image: image)
+        image = image * tf.strings.to_number(data["RescaleSlope"]) + tf.strings.to_number(data["RescaleIntercept"])
+        windows = [window(image, *pair) for pair in ((-600, 1500), (100, 700), (40, 400))]
+        return tf.concat(windows, 2), data["pe_present_on_image"]
+
+    data = tf.data.TFRecordDataset([str(path)], num_parallel_reads=tf.data.AUTOTUNE).map(parse, tf.data.AUTOTUNE)
+    data = data.map(prepare, tf.data.AUTOTUNE)
+    data = data.map(lambda image, label: (gathered(image, *draw(16.), 256), label), tf.data.AUTOTUNE)
+    return data.prefetch(tf.data.AUTOTUNE).batch(batch, drop_remainder=True)
+
+
+def draw(shift: float):
+    "Its random numbers: rotation, shear, two zooms, two shifts."
+    import tensorflow as tf
+
+    z = tf.random.normal([6])
+    return 10. * z[0], 3. * z[1], 1. + z[2] / 20., 1. + z[3] / 20., shift * z[4], shift * z[5]
+
+
+def gathered(image, rotation, shear, height, width, up, right, size: int):
+    "Its affine map: four matrices multiplied, all coordinates, gather_nd."
+    import tensorflow as tf
+
+    r, s, zero, one = rotation * np.pi / 180, shear * np.pi / 180, tf.zeros([]), tf.ones([])
+    turn = tf.reshape(tf.stack([tf.cos(r), tf.sin(r), zero, -tf.sin(r), tf.cos(r), zero, zero, zero, one]), [3, 3])
+    lean = tf.reshape(tf.stack([one, tf.sin(s), zero, zero, tf.cos(s), zero, zero, zero, one]), [3, 3])
+    zoom = tf.reshape(tf.stack([1 / height, zero, zero, zero, 1 / width, zero, zero, zero, one]), [3, 3])
+    move = tf.reshape(tf.stack([one, zero, up, zero, one, right, zero, zero, one]), [3, 3])
+    matrix = tf.matmul(tf.matmul(turn, lean), tf.matmul(zoom, move))
+    x = tf.repeat(tf.range(size // 2, -size // 2, -1), size)
+    y = tf.tile(tf.range(-size // 2, size // 2), [size])
+    places = tf.matmul(matrix, tf.cast(tf.stack([x, y, tf.ones_like(x)]), tf.float32))
+    places = tf.clip_by_value(tf.cast(places, tf.int32), 1 - size // 2, size // 2)
+    where = tf.transpose(tf.stack([size // 2 - places[0], size // 2 - 1 + places[1]]))
+    return tf.reshape(tf.gather_nd(image, where), [size, size, -1])
+
+
+def records_fused(path: Path, batch: int):
+    "The same records with the library's pass over them, for who has no store: five features read, the rest skipped."
+    import tensorflow as tf
+
+    form = {name: tf.io.FixedLenFeature([], tf.string) for name in ("image", "RescaleIntercept")}
+    form |= {name: tf.io.FixedLenFeature([], tf.int64) for name in ("leftsided_pe", "rightsided_pe", LABELS[-1])}
+    data = tf.data.TFRecordDataset([str(path)]).batch(batch, drop_remainder=True)
+    data = data.map(lambda examples: tf.io.parse_example(examples, form)).prefetch(1)
+    mask, affine, feed = SideMask(), AffineRange(), Feed(None)
+    for number, some in enumerate(data):
+        normals, uniforms = Luck(0, 0).draw(range(number * batch, (number + 1) * batch))
+        hide = mask.choose(uniforms, some["leftsided_pe"].numpy(), some["rightsided_pe"].numpy())
+        jobs = make_jobs(affine.matrices(normals), hide, [-4096] * batch, 256, 256)
+        bases = some["RescaleIntercept"].numpy().astype(float).astype(np.int16)
+        yield fused_records(feed, some["image"].numpy(), bases, jobs), some[LABELS[-1]].numpy()
+
+
+def fused_records(feed: Feed, images, bases, jobs):
+    out, pixels = feed.buffers.lend((len(images), 256, 256, 3), np.uint8), Pixels()
+    flat = out.reshape(-1)
+
+    def task(start, stop):
+        hu, stored = np.empty((512, 512), np.int16), np.empty((256, 256), np.int16)
+        for i in range(start, stop):
+            np.add(np.frombuffer(images[i], np.int16).reshape(512, 512), bases[i], out=hu)
+            to_quarter_hu(hu, 256, out=stored)
+            render(stored, jobs[i], pixels, flat, i * 256 * 256 * 3)
+
+    feed._spread(task, len(images))
+    return out
+
+
+# ---- the originals of studies and of inference
+
+def original_studies(path: Path, noise: bool):
+    "tf.data as in the volume model's notebook: 56 JPEG frames of each study, decoded, made noisier, warped alike."
+    import tensorflow as tf
+
+    form = {"study_labels": tf.io.FixedLenFeature([13], tf.int64), "images": tf.io.FixedLenFeature([], tf.string),
+            "image_labels": tf.io.FixedLenSequenceFeature([], tf.int64, allow_missing=True)}
+
+    def prepare(example):
+        data = tf.io.parse_single_example(example, form)
+        jpegs, labels = tf.io.parse_tensor(data["images"], tf.string), data["image_labels"]
+        n = tf.shape(labels)[0]
+        at = tf.range(0, n, n // FRAMES)[:FRAMES]
+        images = []
+        for jpeg in tf.unstack(tf.gather(jpegs, at), FRAMES):
+            image = tf.image.decode_jpeg(jpeg, channels=3)
+            images.append(tf.image.random_jpeg_quality(image, 30, 100) if noise else image)
+        images = tf.reshape(tf.cast(tf.stack(images), tf.float32) / 256, [FRAMES, 256, 256, 3])
+        flat = tf.reshape(tf.transpose(images, [1, 2, 0, 3]), [256, 256, FRAMES * 3])
+        flat = tf.reshape(gathered(flat, *draw(8.), 256), [256, 256, FRAMES, 3])
+        return tf.transpose(flat, [2, 0, 1, 3]), tf.gather(labels, at), data["study_labels"]
+
+    data = tf.data.TFRecordDataset([str(path)], num_parallel_reads=tf.data.AUTOTUNE).map(prepare, tf.data.AUTOTUNE)
+    return data.prefetch(tf.data.AUTOTUNE).batch(1)
+
+
+def original_inference(folder: Path):
+    "The submission's reader: every file opened and decoded to find its position, and again for its pixels."
+    import pydicom
+    import torch
+    from pydicom.pixels import apply_modality_lut
+
+    torch.set_num_threads(1)  # more would wait busily for each other, at the original's cost
+
+    rows = []
+    for path in sorted(folder.glob("*/*/*.dcm")):
+        data = pydicom.dcmread(path)
+        data.pixel_array  # noqa: B018 (it does, to leave out what cannot be decoded)
+        rows.append((data.StudyInstanceUID, float(data.ImagePositionPatient[2]), data.SOPInstanceUID, path))
+    table = pd.DataFrame(rows, columns=[STUDY, "z", SLICE, "path"]).sort_values([STUDY, "z"])
+    for _, study in table.groupby(STUDY):
+        seen = []
+        for path in study.path:
+            data = pydicom.dcmread(path)
+            hu = torch.from_numpy(apply_modality_lut(data.pixel_array, data).astype(np.float32))[None, None]
+            hu = torch.nn.functional.interpolate(hu, size=512, mode="nearest")[0, 0]
+            seen.append(((torch.clamp(hu, -250, 450) + 250) * 255 / 700).to(torch.uint8))
+        at = np.linspace(2, len(seen) - 3, 63).round().astype(int)
+        yield torch.stack([torch.stack([seen[k] for k in range(i - 2, i + 3)]) for i in at])
+
+
+# ---- measuring
+
+def compare(title: str, args, slices: int, pipelines: dict):
+    "Let each pipeline, which makes so many slices a call, take its turn; print rates and ratios."
+    best = {name: [np.inf, np.inf] for name in pipelines}
+    for one in pipelines.values():
+        one()
+    for _ in range(args.rounds):
+        for name, one in pipelines.items():
+            wall, cpu, count = time.perf_counter(), time.process_time(), 0
+            while count == 0 or time.perf_counter() - wall < args.seconds:
+                one()
+                count += slices
+            spent = (time.process_time() - cpu) / count, (time.perf_counter() - wall) / count
+            best[name] = [min(pair) for pair in zip(best[name], spent, strict=True)]
+    table = 1 / pd.DataFrame(best, ["per CPU-second", "per second"]).T
+    table["x"] = table["per CPU-second"] / table["per CPU-second"].iloc[0]
+    print(f"\n{title}\n" + table.to_string(float_format=lambda value: f"{value:,.{value < 100:d}f}"), flush=True)
+
+
+class Repeated:
+    "An epoch as long as a real one begins to be: what fit does once an epoch should not count."
+    times, epoch = 8, 0
+
+    def __init__(self, batches):
+        self.batches, self.set_epoch = batches, batches.set_epoch
+
+    def __len__(self):
+        return self.times * len(self.batches)
+
+    def __getitem__(self, i):
+        return self.batches[i % len(self.batches)]
+
+
+def drain(things):
+    for _ in things:
+        pass
+
+
+def fit_model(shape: tuple, dtype: str, device: bool = False):
+    "A model that does next to nothing, so that fit's own cost shows."
+    import keras
+
+    inputs = keras.Input(shape, dtype=dtype, name="stored")
+    first = keras.ops.cast(inputs[:, 0, :4] if device else inputs[:, 0, :4, 0], "float32")
+    if device:
+        jobs = keras.Input((9,), dtype="int32", name="jobs")
+        inputs, first = {"stored": inputs, "jobs": jobs}, first + keras.ops.cast(jobs[:, :4], "float32")
+    model = keras.Model(inputs, keras.layers.Dense(1, "sigmoid")(first))
+    model.compile("sgd", "binary_crossentropy", jit_compile=False)
+    return model
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--studies", type=int, default=4)
+    parser.add_argument("--slices", type=int, default=234, help="of each study; 234 is the competition's median")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=1., help="the least a pipeline runs for in a round")
+    parser.add_argument("--only", nargs="*", default=["training", "studies", "inference", "fit"])
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        run(args, Path(folder))
+
+
+def run(args, folder: Path):
+    warnings.filterwarnings("ignore", "Invalid value for VR UI")  # the competition's ids are no proper UIDs
+    write(folder / "dicom", args.studies, args.slices)
+    dicom = DicomSource(folder / "dicom")
+    truth = make_truth(dicom.table)
+    write_records(dicom, truth, folder)
+    with ThreadPoolExecutor(cores()) as pool:
+        build_store(dicom, folder / "store", executor=pool)
+    store = SliceStore(folder / "store")
+    total, whole = len(store), len(store) // args.batch * args.batch
+    print(f"{total} slices, {cores()} cores, batches of {args.batch}")
+
+    def images(source, **extra):
+        how = dict(batch=args.batch, mask=SideMask(), affine=AffineRange(), shuffle=True)
+        return ImageBatches(source, truth, **how, **extra)
+
+    graph = original_images(folder / "images.tfrec", args.batch)
+    if "training" in args.only:
+        from_dicom, from_store, device = images(dicom), images(store), images(store, device=True)
+        compare("Training input, image model", args, whole, {
+            "original: records, tf.data graph": lambda: drain(graph),
+            "records, fused pass": lambda: drain(records_fused(folder / "images.tfrec", args.batch)),
+            "DICOM, fused pass": lambda: drain(from_dicom),
+            "store, fused pass": lambda: drain(from_store),
+            "store, int16 for the device": lambda: drain(device)})
+    if "studies" in args.only:
+        noisy, calm = (original_studies(folder / "studies.tfrec", noise) for noise in (True, False))
+        mine = StudyBatches(store, truth, frames=FRAMES, affine=STUDY_RANGE, shuffle=True)
+        compare(f"Training input, {FRAMES} frames of each study", args, FRAMES * args.studies, {
+            "original: JPEG frames, random quality": lambda: drain(noisy),
+            "the same without random quality": lambda: drain(calm),
+            "store, fused pass": lambda: drain(mine)})
+    if "inference" in args.only:
+        compare("Inference input, groups of five neighbours, from DICOM files", args, total, {
+            "original: two passes of pydicom": lambda: drain(original_inference(folder / "dicom")),
+            "scan and fused pass": lambda: drain(GroupBatches(DicomSource(folder / "dicom")))})
+    if "fit" in args.only:
+        floats, bytes_, raw = (fit_model((256, 256, 3), "float32"), fit_model((256, 256, 3), "uint8"),
+                               fit_model((256, 256), "int16", device=True))
+        from_store, device = (keras_dataset(Repeated(images(store, device=on))) for on in (False, True))
+        graph, how = graph.repeat(Repeated.times), dict(verbose=0, shuffle=False)
+        compare("Through model.fit of a model that does nothing", args, Repeated.times * whole, {
+            "original graph": lambda: floats.fit(graph, **how),
+            "store, uint8": lambda: bytes_.fit(from_store, **how),
+            "store, int16 for the device": lambda: raw.fit(device, **how)})
+
+
+if __name__ == "__main__":
+    main()
