@@ -92,16 +92,16 @@ def write_headers(root, studies=20, slices=250, size=512):
         study, series = f"{s:012x}", f"{s:06x}aaaaaa"
         folder = Path(root) / study / series
         folder.mkdir(parents=True)
-        ds = dataset(study, series, "0" * 12, 0, implicit=s % 4 != 3)
-        ds.ImagePositionPatient, ds.InstanceNumber = [-179.5, -165.25, 1000.125], 1000
+        ds = dataset(study, series, "f" * 12, 0, implicit=s % 4 != 3)
+        ds.ImagePositionPatient, ds.InstanceNumber = [-179.5, -165.25, 1000.125], 7777
         ds.set_pixel_data(np.zeros((size, size), np.int16), "MONOCHROME2", 16, generate_instance_uid=False)
         ds.save_as(folder / "one", enforce_file_format=True)
         raw = (folder / "one").read_bytes()[:-2 * size * size]
         (folder / "one").unlink()
         for i in range(slices):
             name, z = f"{s:06x}{i:06x}", f"{1000.125 + i:.3f}"
-            new = raw.replace(b"0" * 12, name.encode()).replace(b"1000.125", z.encode())
-            new = new.replace(b"1000", f"{2000 - i}".encode()) if i else new
+            new = raw.replace(b"f" * 12, name.encode()).replace(b"1000.125", z.encode())
+            new = new.replace(b"7777", f"{7777 - i}".encode())
             (folder / f"{name}.dcm").write_bytes(new)
             os.truncate(folder / f"{name}.dcm", len(raw) + 2 * size * size)
     return studies * slices

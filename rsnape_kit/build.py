@@ -9,7 +9,7 @@ __all__ = ['STUDIES', 'INDEX', 'study_hash', 'groups', 'fingerprint', 'make_shar
 import hashlib
 import json
 import os
-from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -156,8 +156,12 @@ def build_store(
     left = sum(len(r) for r, _ in todo)
     pool = executor or _pool(left, len(todo))
     try:
-        with tqdm(total=left + sum(there), initial=sum(there), unit=" slices", desc=f"store {out.name}") as bar:
+        with tqdm(total=left + sum(there), initial=sum(there), unit=" slices", desc=out.name) as bar:
             _run(((make_shard, source.take(r), path, meta) for r, path in todo), pool, bar.update)
+    except BrokenExecutor as error:
+        raise RuntimeError("a process of the build ended. If this is a script, keep its main part under "
+                           "`if __name__ == '__main__':`; if memory ran out, give an executor of fewer workers. "
+                           "Finished shards are kept: build again to go on") from error
     finally:
         if executor is None:
             pool.shutdown(cancel_futures=True)

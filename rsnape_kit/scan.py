@@ -74,21 +74,28 @@ def _beginning(path, row):
     finally:
         os.close(fd)
 
-def _headers(paths, width=4096):
-    "(texts [n][4], numbers [n, NUMBERS], bytes in the files [n], problems [n]) of some files."
-    n, fields = len(paths), len(FIELDS)
-    bufs, got, size = np.empty((n, width), np.uint8), np.empty(n, np.int64), np.empty(n, np.int64)
+_which = [FIELD[name] for name in _texts]
+
+def _batch(paths, bufs, numbers, status, size):
+    "Read and walk a few files; their four texts, None where the walk found it odd or too short."
+    got = np.empty(len(paths), np.int64)
     for i, (path, row) in enumerate(zip(paths, bufs)):
         got[i], size[i] = _beginning(path, row)
-    (at, length), numbers = np.empty((2, n, fields), np.int64), np.empty((n, NUMBERS))
-    status = np.empty(n, np.uint8)
+    at, length = np.empty((2, len(paths), len(FIELDS)), np.int64)
     walk_many(bufs, got, at, length, numbers, status)
-    texts, problems, raw = [None] * n, [""] * n, bufs.tobytes()
-    which = [FIELD[name] for name in _texts]
-    start = at[:, which] + np.arange(n)[:, None] * width
-    for i, (begin, end) in enumerate(zip(start.tolist(), (start + length[:, which]).tolist())):
-        if status[i] == FOUND:
-            texts[i] = [raw[a:b].rstrip(b"\0 ").decode("latin-1") for a, b in zip(begin, end)]
+    raw, start = bufs.reshape(-1).data, at[:, _which] + np.arange(len(paths))[:, None] * bufs.shape[1]
+    return [[str(raw[a:b], "latin-1").rstrip("\0 ") for a, b in zip(begin, end)] if good else None
+            for good, begin, end in zip((status == FOUND).tolist(), start.tolist(), (start + length[:, _which]).tolist())]
+
+# %% ../nbs/09_scan.ipynb #a3579ec3
+def _headers(paths, width=4096):
+    "(texts [n][4], numbers [n, NUMBERS], bytes in the files [n], problems [n]) of some files."
+    n, few = len(paths), max(1, (1 << 20) // width)  # a megabyte at a time stays in the processor's own cache
+    bufs, numbers = np.empty((min(n, few), width), np.uint8), np.empty((n, NUMBERS))
+    status, size, texts, problems = np.empty(n, np.uint8), np.empty(n, np.int64), [], [""] * n
+    for start in range(0, n, few):
+        part = slice(start, min(start + few, n))
+        texts += _batch(paths[part], bufs[:part.stop - start], numbers[part], status[part], size[part])
     again = np.flatnonzero(status == MORE) if width == 4096 else []
     if len(again):
         more, numbers[again], _, why = _headers([paths[i] for i in again], 1 << 16)

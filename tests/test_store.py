@@ -162,6 +162,19 @@ def test_kill_9_at_any_moment(tmp_path, monkeypatch):
     np.testing.assert_array_equal(SliceStore(out)[:], SliceStore(tmp_path / "expected")[:])
 
 
+def test_a_script_without_main_is_told_what_to_do(tmp_path):
+    "Its processes would start the script again; they end at once instead, and the error says why."
+    competition(tmp_path / "train", studies=2, slices=2)
+    (tmp_path / "script.py").write_text(
+        "from rsnape_kit import build\n"
+        "from concurrent.futures import ProcessPoolExecutor\nfrom multiprocessing import get_context\n"
+        "build._pool = lambda *_: ProcessPoolExecutor(1, mp_context=get_context('spawn'))\n"
+        f"build.build_store({os.fspath(tmp_path / 'train')!r}, {os.fspath(tmp_path / 'out')!r}, size=32)\n")
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert done.returncode == 1 and "keep its main part under `if __name__" in done.stderr.splitlines()[-1]
+
+
 def test_half_written_files_are_not_trusted(tmp_path):
     out = build_store(competition(tmp_path / "train"), tmp_path / "out", size=64)
     (shard, raw), = shards(out).items()
