@@ -6,7 +6,7 @@
 __all__ = ['N_ANGLES', 'ANGLE', 'Patient', 'bump', 'rise', 'centre_y', 'spine_y', 'cavity', 'dome', 'couch_y', 'contours', 'edge',
            'angle_index', 'paint_body']
 
-# %% ../nbs/21_phantom_body.ipynb #7a58b9c3
+# %% ../nbs/21_phantom_body.ipynb #53de27fc
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from numba import njit
 
 from .phantom_paint import Tissue, empty_box, texture, tile
 
-# %% ../nbs/21_phantom_body.ipynb #c4957c94
+# %% ../nbs/21_phantom_body.ipynb #c88bfcec
 @dataclass(frozen=True)
 class Patient:
     "What makes one chest differ from the next (mm in the frame of an average adult, HU)"
@@ -35,6 +35,7 @@ class Patient:
     effusion_left: float = 0.
     lung: float = -855.         # HU at mid-height
     marrow: float = 180.        # HU
+    uneven: tuple = (0., 0., 0.)   # how far the chest departs from symmetry, percent
     prone: bool = False
     seed: int = 0               # of the tissue texture
 
@@ -47,13 +48,17 @@ class Patient:
                    fat=float(np.clip(13 * np.exp(.5 * u[1]) * (1.25 if f else 1), 4, 42)),
                    muscle=float(np.clip(1.05 - .22 * f + .14 * u[2], .5, 1.4)), width=120 + 5 * u[3], depth=84 + 5 * u[4],
                    apex=104 + 5 * u[5], dome_right=-108 + 11 * u[6], dome_left=-117 + 9 * u[6] + 4 * u[7],
-                   breast=float(f * np.clip(30 + 16 * u[8], 4, 70)), scoliosis=float(some[0] * rng.uniform(5, 18)),
+                   breast=float(f * np.clip(26 + 13 * u[8], 4, 55)), scoliosis=float(some[0] * rng.uniform(5, 18)),
                    rib_drop=75 + 8 * u[9], rib_phase=float(rng.uniform(0, 25)),
                    effusion_right=float(some[1] * rng.uniform(10, 50)), effusion_left=float(some[2] * rng.uniform(10, 50)),
                    lung=float(np.clip(-855 + 22 * u[10], -905, -790)), marrow=float(np.clip(190 + 50 * u[11], 80, 320)),
-                   prone=bool(some[3]), seed=int(rng.integers(1 << 20)))
+                   uneven=tuple(rng.normal(0, 1.3, 3).tolist()), prone=bool(some[3]), seed=int(rng.integers(1 << 20)))
 
-# %% ../nbs/21_phantom_body.ipynb #13b243ed
+    def inside(self) -> np.ndarray:  # float64 [5]
+        "What the painter needs to know about the lungs"
+        return np.array([self.lung, self.dome_right, self.dome_left, self.effusion_right, self.effusion_left])
+
+# %% ../nbs/21_phantom_body.ipynb #53ca5508
 N_ANGLES = 2048
 ANGLE = (np.arange(N_ANGLES) / N_ANGLES * 360 + 270) % 360 - 180   # degrees from the front; index 0 points left
 
@@ -78,7 +83,7 @@ def spine_y(z):
     "Depth of the vertebral bodies' middle at height z, mm"
     return 61 - 14 * rise(z, 10, 120) - 10 * rise(-z, 40, 180)
 
-# %% ../nbs/21_phantom_body.ipynb #31ccb3fe
+# %% ../nbs/21_phantom_body.ipynb #04c5d05c
 def cavity(
     p: Patient,
     z,            # mm
@@ -89,7 +94,8 @@ def cavity(
     top, wide, t, q = np.sqrt(1 - u**2.2), 1 + .05 * rise(-z, 0, 120), np.radians(angle - 90), np.abs(angle)
     c = np.abs(np.cos(t)) / (p.width * top * wide + 1e-3)
     s = np.abs(np.sin(t)) / (p.depth * top**.8 * wide + 1e-3)
-    return (c**2.3 + s**2.3)**(-1 / 2.3) * (1 + .09 * bump(q, 145, 22) - .07 * bump(q, 0, 20) - .04 * bump(q, 180, 12))
+    odd = sum(a * np.sin(k * t + .02 * z + k) for k, a in enumerate(p.uneven, 1)) / 100
+    return (c**2.3 + s**2.3)**(-1 / 2.3) * (1 + odd + .09 * bump(q, 145, 22) - .07 * bump(q, 0, 20) - .04 * bump(q, 180, 12))
 
 
 def dome(
@@ -101,7 +107,7 @@ def dome(
     fall = (y + 2)**2 / 83
     return p.dome_right - (x + 62)**2 / 100 - fall, p.dome_left - (x - 62)**2 / 100 - fall
 
-# %% ../nbs/21_phantom_body.ipynb #422a3ccc
+# %% ../nbs/21_phantom_body.ipynb #20d26909
 def _ribs(p, z):
     q = np.abs(ANGLE)
     height = -p.rib_drop * np.clip(1 - q / 165, 0, 1)**1.15 + 6 * np.sin(np.radians(2 * q)) + 1.2 * (ANGLE < 0)
@@ -120,7 +126,7 @@ def _smooth(r, degrees):
     k = np.exp(-2 * (np.pi * np.arange(N_ANGLES // 2 + 1) * degrees / 360)**2)
     return np.fft.irfft(np.fft.rfft(r) * k, N_ANGLES)
 
-# %% ../nbs/21_phantom_body.ipynb #b2cd3e03
+# %% ../nbs/21_phantom_body.ipynb #f9de63fb
 def couch_y(p: Patient) -> float:
     "Depth of the surface the patient lies on, mm (in front of a prone one)"
     return -(p.depth + 22 + .5 * p.fat + .35 * p.breast) if p.prone else 97 + .45 * p.fat + 21 * p.muscle
@@ -135,15 +141,15 @@ def contours(p: Patient, z: float) -> np.ndarray:  # float32 [8, N_ANGLES]
     wall, muscle = bone + 11, _muscle(p, z)
     outer = wall + np.maximum(muscle, 1.5)
     fat = p.fat * (.55 + .5 * bump(q, 100, 40) + .25 * bump(q, 180, 40) + .35 * rise(-z, 60, 160) * bump(q, 40, 50))
-    fat += p.breast * bump(q, 44 + 6 * np.sin(z / 40), 19) * bump(z, -45, 42)
+    fat += p.breast * bump(q, 49 + 6 * np.sin(z / 40), 23) * bump(z, -45, 42)
     skin = _smooth(outer, 9) + fat + 3
     towards = s if couch_y(p) > 0 else -s
     flat = np.where(towards > .05, abs(couch_y(p) - centre_y(z)) / np.maximum(towards, .05), 900)
-    skin = -14 * np.logaddexp(-np.minimum(skin, 400) / 14, -flat / 14)
+    skin = -20 * np.logaddexp(-np.minimum(skin, 400) / 20, -flat / 20) + 4
     plane = wall + muscle * (.45 + .1 * np.sin(np.radians(3 * q + z)))
     return np.stack([lung, bone + 5.5, away, cartilage, wall, plane, np.minimum(outer, skin - 3), skin]).astype(np.float32)
 
-# %% ../nbs/21_phantom_body.ipynb #a6b1309a
+# %% ../nbs/21_phantom_body.ipynb #fbd969af
 @njit(nogil=True, inline='always')
 def edge(s, w):
     "Coverage at depth s below a surface whose edge is w wide"
@@ -162,12 +168,21 @@ def angle_index(y, x):
         r = 3.14159274 - r
     return int(((r if y >= 0 else -r) * .159154943 + 1.) * N_ANGLES) & (N_ANGLES - 1)
 
-# %% ../nbs/21_phantom_body.ipynb #5464a78c
+# %% ../nbs/21_phantom_body.ipynb #8ed373b7
+@njit(nogil=True, inline='always')
+def _fat_hu(depth, dy, tx, ft):
+    "Fat under the skin: strands in it, and glands where it is deep in front"
+    v = -104. + 6. * tx + min(1., max(0., (tx + .6 * ft - 2.2) * 1.5)) * 70.
+    if dy < -40. and depth > 14.:
+        v += min(1., max(0., (tx + .5 * ft - .9) * .9)) * min(1., (depth - 14.) / 12.) * 105.
+    return v
+
+
 @njit(nogil=True, inline='always')
 def _muscle_hu(r, plane, thickness, tx, ft):
     "Muscle with the fat between and within its bellies"
     v = 54. + 5. * tx + 3. * ft
-    v -= min(1., max(0., (tx + .5 * ft - 1.9) * 1.6)) * 120.
+    v -= min(1., max(0., (tx + .5 * ft - 1.7) * 1.2)) * 110.
     if thickness > 6. and tx > -.9:
         v -= (1. - edge(abs(r - plane) - .8, 1.6)) * 130.
     return v
@@ -176,7 +191,7 @@ def _muscle_hu(r, plane, thickness, tx, ft):
 @njit(nogil=True, inline='always')
 def _rib_hu(v, depth, cartilage, marrow, ft, soft):
     "Cortex around marrow, or cartilage, blended into v"
-    bone = 640. + edge(depth - 1.5, 1.6) * (marrow + 60. * ft - 640.)
+    bone = 640. + edge(depth - 1.5, 1.6) * (marrow + 40. * ft - 640.)
     bone += cartilage * (95. + 25. * ft - bone)
     return v + edge(depth, soft * 1.2) * (bone - v)
 
@@ -193,10 +208,10 @@ def _belly_hu(x, y, liver, tx, soft):
     v += edge((1 - stomach) * 16., soft * 2) * (45. - v)
     return v + edge((.8 - stomach) * 16., soft * 2) * ((-940. if y < -30. else 30. + 8. * tx) - v)
 
-# %% ../nbs/21_phantom_body.ipynb #cd85ace9
+# %% ../nbs/21_phantom_body.ipynb #7046f4b1
 @njit(nogil=True, inline='always')
 def _lung_hu(x, y, z, base, tx, ft):
-    v = base + .55 * (y - 10.) + 16. * tx + 12. * ft
+    v = base + .55 * (y - 10.) + 15. * tx + 16. * ft
     oblique = y - 8. - .75 * (z + 40.)
     f = abs(oblique - .0022 * x * x - 2.5 * tx) * .8
     if f < 1.2:
@@ -211,11 +226,11 @@ def _lung_hu(x, y, z, base, tx, ft):
 @njit(nogil=True, inline='always')
 def _cavity_hu(x, y, z, par, tx, ft, soft, thick):
     "Value and tissue inside the chest wall, outside the mediastinum"
-    base, right, left, fluid_r, fluid_l = par
+    base, right, left, fluid_r, fluid_l = par[0], par[1], par[2], par[3], par[4]
     fall = (y + 2.)**2 / 83.
     dr, dl = right - (x + 62.)**2 / 100. - fall, left - (x - 62.)**2 / 100. - fall
     v, ident = _lung_hu(x, y, z, base, tx, ft), Tissue.LUNG.value
-    below = edge((max(dr, dl) + .8 * tx - z) * .8, thick + 2.)
+    below = edge((max(dr, dl) + .2 * tx - z) * .8, thick + 2.)
     if below > 0.:
         v += below * (_belly_hu(x, y, dr + 6. > dl, tx, soft) - v)
     fluid = fluid_r if x < 0 else fluid_l
@@ -223,28 +238,28 @@ def _cavity_hu(x, y, z, par, tx, ft, soft, thick):
         ident = Tissue.ORGAN.value
     elif fluid > 0.:
         d = y - 88. + fluid * (1. + max(0., -z - 40.) / 120.) - .002 * x * x
-        v += edge(d + 6. + 2. * tx, 5.) * (70. + 10. * tx - v)
+        v += edge(d + 6. + .9 * tx, 6.) * (70. + 10. * tx - v)
         v += edge(d, soft) * (12. + 3. * tx - v)
         if d > 0.:
             ident = Tissue.SOFT.value
     return v, ident
 
-# %% ../nbs/21_phantom_body.ipynb #f2939185
+# %% ../nbs/21_phantom_body.ipynb #13faf6d6
 @njit(nogil=True, cache=True, fastmath=True)
 def paint_body(
     hu,      # float32 [H, W], air to begin with, changed in place
     tissue,  # uint8 [H, W], changed in place
-    view,    # the slice: (x0, y0, px, z, soft, thick), mm
+    view,    # float64 [6], the slice: x0, y0, px, z, soft, thick, mm
     cy,      # depth of the body's axis, mm
     radii,   # float32 [8, N_ANGLES] from `contours`
     med,     # float32 [4, H]: right and left border of the mediastinum, and the cosines of their slopes
     tex,     # float32 [H, W], coarse texture
     fine,    # float32 [H, W], fine texture
     marrow,  # HU
-    par,     # (lung HU, right dome, left dome, right fluid, left fluid)
+    par,     # float64 [5]: lung HU, right dome, left dome, right fluid, left fluid
 ):
     "Paint everything but bones of the middle, heart and vessels"
-    x0, y0, px, z, soft, thick = view
+    x0, y0, px, z, soft, thick = view[0], view[1], view[2], view[3], view[4], view[5]
     far = radii[7].max() + 2.
     for j in range(hu.shape[0]):
         y = y0 + j * px
@@ -263,7 +278,7 @@ def paint_body(
                 v += edge(s, soft) * (10. - v)
                 ident = Tissue.SKIN.value if s > 0. else ident
                 if s > 1.:
-                    v += edge(s - 1.8, soft) * (-104. + 7. * tx + (70. if tx > 2.1 else 0.) - v)
+                    v += edge(s - 1.8, soft) * (_fat_hu(s, y - cy, tx, ft) - v)
                     ident = Tissue.FAT.value if s > 1.8 else ident
                 s = radii[6, t] - r
                 if s > -2.:

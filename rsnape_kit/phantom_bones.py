@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['PITCH', 'column', 'paint_spine', 'front_y', 'paint_sternum', 'paint_shoulders']
 
-# %% ../nbs/22_phantom_bones.ipynb #3519d1c8
+# %% ../nbs/22_phantom_bones.ipynb #dd51684e
 import numpy as np
 
 from .phantom_body import ANGLE, N_ANGLES, Patient, cavity, centre_y, rise, spine_y
 from .phantom_paint import Canvas, Tissue
 
-# %% ../nbs/22_phantom_bones.ipynb #eed5704f
+# %% ../nbs/22_phantom_bones.ipynb #6ec368d1
 PITCH = 25.   # mm from one vertebra, and one rib, to the next
 
 
@@ -23,9 +23,9 @@ def column(x, y, a, b):
 def _bone(canvas, paint, shapes, cortex, inner, shell, power=2.):
     kind = {} if paint == canvas.tubes else {'power': power}
     paint(shapes, cortex, Tissue.BONE, grain=40, **kind)
-    paint(shapes, inner, Tissue.BONE, grain=60, grow=-shell, **kind)
+    paint(shapes, inner, Tissue.BONE, grain=38, grow=-shell, **kind)
 
-# %% ../nbs/22_phantom_bones.ipynb #dcc4ddc4
+# %% ../nbs/22_phantom_bones.ipynb #47bdbffd
 def paint_spine(
     canvas: Canvas,  # a started slice, painted in place
     p: Patient,
@@ -35,7 +35,7 @@ def paint_spine(
     y, phase = spine_y(z), (z - p.rib_phase + 5) % PITCH - PITCH / 2
     mid, body, disc = z - phase, column(0, y, 18, 14), abs(phase) > 9.5
     if not disc:
-        canvas.solids([column(0, y + 20, 15, 13.5)], 420, Tissue.BONE, grain=80)
+        canvas.solids([column(0, y + 20, 15, 13.5)], 420, Tissue.BONE, grain=60)
     spikes = [[0, y + 30, mid + k, 5, 0, y + 52, mid + k - 16, 3.5] for k in (2, 14)]
     for s in (-1, 1):
         spikes += [[12 * s, y + 22, mid, 5.5, 34 * s, y + 26, mid + 3, 4.5], [16 * s, y + 4, mid + 6, 4, 31 * s, y + 21, mid + 2, 3.6]]
@@ -47,7 +47,7 @@ def paint_spine(
     canvas.solids([column(0, y + 20, 10, 8.5)], 25, Tissue.SOFT, grain=6)
     canvas.solids([column(0, y + 20, 6, 5)], 45, Tissue.SOFT, grain=4)
 
-# %% ../nbs/22_phantom_bones.ipynb #a640179e
+# %% ../nbs/22_phantom_bones.ipynb #e1aba657
 def front_y(p: Patient, z: float) -> float:  # mm
     "Depth of the inner surface of the front chest wall in the midline"
     return float(centre_y(z) - cavity(p, z, np.zeros(1))[0])
@@ -59,7 +59,7 @@ def paint_sternum(canvas: Canvas, p: Patient, z: float):
         a = 15 + 14 * rise(z, 20, 50) - 6 * rise(-z, 50, 92)
         _bone(canvas, canvas.solids, [column(0, front_y(p, z) - 7.5, a, 6.5)], 520, p.marrow - 60, 1.5, 2.6)
 
-# %% ../nbs/22_phantom_bones.ipynb #cba5b8ef
+# %% ../nbs/22_phantom_bones.ipynb #9db517b6
 def _at_angle(radii, degrees, off, z):
     k = int((degrees - 90) % 360 / 360 * N_ANGLES) % N_ANGLES
     t = np.radians(ANGLE[k] - 90)
@@ -84,6 +84,9 @@ def paint_shoulders(
         front = front_y(p, 55)
         collar = [(20 * s, front - 4, 57, 8.), (45 * s, front + 2, 66, 6.), (85 * s, -20., 84, 5.5), (130 * s, 0., 98, 6.)]
         tubes += [[*g, *h] for g, h in zip(collar, collar[1:])]
-        heads += [(np.array([165. * s, 12, 112]), np.diag([1 / 24, 1 / 24, 1 / 26]))]
+        heads += [(np.array([158. * s, 10, 116]), np.diag([1 / 24, 1 / 24, 1 / 26]))]
+    flesh = np.array([[115. * s, 12, 78, 26, 160 * s, 8, 116, 40] for s in (-1, 1)]) if z > 30 else np.zeros((0, 8))
+    canvas.tubes(flesh, -100, Tissue.FAT, grain=10, grow=p.fat * .7, below=Tissue.SKIN)
+    canvas.tubes(flesh, 54, Tissue.MUSCLE, grain=9, below=Tissue.FAT)
     _bone(canvas, canvas.tubes, np.array(tubes, float), 560, p.marrow + 120, 1.7)
     _bone(canvas, canvas.solids, heads, 560, p.marrow, 2.)

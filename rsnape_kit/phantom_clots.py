@@ -6,7 +6,7 @@
 __all__ = ['REGIONS', 'Clots', 'regions', 'children', 'walk', 'track', 'acute', 'chronic', 'ClotCover', 'near', 'clot_areas',
            'Plan', 'Calibre', 'lay_clot', 'saddle', 'embolise']
 
-# %% ../nbs/25_phantom_clots.ipynb #f4950816
+# %% ../nbs/25_phantom_clots.ipynb #8e4c7fb4
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,7 +15,7 @@ from numba import njit
 from .phantom_paint import Canvas, cover_capsules, empty_box
 from .phantom_vessels import ARTERIES, Tree
 
-# %% ../nbs/25_phantom_clots.ipynb #40e42cbd
+# %% ../nbs/25_phantom_clots.ipynb #cc3c8731
 REGIONS = 'trunk', 'left main', 'right main', 'left', 'right'
 
 
@@ -45,7 +45,7 @@ def regions(tree: Tree) -> np.ndarray:  # int [n], index into REGIONS
     of_path = np.array([0, 1, 2, 3, 4, 4] + [4] * 4 + [3] * 4)      # ARTERIES, then the right and the left rows of ROOTS
     return of_path[tree.path]
 
-# %% ../nbs/25_phantom_clots.ipynb #b7104347
+# %% ../nbs/25_phantom_clots.ipynb #fdaa78c4
 def children(tree: Tree) -> dict:
     "Rows that spring from each row"
     out = {}
@@ -75,7 +75,7 @@ def track(tree: Tree, rows: list, length: float, step: float = 1.5) -> tuple:  #
     reg = regions(tree)[np.asarray(rows)[np.clip(np.searchsorted(s, at, 'right') - 1, 0, len(rows) - 1)]]
     return np.stack([np.interp(at, s, a[:, k]) for k in range(4)], 1), reg
 
-# %% ../nbs/25_phantom_clots.ipynb #5bd9bb37
+# %% ../nbs/25_phantom_clots.ipynb #35be8058
 def _sideways(points, rng):
     "Unit vectors square to a curve, turning slowly"
     d = np.gradient(points[:, :3], axis=0)
@@ -121,7 +121,7 @@ def chronic(points, region, rng, value=70.) -> Clots:
             out = out + Clots(worms=web, worm_region=region[k:k + 1], value=value)
     return out
 
-# %% ../nbs/25_phantom_clots.ipynb #3f38bd6d
+# %% ../nbs/25_phantom_clots.ipynb #9c8242fc
 @njit(nogil=True, cache=True)
 def _inside(clot, rim, hole, lumen, box):
     for j in range(box[0], box[1]):
@@ -136,7 +136,7 @@ class ClotCover:
         self.clot, self.rim, self.hole = (np.zeros((size, size), np.float32) for _ in range(3))
         self.box = empty_box()
 
-    def cover(self, clots: Clots, view: tuple, lumen: np.ndarray) -> bool:
+    def cover(self, clots: Clots, view: np.ndarray, lumen: np.ndarray) -> bool:
         "Fill `self.clot` within `self.box`; False if no clot comes near the slice"
         self.box[:] = empty_box()
         for cov, caps in ((self.clot, clots.worms), (self.rim, clots.rims), (self.hole, clots.holes)):
@@ -154,19 +154,33 @@ class ClotCover:
         "Blank what was covered"
         self.part()[:] = 0
 
-# %% ../nbs/25_phantom_clots.ipynb #31e3359b
-def near(tree: Tree, clots: Clots, margin: float = 12.) -> np.ndarray:  # float64 [n, 8]
-    "Arteries that may touch a clot's box"
-    c, t = np.concatenate([clots.worms, clots.rims]), tree.caps
-    lo, hi = (f(c[:, :3], c[:, 4:7]) for f in (np.minimum, np.maximum))
-    tlo, thi, r = np.minimum(t[:, :3], t[:, 4:7]), np.maximum(t[:, :3], t[:, 4:7]), t[:, 3:4]
-    return t[((thi + r > lo.min(0) - margin) & (tlo - r < hi.max(0) + margin)).all(1)]
+# %% ../nbs/25_phantom_clots.ipynb #7a29f659
+@njit(nogil=True, cache=True)
+def _touching(tubes, clots, margin):
+    "Which tubes' boxes come within a margin of any clot's box"
+    out = np.zeros(len(tubes), np.bool_)
+    for i in range(len(tubes)):
+        r = max(tubes[i, 3], tubes[i, 7]) + margin
+        for k in range(len(clots)):
+            far, c = False, max(clots[k, 3], clots[k, 7]) + r
+            for a in range(3):
+                far = far or max(tubes[i, a], tubes[i, a + 4]) + c < min(clots[k, a], clots[k, a + 4])
+                far = far or min(tubes[i, a], tubes[i, a + 4]) - c > max(clots[k, a], clots[k, a + 4])
+            if not far:
+                out[i] = True
+                break
+    return out
+
+
+def near(tree: Tree, clots: Clots, margin: float = 8.) -> np.ndarray:  # float64 [n, 8]
+    "Arteries that may cover a pixel that a clot covers"
+    return tree.caps[_touching(tree.caps, np.concatenate([clots.worms, clots.rims]), margin)]
 
 
 def clot_areas(
     clots: Clots,
     tree: Tree,
-    views: list,    # one view a slice
+    views: list,    # one view (six numbers) a slice
     size: int,      # pixels a side
 ) -> np.ndarray:    # float64 [slices, 1 + regions] mm2: all thrombus, then each region's
     "Area of thrombus in every slice"
@@ -178,7 +192,7 @@ def clot_areas(
     ends = np.concatenate([clots.worms, clots.rims])
     reach = ends[:, [3, 7]].max() + 8
     lo, hi = ends[:, [2, 6]].min() - reach, ends[:, [2, 6]].max() + reach
-    for k, view in enumerate(views):
+    for k, view in enumerate(np.asarray(views, float)):
         if lo < view[3] < hi:
             cover_capsules(lumen, box, view, caps, 0.)
             for i, c in enumerate(parts):
@@ -188,7 +202,7 @@ def clot_areas(
             lumen[box[0]:box[1], box[2]:box[3]], box[:] = 0, empty_box()
     return out
 
-# %% ../nbs/25_phantom_clots.ipynb #95ba9561
+# %% ../nbs/25_phantom_clots.ipynb #8ec7c7f4
 @dataclass(frozen=True)
 class Plan:
     "What to aim at; the labels are measured afterwards"
@@ -207,7 +221,7 @@ class Calibre:
     lobar: float = .45           # share of clots beyond the main arteries that begin where the radius exceeds 3 mm
     length: float = 18.          # mm, median
 
-# %% ../nbs/25_phantom_clots.ipynb #59d88529
+# %% ../nbs/25_phantom_clots.ipynb #45724b42
 def _saddle(tree, rng):
     "Rows from one main artery over the fork into the other, and a length"
     rows = {k: list(np.flatnonzero(tree.path == i)) for i, k in enumerate(ARTERIES)}
@@ -228,7 +242,7 @@ def _start(tree, rng, side, plan_central, calibre):
     p = r[rows] if not plan_central else np.ones(len(rows))
     return int(rng.choice(rows, p=p / p.sum()))
 
-# %% ../nbs/25_phantom_clots.ipynb #d6fc277d
+# %% ../nbs/25_phantom_clots.ipynb #f778e108
 def _resize(tree, rows, factor):
     caps = tree.caps.copy()
     caps[rows, 3] *= factor
@@ -253,7 +267,7 @@ def saddle(tree, rng) -> Clots:
     points, region = np.concatenate([a[::-1], b]), np.concatenate([ra[::-1], rb])
     return acute(points, region, rng.uniform(.35, .6), rng, rng.uniform(45, 65))
 
-# %% ../nbs/25_phantom_clots.ipynb #0d3672a8
+# %% ../nbs/25_phantom_clots.ipynb #ea027b47
 def _heights(clots, z):
     c = np.concatenate([clots.worms, clots.rims])
     r = np.maximum(c[:, 3], c[:, 7])[:, None] * .8

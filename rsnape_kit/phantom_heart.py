@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['LONG', 'ACROSS', 'UP', 'Heart', 'chambers', 'rv_lv_ratio', 'Blood', 'paint_heart', 'mediastinum']
 
-# %% ../nbs/24_phantom_heart.ipynb #fdcb744c
+# %% ../nbs/24_phantom_heart.ipynb #c812bd3e
 from dataclasses import dataclass
 
 import numpy as np
 from numba import njit
 from scipy.ndimage import gaussian_filter1d
 
-from .phantom_body import Patient, bump, spine_y
+from .phantom_body import Patient, spine_y
 from .phantom_bones import front_y
 from .phantom_paint import Canvas, Tissue
 
-# %% ../nbs/24_phantom_heart.ipynb #1dba13bb
+# %% ../nbs/24_phantom_heart.ipynb #92d405ad
 @dataclass(frozen=True)
 class Heart:
     "Sizes of the ventricles relative to a healthy adult's, and the wall of the left one, mm"
@@ -42,7 +42,7 @@ def chambers(h: Heart) -> dict:  # Tissue -> (centre [3], axes [3, 3])
             Tissue.RA: _solid((-32, -14, -74), np.eye(3), (20, 25, 29)),
             Tissue.LA: _solid((0, 14, -53), np.eye(3), (31, 14.5, 19))}
 
-# %% ../nbs/24_phantom_heart.ipynb #5c500326
+# %% ../nbs/24_phantom_heart.ipynb #a02f578f
 def _cross(solid, at, grow=0.):
     "Where lines at + s ACROSS enter and leave an ellipsoid, nan if they miss"
     n = np.linalg.norm(solid[1], axis=1)
@@ -65,7 +65,7 @@ def rv_lv_ratio(h: Heart) -> float:
     l0, l1 = _cross(c[Tissue.LV], at)
     return float(np.nanmax(np.fmin(r1, w0) - r0) / np.nanmax(l1 - l0))
 
-# %% ../nbs/24_phantom_heart.ipynb #79f30fb8
+# %% ../nbs/24_phantom_heart.ipynb #d7bd7274
 @dataclass(frozen=True)
 class Blood:
     "Contrast in the circulation, HU"
@@ -78,7 +78,7 @@ class Blood:
     late: float = 95.        # veins that it has not reached
     mixing: float = 10.      # HU of unevenness in the arteries, coarse
 
-# %% ../nbs/24_phantom_heart.ipynb #070f12d8
+# %% ../nbs/24_phantom_heart.ipynb #dac126e5
 def paint_heart(
     canvas: Canvas,       # a started slice, painted in place
     h: Heart,
@@ -98,7 +98,7 @@ def paint_heart(
     canvas.tubes(np.array([[-4., -24, -50, 1.7, -14, -38, -62, 1.6], [-14, -38, -62, 1.6, -20, -36, -84, 1.4],   # coronaries
                            [4, -22, -46, 2, 18, -22, -52, 1.8], [18, -22, -52, 1.6, 36, -46, -70, 1.4]]), blood.aorta, t.AORTA)
 
-# %% ../nbs/24_phantom_heart.ipynb #fecceda2
+# %% ../nbs/24_phantom_heart.ipynb #159d24d5
 @njit(nogil=True, cache=True)
 def _reach_of_points(lo, hi, y0, px, z, points, margin):
     "Widen the borders to hold spheres [n, 4] cut at height z"
@@ -129,23 +129,33 @@ def _reach_of_solid(lo, hi, y, z, solid, grow):
     x = mid[0] + b[0, 1] / b[1, 1] * yy
     lo[on], hi[on] = np.minimum(lo, x - half)[on], np.maximum(hi, x + half)[on]
 
-# %% ../nbs/24_phantom_heart.ipynb #af5abdba
+# %% ../nbs/24_phantom_heart.ipynb #27d0ba2a
+def _taper_forward(lo, hi, y, front):
+    "Draw the borders together from the foremost organ to the breastbone"
+    wide = np.flatnonzero((hi - lo > 18) & (y > front))
+    if len(wide):
+        k = min(wide[0] + int(9 / (y[1] - y[0])), len(y) - 1)
+        t = np.clip((y - front) / max(y[k] - front, 1), 0, 1)[:k]**1.3
+        np.minimum(lo[:k], .5 + (lo[k] - .5) * t, out=lo[:k])
+        np.maximum(hi[:k], 5.5 + (hi[k] - 5.5) * t, out=hi[:k])
+
+
 def mediastinum(
     p: Patient,
     h: Heart,
     points: np.ndarray,  # float64 [n, 4] spheres along vessels and airways, mm
-    view: tuple,         # the slice
+    view: np.ndarray,    # float64 [6], the slice
     size: int,           # rows
 ) -> np.ndarray:  # float32 [4, size]: right and left border, cosines of their slopes
     "Borders of the mediastinum in each row"
     _, y0, px, z, _, _ = view
     y = y0 + px * np.arange(size)
-    sheet = 4 + 12 * bump(y, front_y(p, z), 13)
-    lo, hi = 3 - sheet, 3 + sheet
+    lo, hi = np.full(size, .5), np.full(size, 5.5)
     spine = np.array([[0, spine_y(z), z, 16.5], [0, spine_y(z) + 20, z, 17]])
     _reach_of_points(lo, hi, y0, px, z, points, 2.5)
     _reach_of_points(lo, hi, y0, px, z, spine, 2.5)
     for t, solid in chambers(h).items():
         _reach_of_solid(lo, hi, y, z, solid, 5 + (h.wall if t == Tissue.LV else 3))
+    _taper_forward(lo, hi, y, front_y(p, z))
     lo, hi = gaussian_filter1d(lo, 3.2 / px), gaussian_filter1d(hi, 3.2 / px)
     return np.stack([lo, hi, 1 / np.hypot(1, np.gradient(lo, px)), 1 / np.hypot(1, np.gradient(hi, px))]).astype(np.float32)

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['Tissue', 'TILE', 'empty_box', 'cover_capsules', 'cover_ellipsoid', 'fill', 'tile', 'texture', 'Canvas']
 
-# %% ../nbs/20_phantom_paint.ipynb #3a60ed82
+# %% ../nbs/20_phantom_paint.ipynb #b39078f4
 from enum import IntEnum
 
 import numpy as np
 from numba import njit
 
-# %% ../nbs/20_phantom_paint.ipynb #bac3ecef
+# %% ../nbs/20_phantom_paint.ipynb #c3691d08
 Tissue = IntEnum('Tissue', 'SKIN FAT MUSCLE BONE SOFT ORGAN TABLE HEART RV LV RA LA AORTA SVC PA CLOT LUNG AIRWAY VEIN')
 
-# %% ../nbs/20_phantom_paint.ipynb #79ced3b5
+# %% ../nbs/20_phantom_paint.ipynb #e6c0d3b6
 def empty_box() -> np.ndarray:  # int64 [4]: first and end row, first and end column
     "A box that holds nothing yet"
     return np.array([1 << 30, 0, 1 << 30, 0])
@@ -39,17 +39,17 @@ def _reach_box(view, shape, ax, ay, az, bx, by, bz, reach):
     return (max(0, int((min(ya, yb) - reach - y0) / px)), min(shape[0], int((max(ya, yb) + reach - y0) / px) + 2),
             max(0, int((min(xa, xb) - reach - x0) / px)), min(shape[1], int((max(xa, xb) + reach - x0) / px) + 2))
 
-# %% ../nbs/20_phantom_paint.ipynb #f16177a6
+# %% ../nbs/20_phantom_paint.ipynb #b5b30c47
 @njit(nogil=True, cache=True)
 def cover_capsules(
     cov,   # float32 [H, W] coverage 0..1, raised in place
     box,   # int64 [4], widened in place
-    view,  # the slice: (x0, y0, px, z, soft, thick), mm
+    view,  # float64 [6], the slice: x0, y0, px, z, soft, thick, mm
     caps,  # float64 [n, 8]: ax ay az ra bx by bz rb, mm
     grow,  # mm added to every radius
 ):
     "Raise `cov` to the largest coverage by any of the capsules"
-    x0, y0, px, z, soft, thick = view
+    x0, y0, px, z, soft, thick = view[0], view[1], view[2], view[3], view[4], view[5]
     for k in range(len(caps)):
         ax, ay, az, ra, bx, by, bz, rb = caps[k]
         reach = max(ra, rb) + grow + .5 * (soft + thick)
@@ -72,7 +72,7 @@ def cover_capsules(
                     if a > cov[j, i]:
                         cov[j, i] = min(1., a)
 
-# %% ../nbs/20_phantom_paint.ipynb #c8f8d341
+# %% ../nbs/20_phantom_paint.ipynb #d60e0429
 @njit(nogil=True, cache=True)
 def _grown(axes, grow):
     "Axes of an ellipsoid whose half-lengths are longer by `grow` mm, and its half-extents in x and y"
@@ -94,19 +94,19 @@ def _power_norm(u, v, w, power):
         return np.sqrt(u * u + v * v + w * w) + 1e-6
     return (abs(u)**power + abs(v)**power + abs(w)**power)**(1 / power) + 1e-6
 
-# %% ../nbs/20_phantom_paint.ipynb #478e61fc
+# %% ../nbs/20_phantom_paint.ipynb #1aa968f7
 @njit(nogil=True, cache=True)
 def cover_ellipsoid(
     cov,     # float32 [H, W] coverage 0..1, raised in place
     box,     # int64 [4], widened in place
-    view,    # the slice: (x0, y0, px, z, soft, thick), mm
+    view,    # float64 [6], the slice: x0, y0, px, z, soft, thick, mm
     centre,  # float64 [3], mm
     axes,    # float64 [3, 3], rows are directions divided by half-lengths, 1/mm
     power,   # 2 = ellipsoid, more = squarer
     grow,    # mm added to every half-length
 ):
     "Raise `cov` to the coverage by one (super-)ellipsoid"
-    x0, y0, px, z, soft, thick = view
+    x0, y0, px, z, soft, thick = view[0], view[1], view[2], view[3], view[4], view[5]
     m, ex, ey = _grown(axes, grow)
     ex, ey, qz = ex * 1.2 + soft + 1, ey * 1.2 + soft + 1, z - centre[2]
     i0, i1 = max(0, int((centre[0] - ex - x0) / px)), min(cov.shape[1], int((centre[0] + ex - x0) / px) + 2)
@@ -133,7 +133,7 @@ def cover_ellipsoid(
                 if a > cov[j, i]:
                     cov[j, i] = min(1., a)
 
-# %% ../nbs/20_phantom_paint.ipynb #f9e54211
+# %% ../nbs/20_phantom_paint.ipynb #c595f2e5
 @njit(nogil=True, cache=True)
 def fill(
     hu,      # float32 [H, W], changed in place
@@ -145,6 +145,7 @@ def fill(
     grain,   # HU of texture
     ident,   # Tissue to note where coverage exceeds one half
     keep,    # paint only where the tissue is at least this
+    below,   # and at most this
 ):
     "Blend `value + grain * tex` into the picture by coverage, and clear the coverage"
     for j in range(box[0], box[1]):
@@ -152,13 +153,13 @@ def fill(
             a = cov[j, i]
             if a > 0.:
                 cov[j, i] = 0.
-                if tissue[j, i] >= keep:
+                if keep <= tissue[j, i] <= below:
                     hu[j, i] += a * (value + grain * tex[j, i] - hu[j, i])
                     if a > .5:
                         tissue[j, i] = ident
     box[0], box[1], box[2], box[3] = 1 << 30, 0, 1 << 30, 0
 
-# %% ../nbs/20_phantom_paint.ipynb #9d376e0b
+# %% ../nbs/20_phantom_paint.ipynb #5def05a0
 TILE = 1024   # pixels, a power of two
 
 
@@ -183,7 +184,7 @@ def tile(name: str) -> np.ndarray:  # float32 [TILE, TILE], mean 0, variance 1, 
         _tiles[name] = _tile(_SPECTRA[name], [3, list(_SPECTRA).index(name)])
     return _tiles[name]
 
-# %% ../nbs/20_phantom_paint.ipynb #fa216fb7
+# %% ../nbs/20_phantom_paint.ipynb #4be6703f
 @njit(nogil=True, cache=True)
 def texture(
     out,   # float32 [H, W], overwritten
@@ -203,7 +204,7 @@ def texture(
         for i in range(out.shape[1]):
             out[j, i] = norm * (a * tile[u, (i + h0 // n) & (n - 1)] + b * tile[v, (i + h1 // n) & (n - 1)])
 
-# %% ../nbs/20_phantom_paint.ipynb #5fc63100
+# %% ../nbs/20_phantom_paint.ipynb #746248d6
 class Canvas:
     "One slice being painted: HU, tissue and the scratch coverage"
     def __init__(
@@ -219,19 +220,19 @@ class Canvas:
 
     def start(self, x0: float, y0: float, z: float, seed: int):
         "Begin an empty slice at height z whose pixel (0, 0) lies at x0, y0, mm"
-        self.view = (float(x0), float(y0), self.px, float(z), self.soft, self.thick)
+        self.view = np.array([x0, y0, self.px, z, self.soft, self.thick], float)
         self.hu[:], self.tissue[:] = -1000, 0
         texture(self.coarse, tile('coarse'), float(z), 6., seed)
         texture(self.fine, tile('fine'), float(z), 1.5, seed)
         return self
 
-    def tubes(self, caps, value, ident, grain=0., keep=0, grow=0., tex=None):
+    def tubes(self, caps, value, ident, grain=0., keep=0, grow=0., tex=None, below=255):
         "Paint capsules [n, 8] with a value and texture"
         cover_capsules(self.cov, self.box, self.view, caps, grow)
-        fill(self.hu, self.tissue, self.cov, self.box, self.fine if tex is None else tex, value, grain, ident, keep)
+        fill(self.hu, self.tissue, self.cov, self.box, self.fine if tex is None else tex, value, grain, ident, keep, below)
 
     def solids(self, items, value, ident, grain=0., keep=0, grow=0., power=2., tex=None):
         "Paint ellipsoids, pairs of centre [3] and axes [3, 3], with a value and texture"
         for centre, axes in items:
             cover_ellipsoid(self.cov, self.box, self.view, centre, axes, power, grow)
-        fill(self.hu, self.tissue, self.cov, self.box, self.fine if tex is None else tex, value, grain, ident, keep)
+        fill(self.hu, self.tissue, self.cov, self.box, self.fine if tex is None else tex, value, grain, ident, keep, 255)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['paint_couch', 'paint_arteries', 'paint_slice', 'rays', 'add_streaks', 'develop', 'Scanner']
 
-# %% ../nbs/27_phantom_scanner.ipynb #51559f73
+# %% ../nbs/27_phantom_scanner.ipynb #3b9986d6
 import numpy as np
 from numba import njit
 
@@ -16,11 +16,11 @@ from .phantom_heart import mediastinum, paint_heart
 from .phantom_paint import TILE, Canvas, Tissue, cover_capsules, tile
 from .phantom_study import Study, view_of
 
-# %% ../nbs/27_phantom_scanner.ipynb #31d9e549
+# %% ../nbs/27_phantom_scanner.ipynb #0a1b3c6c
 @njit(nogil=True, cache=True)
 def paint_couch(hu, tissue, view, y, sign, tex):
     "A curved carbon-fibre shell filled with foam under a thin mattress, at depth y (sign -1: above it)"
-    x0, y0, px, _, soft, _ = view
+    x0, y0, px, soft = view[0], view[1], view[2], view[4]
     for j in range(hu.shape[0]):
         for i in range(hu.shape[1]):
             x = x0 + i * px
@@ -37,7 +37,7 @@ def paint_couch(hu, tissue, view, y, sign, tex):
                         tissue[j, i] = Tissue.TABLE.value
                 hu[j, i] = max(hu[j, i], v)
 
-# %% ../nbs/27_phantom_scanner.ipynb #f95f4173
+# %% ../nbs/27_phantom_scanner.ipynb #4f40d427
 @njit(nogil=True, cache=True)
 def _fill_arteries(hu, tissue, lumen, box, clot, tex, value, mixing, thrombus):
     for j in range(box[0], box[1]):
@@ -64,7 +64,7 @@ def paint_arteries(canvas: Canvas, cover: ClotCover, s: Study):
     if there:
         cover.clear()
 
-# %% ../nbs/27_phantom_scanner.ipynb #9bb20bb8
+# %% ../nbs/27_phantom_scanner.ipynb #36341e09
 def paint_slice(canvas: Canvas, cover: ClotCover, s: Study, z: float, dx: float = 0., dy: float = 0.):
     "Everything at one height, without the scanner's noise; dx, dy shift the patient (mm)"
     p, b, t, v = s.patient, s.blood, Tissue, view_of(s.scan, s.patient, z)
@@ -72,8 +72,7 @@ def paint_slice(canvas: Canvas, cover: ClotCover, s: Study, z: float, dx: float 
     canvas.start(v[0] - dx, v[1] - dy, v[3], p.seed)
     z, radii = v[3], contours(p, v[3])
     med = mediastinum(p, s.heart, s.points, canvas.view, canvas.size)
-    paint_body(canvas.hu, canvas.tissue, canvas.view, centre_y(z), radii, med, canvas.coarse, canvas.fine, p.marrow,
-               (p.lung, p.dome_right, p.dome_left, p.effusion_right, p.effusion_left))
+    paint_body(canvas.hu, canvas.tissue, canvas.view, centre_y(z), radii, med, canvas.coarse, canvas.fine, p.marrow, p.inside())
     paint_couch(canvas.hu, canvas.tissue, canvas.view, couch_y(p), -1. if p.prone else 1., canvas.coarse)
     paint_spine(canvas, p, z)
     paint_sternum(canvas, p, z)
@@ -94,7 +93,7 @@ def paint_slice(canvas: Canvas, cover: ClotCover, s: Study, z: float, dx: float 
     canvas.tubes(s.tubes['airways'], -985, t.AIRWAY)
     paint_arteries(canvas, cover, s)
 
-# %% ../nbs/27_phantom_scanner.ipynb #1f89bd40
+# %% ../nbs/27_phantom_scanner.ipynb #e5dd81cf
 def rays(phase: float) -> np.ndarray:  # float32 [N_ANGLES]
     "Light and shade by direction, mean 0"
     a = np.arange(N_ANGLES) * (2 * np.pi / N_ANGLES)
@@ -115,13 +114,13 @@ def add_streaks(hu, view, x, y, strength, by_angle):
                 fall = strength * min(1., d / 8.) * (1. - d / 75.)**3
                 hu[j, i] += fall * by_angle[angle_index(dy, dx)]
 
-# %% ../nbs/27_phantom_scanner.ipynb #a5886373
+# %% ../nbs/27_phantom_scanner.ipynb #a487d8ee
 @njit(nogil=True, cache=True)
 def develop(
     out,     # int16 [H, W]
     hu,      # float32 [H, W]
     noise,   # float32 [TILE, TILE]
-    at,      # (row, column, row step, column step) into the noise
+    at,      # int64 [4]: row, column, row step, column step into the noise
     level,   # HU
     smear,   # HU of sideways noise
     pad,     # HU outside the circle of reconstruction
@@ -144,7 +143,7 @@ def develop(
                 v += smear * (1. - .5 * q) * ((1 - f) * noise[r, (at[1] + 5 * k) & m] + f * noise[r, (at[1] + 5 * k + 5) & m])
             out[j, i] = np.int16(np.rint(min(3071., max(-1024., v))))
 
-# %% ../nbs/27_phantom_scanner.ipynb #483feb17
+# %% ../nbs/27_phantom_scanner.ipynb #3e735f36
 class Scanner:
     "Renders any slice of a study; keeps its buffers, so use one a thread"
     def __init__(self, study: Study):
@@ -175,6 +174,6 @@ class Scanner:
             dense = max(0., s.blood.caval - 350) * .085
             add_streaks(c.hu, view, -32 + .1 * min(0, 50 - z), -15., dense, rays(.13 * z + s.patient.rib_phase))
         out, up = np.empty((scan.size, scan.size), np.int16), float(rise(z, 35, 100))
-        at = *(int(v) for v in rng.integers(0, TILE, 2)), *(int(v) for v in rng.choice([-1, 1], 2))
+        at = np.concatenate([rng.integers(0, TILE, 2), rng.choice([-1, 1], 2)])
         develop(out, c.hu, self.noise, at, scan.noise * (1 + .5 * up) * (.7 + .3 * scan.size / 512), scan.noise * .9 * up, scan.pad)
         return out, c.tissue.copy()

@@ -6,7 +6,7 @@
 __all__ = ['ARTERIES', 'VEINS', 'AIRWAYS', 'AORTA', 'CAVAL', 'UNFILLED', 'GULLET', 'ROOTS', 'spline', 'lay', 'capsules',
            'lung_points', 'lobe', 'grow', 'Tree', 'plant', 'bronchi']
 
-# %% ../nbs/23_phantom_vessels.ipynb #4685bddd
+# %% ../nbs/23_phantom_vessels.ipynb #0edec4ee
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ from numba import njit
 
 from .phantom_body import Patient, bump, cavity, centre_y, dome, rise
 
-# %% ../nbs/23_phantom_vessels.ipynb #b8d4c102
+# %% ../nbs/23_phantom_vessels.ipynb #1b1d0ac2
 ARTERIES = {
     'trunk': (None, [(24, -52, -52, 13), (24, -46, -40, 14), (21, -34, -26, 14), (17, -22, -17, 13.5)]),
     'left main': ('trunk', [(17, -22, -17, 12.5), (27, -9, -9, 12), (38, 4, -5, 11.5), (46, 14, -8, 10.5), (51, 21, -18, 9.5)]),
@@ -36,7 +36,7 @@ AIRWAYS = {
     'left upper': (None, [(33, 23, -31, 4.8), (45, 12, -29, 4.4), (52, 4, -24, 3.4)]),
     'left lower': (None, [(33, 23, -31, 4.8), (41, 30, -50, 4.4), (49, 37, -74, 3.4)])}
 
-# %% ../nbs/23_phantom_vessels.ipynb #c9c01d6e
+# %% ../nbs/23_phantom_vessels.ipynb #b5dce96a
 AORTA = {
     'aorta': (None, [(-8, -16, -56, 14), (-14, -22, -40, 15.5), (-17, -25, -18, 15.5), (-14, -20, 8, 14.5), (0, -10, 27, 13.5),
                      (14, 6, 33, 12.5), (23, 25, 25, 12.5), (26, 38, 2, 12.2), (24, 43, -40, 11.8), (17, 43, -100, 11.3), (9, 38, -200, 11)]),
@@ -52,7 +52,7 @@ UNFILLED = {   # veins that no contrast has reached yet
     'azygos': (None, [(-7, 47, -180, 3.2), (-8, 46, -40, 3.8), (-12, 42, 4, 4.3), (-24, 24, 15, 4.6), (-31, -6, 14, 5)])}
 GULLET = {'oesophagus': (None, [(3, 29, 150, 5.5), (2, 31, 20, 5.5), (5, 37, -40, 5.5), (8, 33, -110, 6.5), (14, 15, -160, 7.5)])}
 
-# %% ../nbs/23_phantom_vessels.ipynb #0637ed8c
+# %% ../nbs/23_phantom_vessels.ipynb #40df345b
 def spline(nodes, step: float = 4.) -> np.ndarray:  # float64 [m, 4]
     "Catmull-Rom curve through nodes x, y, z, radius, one point about every `step` mm"
     p, out = np.asarray(nodes, float), []
@@ -78,7 +78,7 @@ def capsules(curves: dict) -> np.ndarray:  # float64 [n, 8]
     "All curves as rows of tapered tubes"
     return np.concatenate([np.concatenate([c[:-1], c[1:]], 1) for c in curves.values()])
 
-# %% ../nbs/23_phantom_vessels.ipynb #73b60706
+# %% ../nbs/23_phantom_vessels.ipynb #afb08a5c
 def lung_points(
     p: Patient,
     rng: np.random.Generator,
@@ -106,7 +106,7 @@ def lobe(x, y, z) -> np.ndarray:  # int: rows of ROOTS
     right = np.where(back, np.where(z > -48, 2, 3), np.where(z > -32, 0, 1))
     return np.where(x < 0, right, np.where(back, np.where(z > -48, 6, 7), np.where(z > -34, 4, 5)))
 
-# %% ../nbs/23_phantom_vessels.ipynb #04160af8
+# %% ../nbs/23_phantom_vessels.ipynb #fcab8ee1
 ROOTS = {   # where the tree of each part springs from: artery, how far along it, radius there; the same for its vein
     'right upper': (('right upper', 1., 5.), ('right upper', 1., 5.)),
     'middle': (('right lower', .42, 3.8), ('right upper', .55, 3.8)),
@@ -117,7 +117,7 @@ ROOTS = {   # where the tree of each part springs from: artery, how far along it
     'left top of lower': (('left lower', .35, 3.6), ('left lower', .7, 3.4)),
     'left lower': (('left lower', 1., 5.), ('left lower', 1., 5.))}
 
-# %% ../nbs/23_phantom_vessels.ipynb #107b4cef
+# %% ../nbs/23_phantom_vessels.ipynb #3c978cf7
 @njit(nogil=True, cache=True)
 def _middle(leaves, idx, lo, hi):
     c = np.zeros(3)
@@ -155,7 +155,7 @@ def _split(leaves, idx, lo, hi, c):
             j -= 1
     return i if lo < i < hi else (lo + hi) // 2
 
-# %% ../nbs/23_phantom_vessels.ipynb #2007d705
+# %% ../nbs/23_phantom_vessels.ipynb #6d4c7dc8
 @njit(nogil=True, cache=True)
 def grow(
     leaves,  # float64 [n, 3] points to reach, mm
@@ -177,8 +177,8 @@ def grow(
         lo, hi, up = todo[sp]
         a, d = at[sp].copy(), way[sp].copy()
         c = _middle(leaves, idx, lo, hi)
-        f = 1. if hi - lo == 1 else .3 + .16 * ((lo * 7 + hi * 13) % 10) / 10
-        e = a + f * (c - a)
+        f = 1. if hi - lo == 1 else .34 + .2 * ((lo * 7 + hi * 13) % 10) / 10
+        e = a + f * (c - a) + (.12 * f * np.sqrt(((c - a)**2).sum()) if hi - lo > 1 else 0.) * d
         length = np.sqrt(((e - a)**2).sum()) + 1e-6
         b = .5 * (a + e) + .16 * length * d
         r = max(start[3] * ((hi - lo) / n)**(1 / power), thin)
@@ -196,7 +196,7 @@ def grow(
                 sp += 1
     return count
 
-# %% ../nbs/23_phantom_vessels.ipynb #459c5791
+# %% ../nbs/23_phantom_vessels.ipynb #a65846ec
 @dataclass(frozen=True)
 class Tree:
     "Capsules of a vessel tree, central ones first"
@@ -212,7 +212,7 @@ def plant(
     curves: dict,         # what `lay` made of them
     which: int,           # column of ROOTS: 0 arteries, 1 veins
     rng: np.random.Generator,
-    n: int = 1300,        # twigs in both lungs
+    n: int = 2200,        # twigs in both lungs
 ) -> Tree:
     "Grow a tree in every lobe from the ends of the central vessels"
     names, sizes = list(paths), [len(c) - 1 for c in curves.values()]
@@ -233,11 +233,11 @@ def plant(
         d, at = caps[k, 4:7] - caps[k, :3], caps[k, 4:8].copy()
         at[3], leaves = min(r, .95 * at[3]), points[part == i]
         if len(leaves):
-            done = grow(leaves, at, d / np.linalg.norm(d), 2.45, .38, caps, parent, count, k)
+            done = grow(leaves, at, d / np.linalg.norm(d), 2.6, .46, caps, parent, count, k)
             path[count:done], count = len(names) + i, done
     return Tree(caps[:count], parent[:count], path[:count], total)
 
-# %% ../nbs/23_phantom_vessels.ipynb #9c39580d
+# %% ../nbs/23_phantom_vessels.ipynb #5245733e
 def bronchi(arteries: Tree) -> np.ndarray:  # float64 [m, 8]
     "The bronchus of every artery of middling size"
     b = arteries.caps[arteries.central:]
