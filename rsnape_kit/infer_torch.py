@@ -61,7 +61,7 @@ class PetaFormerConfig(RunConfig):
     weight_decay: float = .01
     clip: float = 1.  # norm that gradients are clipped to
     precision: str = "auto"  # 'bf16', 'fp16', 'off'; 'auto': bf16 where the GPU has it, else fp16; off on a CPU
-    tta: int = 0  # passes with random maps, besides the plain one, over the held-out studies
+    pretrained: str = ""  # file name of the ImageNet weights that the CNN began with
 
     @property
     def all_epochs(self) -> int:
@@ -153,8 +153,8 @@ def answer(
 def infer(
     run,  # folder of a run
     source,  # pixel source: a SliceStore, or DICOM
-    tta: int = 0,  # passes with random maps, besides the plain one
     studies=None,  # StudyInstanceUIDs; default: all of the source
+    tta: int = 0,  # passes with random maps, besides the plain one
     device=None,  # default: a GPU if there is one
     batch: int | None = None,  # items at a time; default: as in training
 ) -> Predictions:  # with the auxiliary labels

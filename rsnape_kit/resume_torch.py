@@ -42,8 +42,8 @@ class Score(Hook):
         truth = self.truth.select(pred.exams.index)
         table = loss_table(truth, pred)
         exams = table.drop(IMAGE_LABEL)
-        self.values = {"val_loss": competition_loss(truth, pred), "val_image": float(table.loss[IMAGE_LABEL]),
-                       "val_exam": float(exams.loss @ exams.weight / exams.weight.sum())}
+        self.values = {"val_loss": competition_loss(truth, pred), "val_images": float(table.loss[IMAGE_LABEL]),
+                       "val_exams": float(exams.loss @ exams.weight / exams.weight.sum())}
 
 
 def add_over_processes(

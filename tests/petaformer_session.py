@@ -84,7 +84,9 @@ def main(out, *rest):
     net = Net(slices=3, width=.125, depth=.1, dim=24, layers=1, heads=4)
     config = settings(rest, PetaFormerConfig(net=net, size=32, groups=4, epochs=4, batch=2, lr=1e-2, body_lr=1.))
     source, truth = toy()
-    print(train(source, truth, folds(source.table[STUDY].unique(), None, 4), config, out, device="cpu", progress=False))
+    split = folds(source.table[STUDY].unique(), None, 4)
+    print(train("petaformer", source, 0, config, truth=truth, folds=split, out=out, earlier=(), device="cpu",
+                progress=False))
     assert not {"tensorflow", "keras", "jax"} & set(sys.modules), "a process that trains with PyTorch imported it"
 
 

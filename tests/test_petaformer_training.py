@@ -95,7 +95,7 @@ def run_kernel(kaggle, settings, hours=None):
     notebook = json.loads((ROOT / "nbs" / "kernels" / "train_petaformer.ipynb").read_text())
     code = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code")
     code = code.replace("/kaggle/", f"{kaggle}/").replace("FOLD, FOLDS, SEED = 0, 5, 0", "FOLD, FOLDS, SEED = 0, 3, 0")
-    code = code.replace("EPOCHS = 12", "EPOCHS = 2").replace('"batch=4", "tta=4"', repr(settings)[1:-1])
+    code = code.replace("EPOCHS, TTA = 12, 4", "EPOCHS, TTA = 2, 1").replace('"batch=4"', repr(settings)[1:-1])
     if hours is not None:
         code = code.replace("str(min(here.left() / 3600, 12) - MARGIN)", repr(str(hours)))
     (kaggle / "working").mkdir(exist_ok=True)
