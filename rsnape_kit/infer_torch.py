@@ -37,6 +37,7 @@ class Net:
     attention: str = "reformer"
     dropout: float = .25
     attention_dropout: float = .1
+    token_norm: bool = False
     frozen_norm: bool = False
 
 # %% ../nbs/41_infer_torch.ipynb #8234750b

@@ -116,6 +116,7 @@ class PetaFormer(nn.Module):
         attention: str = "reformer",  # one of ATTENTION
         dropout: float = .25,  # in the heads
         attention_dropout: float = .1,
+        token_norm: bool = False,  # a batch norm on what the CNN says of a place, before its position is added
         frozen_norm: bool = False,  # batch norms of the CNN keep their statistics, e.g. ImageNet's, while training
         imagenet=None,  # path of torchvision's resnet34 weights
     ):
@@ -126,6 +127,7 @@ class PetaFormer(nn.Module):
             load_imagenet(self.body, imagenet)
         self.pool = nn.AdaptiveAvgPool2d(tuple(pool))
         self.project = nn.Linear(self.body.outputs, dim)
+        self.token_norm = nn.BatchNorm1d(dim) if token_norm else nn.Identity()
         self.attention = make_attention(attention, dim, layers, heads, attention_dropout)
         self.image_head = mlp(dim * pool[0] * pool[1], slices, dropout)
         self.exam_head = mlp(dim, len(EXAM_OUTPUTS), dropout)
@@ -157,6 +159,7 @@ class PetaFormer(nn.Module):
         x = normalise(images[real])
         features = self.pool(self.body(x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x))
         found = self.project(features.permute(0, 2, 3, 1))
+        found = self.token_norm(found.flatten(0, 2)).view_as(found)
         tokens = found.new_zeros(*real.shape, *found.shape[1:])
         tokens[real] = found
         return tokens + positions(tokens.shape[1:4], tokens.shape[-1]).to(tokens) * real[..., None, None, None]
