@@ -26,8 +26,9 @@ class Noise:
         self.table = pd.DataFrame({STUDY: np.repeat([f"study{i}" for i in range(studies)], slices),
                                    SLICE: [f"slice{i}" for i in range(studies * slices)]})
 
-    def read_into(self, row, out):
+    def read(self, rows, out):
         out[:] = self.slice
+        return out
 
 
 def wait(device):
