@@ -1,8 +1,8 @@
 """From files to batches: the 30th place's input pipelines, written anew after its notebooks, and this library's.
 
 Everything runs in one process in turns, so that ratios hold on a busy machine too: a round lets each pipeline make
-batches for a while, and the best round counts. Rates are slices per CPU-second (all threads together) and per second.
-The made-up CT is noisy, so it compresses like the real thing.
+batches for a while; figures are medians over rounds. Rates are slices per CPU-second (all threads together) and per
+second.
 
     python benchmarks/pipeline.py                        # under two minutes
     python benchmarks/pipeline.py --rounds 5 --seconds 3 --only training fit
@@ -11,7 +11,6 @@ import argparse
 import os
 import tempfile
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,29 +19,19 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 import numpy as np
 import pandas as pd
-from _slices import write
+from made_up import write
 
 from rsnape_kit.affine import STUDY_RANGE, AffineRange
 from rsnape_kit.batches import GroupBatches, ImageBatches, StudyBatches
-from rsnape_kit.feed import Feed, cores
-from rsnape_kit.labels import EXAM_LABELS, SLICE, STUDY
+from rsnape_kit.feed import cores
+from rsnape_kit.labels import AUX_LABELS, EXAM_LABELS, IMAGE_LABEL, SLICE, STUDY
 from rsnape_kit.loaders import keras_dataset
 from rsnape_kit.masks import SideMask
-from rsnape_kit.pixels import Pixels, make_jobs, render
 from rsnape_kit.predictions import Predictions
-from rsnape_kit.sampling import Luck
-from rsnape_kit.store import DicomSource, SliceStore, build_store, to_quarter_hu
+from rsnape_kit.store import DicomSource, SliceStore, build_store
 from rsnape_kit.tables import slice_index
+from rsnape_kit.tfrecords import LABELS, TAGS, read_organisers, write_organisers
 
-TAGS = """SpecificCharacterSet ImageType SOPClassUID SOPInstanceUID Modality SliceThickness KVP GantryDetectorTilt
-TableHeight RotationDirection XRayTubeCurrent Exposure ConvolutionKernel PatientPosition StudyInstanceUID
-SeriesInstanceUID
-SeriesNumber InstanceNumber ImagePositionPatient ImageOrientationPatient FrameOfReferenceUID SamplesPerPixel
-PhotometricInterpretation Rows Columns PixelSpacing BitsAllocated BitsStored HighBit PixelRepresentation WindowCenter
-WindowWidth RescaleIntercept RescaleSlope""".split()
-LABELS = """negative_exam_for_pe qa_motion qa_contrast flow_artifact rv_lv_ratio_gte_1 rv_lv_ratio_lt_1 leftsided_pe
-chronic_pe true_filling_defect_not_pe rightsided_pe acute_and_chronic_pe central_pe indeterminate
-pe_present_on_image""".split()
 FRAMES = 56
 
 
@@ -58,31 +47,22 @@ def make_truth(table: pd.DataFrame) -> Predictions:
     return Predictions(exams.assign(negative_exam_for_pe=1 - yes), images)
 
 
-def write_records(source: DicomSource, truth: Predictions, folder: Path):
-    "The organisers' image-level records, 49 features each, and the study-level ones of JPEG frames."
-    import pydicom
+def write_studies(source: DicomSource, truth: Predictions, path: Path):
+    "The volume models' records: each study's frames as JPEGs of three windows."
     import tensorflow as tf
 
     def text(value):
         return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
 
-    def number(*values):
+    def numbers(values):
         return tf.train.Feature(int64_list=tf.train.Int64List(value=[int(value) for value in values]))
 
-    with tf.io.TFRecordWriter(str(folder / "images.tfrec")) as out:
-        for row in source.table.itertuples():
-            data, exam = pydicom.dcmread(row.path), truth.exams.loc[row.StudyInstanceUID]
-            features = {tag: text(str(data[tag].value).encode()) for tag in TAGS}
-            features |= {label: number(exam.get(label, 0)) for label in LABELS[:-1]}
-            features |= {LABELS[-1]: number(truth.images[row.StudyInstanceUID, row.SOPInstanceUID])}
-            features |= {"image": text(data.PixelData)}
-            out.write(tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString())
-    with tf.io.TFRecordWriter(str(folder / "studies.tfrec")) as out:
-        for study, rows in source.table.groupby(STUDY, sort=False).indices.items():
-            images = ImageBatches(source, studies=[study], batch=len(rows))[0]
-            jpegs = [tf.io.encode_jpeg(image, quality=95) for image in images]
-            features = {"study_labels": number(*[0] * 13), "image_labels": number(*truth.images[study]),
-                        "images": text(tf.io.serialize_tensor(tf.stack(jpegs)).numpy())}
+    with tf.io.TFRecordWriter(str(path)) as out:
+        for study, count in source.table[STUDY].value_counts().items():
+            images = ImageBatches(source, studies=[study], batch=count)[0]
+            jpegs = tf.stack([tf.io.encode_jpeg(image, quality=95) for image in images])
+            features = {"study_labels": numbers([0] * 13), "image_labels": numbers(truth.images[study]),
+                        "images": text(tf.io.serialize_tensor(jpegs).numpy())}
             out.write(tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString())
 
 
@@ -147,38 +127,6 @@ def gathered(image, rotation, shear, height, width, up, right, size: int):
     return tf.reshape(tf.gather_nd(image, where), [size, size, -1])
 
 
-def records_fused(path: Path, batch: int):
-    "The same records with the library's pass over them, for who has no store: five features read, the rest skipped."
-    import tensorflow as tf
-
-    form = {name: tf.io.FixedLenFeature([], tf.string) for name in ("image", "RescaleIntercept")}
-    form |= {name: tf.io.FixedLenFeature([], tf.int64) for name in ("leftsided_pe", "rightsided_pe", LABELS[-1])}
-    data = tf.data.TFRecordDataset([str(path)]).batch(batch, drop_remainder=True)
-    data = data.map(lambda examples: tf.io.parse_example(examples, form)).prefetch(1)
-    mask, affine, feed = SideMask(), AffineRange(), Feed(None)
-    for number, some in enumerate(data):
-        normals, uniforms = Luck(0, 0).draw(range(number * batch, (number + 1) * batch))
-        hide = mask.choose(uniforms, some["leftsided_pe"].numpy(), some["rightsided_pe"].numpy())
-        jobs = make_jobs(affine.matrices(normals), hide, [-4096] * batch, 256, 256)
-        bases = some["RescaleIntercept"].numpy().astype(float).astype(np.int16)
-        yield fused_records(feed, some["image"].numpy(), bases, jobs), some[LABELS[-1]].numpy()
-
-
-def fused_records(feed: Feed, images, bases, jobs):
-    out, pixels = feed.buffers.lend((len(images), 256, 256, 3), np.uint8), Pixels()
-    flat = out.reshape(-1)
-
-    def task(start, stop):
-        hu, stored = np.empty((512, 512), np.int16), np.empty((256, 256), np.int16)
-        for i in range(start, stop):
-            np.add(np.frombuffer(images[i], np.int16).reshape(512, 512), bases[i], out=hu)
-            to_quarter_hu(hu, 256, out=stored)
-            render(stored, jobs[i], pixels, flat, i * 256 * 256 * 3)
-
-    feed._spread(task, len(images))
-    return out
-
-
 # ---- the originals of studies and of inference
 
 def original_studies(path: Path, noise: bool):
@@ -234,9 +182,9 @@ def original_inference(folder: Path):
 # ---- measuring
 
 def compare(title: str, args, slices: int, pipelines: dict):
-    "Let each pipeline, which makes so many slices a call, take its turn; print rates and ratios."
-    best = {name: [np.inf, np.inf] for name in pipelines}
-    for one in pipelines.values():
+    "Let each pipeline, which makes so many slices a call, take its turn; print medians of rates and of ratios."
+    spent = {name: [] for name in pipelines}
+    for one in pipelines.values():  # compile, map, warm up
         one()
     for _ in range(args.rounds):
         for name, one in pipelines.items():
@@ -244,11 +192,12 @@ def compare(title: str, args, slices: int, pipelines: dict):
             while count == 0 or time.perf_counter() - wall < args.seconds:
                 one()
                 count += slices
-            spent = (time.process_time() - cpu) / count, (time.perf_counter() - wall) / count
-            best[name] = [min(pair) for pair in zip(best[name], spent, strict=True)]
-    table = 1 / pd.DataFrame(best, ["per CPU-second", "per second"]).T
-    table["x"] = table["per CPU-second"] / table["per CPU-second"].iloc[0]
-    print(f"\n{title}\n" + table.to_string(float_format=lambda value: f"{value:,.{value < 100:d}f}"), flush=True)
+            spent[name].append(((time.process_time() - cpu) / count, (time.perf_counter() - wall) / count))
+    spent = np.array(list(spent.values()))
+    rates, ratios = 1 / np.median(spent, 1), np.median(spent[0] / spent, 1)
+    print(f"\n{title:<62}{'slices / CPU-s':>16}{'x':>7}{'slices / s':>14}{'x':>7}")
+    for name, rate, ratio in zip(pipelines, rates, ratios, strict=True):
+        print(f"  {name:<60}{rate[0]:>16,.0f}{ratio[0]:>7.1f}{rate[1]:>14,.0f}{ratio[1]:>7.1f}", flush=True)
 
 
 class Repeated:
@@ -286,7 +235,7 @@ def fit_model(shape: tuple, dtype: str, device: bool = False):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--studies", type=int, default=4)
+    parser.add_argument("--studies", type=int, default=2)
     parser.add_argument("--slices", type=int, default=234, help="of each study; 234 is the competition's median")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
@@ -298,11 +247,13 @@ def main():
 
 
 def run(args, folder: Path):
-    warnings.filterwarnings("ignore", "Invalid value for VR UI")  # the competition's ids are no proper UIDs
     write(folder / "dicom", args.studies, args.slices)
     dicom = DicomSource(folder / "dicom")
     truth = make_truth(dicom.table)
-    write_records(dicom, truth, folder)
+    labels = truth.exams.reindex(columns=EXAM_LABELS + AUX_LABELS).fillna(0).loc[dicom.table[STUDY]]
+    labels = labels.assign(**{IMAGE_LABEL: truth.images.to_numpy()}).reset_index(drop=True)
+    records, = write_organisers(dicom.table.join(labels), folder, per_file=10**6)
+    write_studies(dicom, truth, folder / "studies.tfrec")
     with ThreadPoolExecutor(cores()) as pool:
         build_store(dicom, folder / "store", executor=pool)
     store = SliceStore(folder / "store")
@@ -313,12 +264,13 @@ def run(args, folder: Path):
         how = dict(batch=args.batch, mask=SideMask(), affine=AffineRange(), shuffle=True)
         return ImageBatches(source, truth, **how, **extra)
 
-    graph = original_images(folder / "images.tfrec", args.batch)
+    graph = original_images(records, args.batch)
     if "training" in args.only:
-        from_dicom, from_store, device = images(dicom), images(store), images(store, device=True)
+        from_records, from_dicom = images(read_organisers(records)), images(dicom)
+        from_store, device = images(store), images(store, device=True)
         compare("Training input, image model", args, whole, {
             "original: records, tf.data graph": lambda: drain(graph),
-            "records, fused pass": lambda: drain(records_fused(folder / "images.tfrec", args.batch)),
+            "records, fused pass": lambda: drain(from_records),
             "DICOM, fused pass": lambda: drain(from_dicom),
             "store, fused pass": lambda: drain(from_store),
             "store, int16 for the device": lambda: drain(device)})

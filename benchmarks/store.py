@@ -56,14 +56,6 @@ def read_rows(store, batches, out=None):
     return run
 
 
-def read_bytes(store, rows):
-    "The compressed bytes of the same slices, not decoded."
-    def run():
-        for i in rows:
-            store._chunk(i)
-    return run
-
-
 def peak(table, folder):
     "Peak memory in MB of a build in a process of its own."
     code = ("import pandas as pd, resource, sys; from rsnape_kit.store import build_store\n"
@@ -93,15 +85,15 @@ def measure(root, folder, rounds):
     studies = [store.study(s) for s in store.table.StudyInstanceUID.unique()]
     source, block = DicomSource(table), np.empty_like(out)
     seconds = made_up.alternate({
-        "random slices, into given memory": read_rows(store, rows, out),
+        "random slices, each into one buffer": read_rows(store, rows.reshape(-1, 1), out[:1]),
+        "random slices, into a batch's memory": read_rows(store, rows, out),
         "random slices, into new memory": read_rows(store, rows),
         "whole studies": read_rows(store, studies),
-        "the compressed bytes alone": read_bytes(store, rows.ravel()),
         "copying decoded slices": lambda: [np.copyto(out, block) for _ in range(16)],
         "random slices, from DICOM": read_rows(source, rows[:4], out),
     }, rounds)
     counts = dict.fromkeys(seconds, rows.size) | {"whole studies": len(store), "random slices, from DICOM": 256}
-    made_up.table("Reading", seconds, counts, ["random slices, from DICOM", "the compressed bytes alone"])
+    made_up.table("Reading", seconds, counts, ["random slices, from DICOM", "copying decoded slices"])
 
     small, large = (peak(table.iloc[:n], folder) for n in (50, len(table)))
     print(f"\nPeak memory of a build: {small:.0f} MB for 50 slices, {large:.0f} MB for {len(table)}")

@@ -81,10 +81,10 @@ def fixed_point(
     "A map in whole numbers; raises if it leaves the range."
     matrix, result = np.asarray(matrix, float)[..., :2, :], result or source
     scaled = matrix * [source / result, source / result, source]
-    reach = np.abs(scaled) @ [result / 2 + 1, result / 2 + 1, 1]
-    if not (reach < 1 << 31 - FRACTION).all():
-        raise ValueError(f"a map that reaches {np.max(reach):.0f} pixels from the centre of an image of {source}: expected "
-                         f"less than {1 << 31 - FRACTION}")
+    reach, room = np.max(np.abs(scaled) @ [result / 2 + 1, result / 2 + 1, 1]), (1 << 31 - FRACTION) - source // 2 - 1
+    if not reach < room:
+        raise ValueError(f"a map that reaches {reach:.0f} pixels from the centre of an image of {source}: expected less "
+                         f"than {room}")
     return np.rint(scaled * (1 << FRACTION)).astype(np.int32).reshape(*matrix.shape[:-2], 6)
 
 # %% ../nbs/13_affine.ipynb #bac00c62

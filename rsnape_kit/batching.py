@@ -137,6 +137,8 @@ class Batches(_Given):
         self.fill = fill_values(intercept, self.pixels.fill)
         self.look = None if self.pixels.crop is None else look_matrices(source.table, self.pixels.crop)
         self.set_epoch(0)
+        if shuffle and not len(self):
+            raise ValueError(f"{len(self.order)} to train on, but batches of {batch}: give more studies or a smaller batch")
 
     def set_epoch(
         self,

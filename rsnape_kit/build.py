@@ -148,6 +148,7 @@ def build_store(
     if source.size != size:
         raise ValueError(f"the source gives {source.size} pixels a side, the store shall have {size}")
     if labels is not None:
+        source = source.take(np.arange(len(source.table)))  # the caller's own stays as it is
         source.table = _with_labels(source.table, labels)
     out, meta = Path(out), {"size": size, "lowest": getattr(source, "lowest", -1024), "part": list(part)}
     out.mkdir(parents=True, exist_ok=True)
@@ -165,29 +166,30 @@ def build_store(
     finally:
         if executor is None:
             pool.shutdown(cancel_futures=True)
-    _index(out, paths, meta)
+    _index(out, paths, meta, source.table)
     return out
 
 def _with_labels(table, labels):
     "The slices table with label columns, NaN where a slice has none."
     keys = ["StudyInstanceUID", "SOPInstanceUID"]
     labels = labels.drop(columns=[c for c in labels if c in table and c not in keys])
-    return table.merge(labels, on=keys, how="left", validate="many_to_one")
+    joined = table.merge(labels, on=keys, how="left", validate="many_to_one", indicator="_found")
+    if len(table) and not (joined["_found"] == "both").any():
+        raise ValueError(f"labels name none of these slices: theirs begin with {labels[keys].iloc[:1].values.tolist()}, "
+                         f"the source's with {table[keys].iloc[:1].values.tolist()}; ids are texts")
+    return joined.drop(columns="_found")
 
 # %% ../nbs/15_build.ipynb #0f1bd94f
 INDEX = "index.parquet"
 
-def _index(out, paths, meta):
-    "Join the shards' tables into the store's index; list the problems."
-    tables = []
-    for path in paths:
-        table, _ = read_footer(path)
-        tables.append(table.assign(shard=path.name))
-    index = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-    if len(index):
-        index = index.sort_values(["StudyInstanceUID", "SeriesInstanceUID", "order"], ignore_index=True, kind="stable")
-        columns = ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "path", "problem"]
-        index.loc[index.problem != "", columns].to_csv(out / "problems.csv", index=False)
+def _index(out, paths, meta, table):
+    "Join the shards' tables into the store's index; list the problems. A part may be empty, and still is a store."
+    tables = [read_footer(path)[0].assign(shard=path.name) for path in paths]
+    index = pd.concat(tables, ignore_index=True) if tables else table.iloc[:0].assign(
+        start=0, bytes=0, crc32=0, shard="")
+    index = index.sort_values(["StudyInstanceUID", "SeriesInstanceUID", "order"], ignore_index=True, kind="stable")
+    columns = ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "path", "problem"]
+    index.loc[index.problem != "", columns].to_csv(out / "problems.csv", index=False)
     temporary = out / f"{INDEX}.tmp"
     index.attrs = meta
     index.to_parquet(temporary, compression="zstd", index=False)

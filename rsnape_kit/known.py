@@ -18,7 +18,7 @@ from .tables import positions, slice_index
 # %% ../nbs/16_known.ipynb #72de3497
 @dataclass(frozen=True, eq=False)
 class Known:
-    "Row by row of a source: study, label, weight, free sides, geometry."
+    "Row by row of a source: study, label, weight, free sides."
     study: np.ndarray  # int [n], which of `studies`; -1: not asked for
     studies: pd.Index  # StudyInstanceUIDs that are asked for
     first: np.ndarray  # int [studies], each one's first row; rows of a study run feet to head

@@ -75,11 +75,13 @@ FILLS = ("air", "zero")
 
 
 def fill_values(
-    intercept,  # float array [n], RescaleIntercept of each slice, HU
+    intercept,  # float array [n], RescaleIntercept of each slice, HU; NaN counts as air
     fill: str = "air",  # 'air', or 'zero': the HU of a stored 0, as the original
 ) -> np.ndarray:  # int16 [n], quarter-HU
     "What a hidden pixel becomes."
     if fill not in FILLS:
         raise ValueError(f"fill {fill!r}: expected one of {', '.join(FILLS)}")
-    hu = np.asarray(intercept, float) if fill == "zero" else np.full(np.shape(intercept), float(AIR))
+    hu = np.nan_to_num(np.asarray(intercept, float), nan=AIR)
+    if fill == "air":
+        hu = np.full_like(hu, AIR)
     return np.rint(4 * np.clip(hu, AIR, 8191)).astype(np.int16)

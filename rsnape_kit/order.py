@@ -62,7 +62,9 @@ def order_of(
     lacks = f"series {series}: {np.isnan(position).sum()} of {len(position)} slices have no ImagePositionPatient"
     if not np.isnan(instance).any():
         warnings.warn(f"{lacks}, ordered by InstanceNumber", stacklevel=2)
-        return np.argsort(instance, kind="stable")
+        known = ~np.isnan(position)
+        falling = known.sum() > 1 and np.polyfit(instance[known], position[known], 1)[0] < 0
+        return np.argsort(-instance if falling else instance, kind="stable")
     warnings.warn(f"{lacks}, {np.isnan(instance).sum()} no InstanceNumber, ordered by file name", stacklevel=2)
     return np.array(sorted(range(len(names)), key=lambda i: _natural(names[i])))
 
@@ -128,7 +130,8 @@ def arrange(
         if len(here):
             place = order_of(position[here], instance[here], names[here], table.SeriesInstanceUID[start])
             here, guessed = here[place], guessed[place]
-            odd = oddities(position[here], normal[here], axis, size[here]) | {"position from InstanceNumber": guessed}
+            odd = oddities(position[here], normal[here], axis, size[here]) | {
+                "position from InstanceNumber": guessed, "rotated in plane": np.abs(orientation[here, 0]) < .7}
             for text, where in odd.items():
                 if where.any():
                     notes[here[where]] = _join(notes[here[where]], np.full(where.sum(), text))

@@ -19,7 +19,9 @@ class Luck:
         stream: int = 0,  # what the numbers are for, so that two uses never share them
     ):
         self.bits = np.random.Philox(key=np.array([seed, epoch], np.uint64))
-        self.rng, self.state, self.stream = np.random.Generator(self.bits), self.bits.state, stream
+        self.rng, self.state = np.random.Generator(self.bits), self.bits.state
+        self.counter = self.state["state"]["counter"]
+        self.counter[:] = 0, 0, 0, stream
 
     def at(
         self,
@@ -27,7 +29,7 @@ class Luck:
         turn: int = 0,  # counts up when a thing comes more than once in an epoch
     ) -> np.random.Generator:  # good until the next call
         "The generator of one thing."
-        self.state["state"]["counter"] = np.array([0, turn, thing, self.stream], np.uint64)
+        self.counter[1], self.counter[2] = turn, thing
         self.bits.state = self.state
         return self.rng
 

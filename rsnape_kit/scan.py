@@ -84,8 +84,10 @@ def _batch(paths, bufs, numbers, status, size):
     at, length = np.empty((2, len(paths), len(FIELDS)), np.int64)
     walk_many(bufs, got, at, length, numbers, status)
     raw, start = bufs.reshape(-1).data, at[:, _which] + np.arange(len(paths))[:, None] * bufs.shape[1]
-    return [[str(raw[a:b], "latin-1").rstrip("\0 ") for a, b in zip(begin, end)] if good else None
+    once = {}  # a series' ids are in all its files: one string each will do
+    text = [[str(raw[a:b], "latin-1").rstrip("\0 ") for a, b in zip(begin, end)] if good else None
             for good, begin, end in zip((status == FOUND).tolist(), start.tolist(), (start + length[:, _which]).tolist())]
+    return [four and [once.setdefault(t, t) for t in four] for four in text]
 
 # %% ../nbs/09_scan.ipynb #a3579ec3
 def _headers(paths, width=4096):

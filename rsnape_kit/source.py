@@ -54,12 +54,13 @@ class DicomSource:
         if on_error not in ("raise", "fill"):
             raise ValueError(f"on_error={on_error!r}: choose 'raise' or 'fill'")
         table = table.reset_index(drop=True) if hasattr(table, "columns") else scan(table)
-        self.table = table.assign(exact=is_exact(table["rows"], table["columns"], size))
+        own = ~table["problem"].str.contains("filled ", regex=False)
+        self.table = table.assign(exact=is_exact(table["rows"], table["columns"], size) & own)
         self.size, self.on_error, self.lowest, self.reader = size, on_error, lowest, reader
-        self._rows, self._bad, self._lock = list(table.itertuples(index=False)), {}, threading.Lock()
+        self._rows, self._bad, self._lock = None, {}, threading.Lock()
 
     def __len__(self):
-        return len(self._rows)
+        return len(self.table)
 
     def __getitem__(self, rows):
         out = self.read(row_numbers(rows, len(self)))
@@ -72,6 +73,8 @@ class DicomSource:
     ) -> np.ndarray:  # int16 [n, S, S], quarter HU
         "Slices by number, the fast way."
         out = np.empty((len(rows), self.size, self.size), np.int16) if out is None else out
+        if self._rows is None:  # only now, since a million of them take a gigabyte
+            self._rows = list(self.table.itertuples(index=False))
         for i, into in zip(rows, out):
             self._fill(i, into)
         return out
@@ -102,7 +105,7 @@ class DicomSource:
         self,
         rows,  # ints
     ):
-        "A source of some of the slices."
+        "A source of some of the slices, which is what a build hands to its workers."
         return DicomSource(self.table.iloc[rows], self.size, self.on_error, self.lowest, self.reader)
 
     def __reduce__(self):

@@ -42,7 +42,7 @@ def _join(paths):
     sizes = {size for _, size in parts}
     if len(sizes) != 1:
         raise ValueError(f"parts of one size, please; these have {sorted(sizes)}" if sizes else "give a store's folder")
-    table = pd.concat([index for index, _ in parts], ignore_index=True)
+    table = pd.concat([index for index, _ in parts if len(index)] or [parts[0][0]], ignore_index=True)
     table = table.sort_values(["StudyInstanceUID", "SeriesInstanceUID", "order"], ignore_index=True, kind="stable")
     twice = table.duplicated(["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "order"])
     if twice.any():

@@ -123,6 +123,12 @@ def test_flags(tmp_path):
     assert sorted(problems["1.4"])[-1].startswith(("gap before; mixed orientation", "mixed orientation"))
 
 
+def test_rotated_in_plane_is_said(tmp_path):
+    table = scan(series(tmp_path / "s", range(3), orientation=[0, 1, 0, 1, 0, 0]))
+    assert set(table.problem) == {"rotated in plane"}
+    assert marks(table) == [0, 1, 2]
+
+
 def test_broken_files_keep_a_row(tmp_path):
     folder = series(tmp_path / "study" / "series", [0, 1, 2, 3, 4], uid="1.7", shape=(64, 64))
     (folder / "2.dcm").write_bytes((folder / "2.dcm").read_bytes()[:3000])

@@ -113,6 +113,10 @@ def test_parts_on_many_mounts(tmp_path, monkeypatch):
     np.testing.assert_array_equal(store[:], whole[:])
     study = whole.table.StudyInstanceUID[20]
     np.testing.assert_array_equal(store[store.study(study)], whole[(whole.table.StudyInstanceUID == study).to_numpy()])
+    some = [build_store(root, tmp_path / f"of40-{i}", part=(i, 40)) for i in range(40)]  # most of them empty
+    np.testing.assert_array_equal(SliceStore(*some)[:], whole[:])
+    empty = next(s for s in map(SliceStore, some) if len(s) == 0)
+    assert empty[:].shape == (0, 256, 256) and list(empty.table) == list(whole.table)
     full = build_store(root, tmp_path / "full", size=512)
     with pytest.raises(ValueError, match="parts of one size"):
         SliceStore(moved, full)
@@ -260,6 +264,8 @@ def test_labels_beside_the_pixels(tmp_path):
     store = SliceStore(build_store(root, tmp_path / "out", size=32, labels=labels))
     assert store.table.pe_present_on_image.tolist() == [0, 1, 0, 1, 0, 1, 0, 1, 0]
     assert store.table.SOPInstanceUID.tolist() == table.SOPInstanceUID.tolist()
+    with pytest.raises(ValueError, match="labels name none of these slices"):
+        build_store(root, tmp_path / "none", size=32, labels=labels.assign(StudyInstanceUID="0"))
 
 
 def test_many_threads_read_one_store(tmp_path):
