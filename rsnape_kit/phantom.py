@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Settings', 'make_study', 'label_table', 'facts', 'write_study', 'write_tables', 'make_competition']
 
-# %% ../nbs/29_phantom.ipynb #6b14744e
+# %% ../nbs/29_phantom.ipynb #af32780a
 import json
 import os
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -22,7 +22,7 @@ from .phantom_dicom import draw_style, hex_id, write_series
 from .phantom_heart import rv_lv_ratio
 from .phantom_study import DIFFICULTIES, Study, draw_study, exam_labels, image_labels, twin
 
-# %% ../nbs/29_phantom.ipynb #9945eed7
+# %% ../nbs/29_phantom.ipynb #7e510a1f
 @dataclass(frozen=True)
 class Settings:
     "What decides every byte of a phantom competition"
@@ -52,7 +52,7 @@ def label_table(s: Study, ids: tuple) -> pd.DataFrame:
     "The study's rows of train.csv, feet to head"
     return pd.DataFrame(dict(zip((STUDY, SERIES, SLICE), ids)) | {IMAGE_LABEL: image_labels(s).astype(int)} | exam_labels(s))
 
-# %% ../nbs/29_phantom.ipynb #057d7d43
+# %% ../nbs/29_phantom.ipynb #c0461a6b
 def facts(s: Study, ids: tuple, split: str) -> dict:
     "What a study is made of"
     p, c = s.patient, s.scan
@@ -87,7 +87,7 @@ def write_study(
     record.with_suffix(".part").replace(record)
     return str(record)
 
-# %% ../nbs/29_phantom.ipynb #2c450e11
+# %% ../nbs/29_phantom.ipynb #cc3aec70
 def _rows(records, labels="exam", images=True):
     "Rows of train.csv from records, as columns"
     parts = [pd.DataFrame(dict(zip((STUDY, SERIES, SLICE), r["ids"])) | {IMAGE_LABEL: r["images"] if images else 0} | r[labels])
@@ -112,7 +112,7 @@ def write_tables(out: Path, records: list, cfg: Settings):
     if twins:
         _rows(twins, "twin", images=False).to_csv(out / "truth" / "twins.csv", index=False)
 
-# %% ../nbs/29_phantom.ipynb #33c4d5f1
+# %% ../nbs/29_phantom.ipynb #8425875a
 def _begin(out, cfg):
     "Make the folders and keep the settings, or check them"
     kept, text = out / "truth" / "settings.json", json.dumps(asdict(cfg), indent=1)

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['PITCH', 'column', 'paint_spine', 'front_y', 'paint_sternum', 'paint_shoulders']
 
-# %% ../nbs/22_phantom_bones.ipynb #dd51684e
+# %% ../nbs/22_phantom_bones.ipynb #4925b621
 import numpy as np
 
 from .phantom_body import ANGLE, N_ANGLES, Patient, cavity, centre_y, rise, spine_y
 from .phantom_paint import Canvas, Tissue
 
-# %% ../nbs/22_phantom_bones.ipynb #6ec368d1
+# %% ../nbs/22_phantom_bones.ipynb #e849f980
 PITCH = 25.   # mm from one vertebra, and one rib, to the next
 
 
@@ -21,11 +21,11 @@ def column(x, y, a, b):
 
 
 def _bone(canvas, paint, shapes, cortex, inner, shell, power=2.):
-    kind = {} if paint == canvas.tubes else {'power': power}
+    kind = {} if paint == canvas.tubes else {"power": power}
     paint(shapes, cortex, Tissue.BONE, grain=40, **kind)
     paint(shapes, inner, Tissue.BONE, grain=38, grow=-shell, **kind)
 
-# %% ../nbs/22_phantom_bones.ipynb #47bdbffd
+# %% ../nbs/22_phantom_bones.ipynb #c4675fc9
 def paint_spine(
     canvas: Canvas,  # a started slice, painted in place
     p: Patient,
@@ -47,7 +47,7 @@ def paint_spine(
     canvas.solids([column(0, y + 20, 10, 8.5)], 25, Tissue.SOFT, grain=6)
     canvas.solids([column(0, y + 20, 6, 5)], 45, Tissue.SOFT, grain=4)
 
-# %% ../nbs/22_phantom_bones.ipynb #e1aba657
+# %% ../nbs/22_phantom_bones.ipynb #673ccd70
 def front_y(p: Patient, z: float) -> float:  # mm
     "Depth of the inner surface of the front chest wall in the midline"
     return float(centre_y(z) - cavity(p, z, np.zeros(1))[0])
@@ -59,7 +59,7 @@ def paint_sternum(canvas: Canvas, p: Patient, z: float):
         a = 15 + 14 * rise(z, 20, 50) - 6 * rise(-z, 50, 92)
         _bone(canvas, canvas.solids, [column(0, front_y(p, z) - 7.5, a, 6.5)], 520, p.marrow - 60, 1.5, 2.6)
 
-# %% ../nbs/22_phantom_bones.ipynb #9db517b6
+# %% ../nbs/22_phantom_bones.ipynb #4c7af7c6
 def _at_angle(radii, degrees, off, z):
     k = int((degrees - 90) % 360 / 360 * N_ANGLES) % N_ANGLES
     t = np.radians(ANGLE[k] - 90)

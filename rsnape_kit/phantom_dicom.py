@@ -6,13 +6,12 @@
 __all__ = ['OPTIONAL', 'POSITIONS', 'Style', 'draw_style', 'hex_id', 'header', 'encode', 'write_slice', 'instance_numbers',
            'write_series']
 
-# %% ../nbs/28_phantom_dicom.ipynb #3550d272
+# %% ../nbs/28_phantom_dicom.ipynb #36d5c6c8
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pydicom
 from pydicom import config
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -22,10 +21,11 @@ from pydicom.filewriter import write_dataset, write_file_meta_info
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLosslessSV1
 
 from .phantom_paint import Tissue
+from .phantom_protocol import Scan
 from .phantom_scanner import Scanner
-from .phantom_study import Scan, Study
+from .phantom_study import Study
 
-# %% ../nbs/28_phantom_dicom.ipynb #65e5e2ba
+# %% ../nbs/28_phantom_dicom.ipynb #7a06d10a
 @dataclass(frozen=True)
 class Style:
     "What varies between series; the defaults are the plainest"
@@ -33,7 +33,7 @@ class Style:
     intercept: int = -1024
     signed: bool = False
     bits: int = 12
-    position: str = 'HFS'              # patient position
+    position: str = "HFS"              # patient position
     flip_rows: bool = False            # stored rows run to the front
     flip_columns: bool = False         # stored columns run to the patient's right
     head_first: bool = False           # instance numbers count from the head
@@ -41,14 +41,14 @@ class Style:
     shuffled: bool = False             # instance numbers mean nothing
     table: float = 0.                  # mm added to every z position
     windows: int = 1                   # values in WindowCenter
-    padding: str = 'missing'           # PixelPaddingValue: missing, right or nonsense
+    padding: str = "missing"           # PixelPaddingValue: missing, right or nonsense
     missing: tuple = ()                # keywords left out
-    maker: str = 'GE MEDICAL SYSTEMS'
+    maker: str = "GE MEDICAL SYSTEMS"
 
-# %% ../nbs/28_phantom_dicom.ipynb #e2e32707
-OPTIONAL = ('SliceThickness', 'KVP', 'ConvolutionKernel', 'SliceLocation', 'XRayTubeCurrent', 'Exposure', 'GantryDetectorTilt',
-            'TableHeight', 'RotationDirection', 'PatientPosition', 'RescaleType', 'WindowCenter', 'FrameOfReferenceUID')
-POSITIONS = {False: (('HFS', 0, 0), ('FFS', 0, 0), ('FFS', 0, 1)), True: (('HFP', 1, 1), ('FFP', 1, 1), ('FFP', 1, 0))}
+# %% ../nbs/28_phantom_dicom.ipynb #4fc830c9
+OPTIONAL = ("SliceThickness", "KVP", "ConvolutionKernel", "SliceLocation", "XRayTubeCurrent", "Exposure", "GantryDetectorTilt",
+            "TableHeight", "RotationDirection", "PatientPosition", "RescaleType", "WindowCenter", "FrameOfReferenceUID")
+POSITIONS = {False: (("HFS", 0, 0), ("FFS", 0, 0), ("FFS", 0, 1)), True: (("HFP", 1, 1), ("FFP", 1, 1), ("FFP", 1, 0))}
 
 
 def draw_style(
@@ -69,13 +69,13 @@ def draw_style(
     position, rows, columns = POSITIONS[prone][rng.choice(3, p=[.8, .15, .05])]
     missing = tuple(k for k in OPTIONAL if rng.random() < .12)
     if intercept == 0 and rng.random() < .3:
-        missing += ('RescaleSlope', 'RescaleIntercept')
+        missing += ("RescaleSlope", "RescaleIntercept")
     return Style(syntax, intercept, signed, bits, position, bool(rows), bool(columns), bool(rng.random() < .6), int(rng.choice([1, 1, 1, 0, 57])),
                  bool(rng.random() < .05), float(np.round(rng.uniform(-900, 400), 3)), int(rng.choice([1, 2], p=[.75, .25])),
-                 str(rng.choice(['missing', 'right', 'nonsense'], p=[.45, .4, .15])), missing,
-                 str(rng.choice(['GE MEDICAL SYSTEMS', 'SIEMENS', 'Philips', 'TOSHIBA'])))
+                 str(rng.choice(["missing", "right", "nonsense"], p=[.45, .4, .15])), missing,
+                 str(rng.choice(["GE MEDICAL SYSTEMS", "SIEMENS", "Philips", "TOSHIBA"])))
 
-# %% ../nbs/28_phantom_dicom.ipynb #6bb4f4f0
+# %% ../nbs/28_phantom_dicom.ipynb #4a511fd6
 def hex_id(*what) -> str:
     "12 hex digits that follow from anything"
     return hashlib.blake2b(repr(what).encode(), digest_size=6).hexdigest()
@@ -90,32 +90,32 @@ def _set_uid(ds, **ids):
 def header(s: Study, style: Style, study_id: str, series_id: str) -> Dataset:
     "What all slices of a series have in common"
     ds, scan, many = Dataset(), s.scan, style.windows > 1
-    ds.SpecificCharacterSet, ds.ImageType, ds.SOPClassUID = 'ISO_IR 100', ['ORIGINAL', 'PRIMARY', 'AXIAL'], CTImageStorage
-    ds.Modality, ds.Manufacturer, ds.SliceThickness, ds.KVP = 'CT', style.maker, f'{scan.thickness:g}', '120'
-    ds.GantryDetectorTilt, ds.TableHeight, ds.RotationDirection = '0', f'{150 + s.patient.depth / 4:.1f}', 'CW'
+    ds.SpecificCharacterSet, ds.ImageType, ds.SOPClassUID = "ISO_IR 100", ["ORIGINAL", "PRIMARY", "AXIAL"], CTImageStorage
+    ds.Modality, ds.Manufacturer, ds.SliceThickness, ds.KVP = "CT", style.maker, f"{scan.thickness:g}", "120"
+    ds.GantryDetectorTilt, ds.TableHeight, ds.RotationDirection = "0", f"{150 + s.patient.depth / 4:.1f}", "CW"
     ds.XRayTubeCurrent, ds.Exposure, ds.ConvolutionKernel = int(9000 / scan.noise), int(250 / scan.noise), scan.kernel.upper()
     ds.PatientPosition, ds.SeriesNumber = style.position, 2
     _set_uid(ds, StudyInstanceUID=study_id, SeriesInstanceUID=series_id, FrameOfReferenceUID=hex_id(series_id, "frame"))
     ds.ImageOrientationPatient = [-1 if style.flip_columns else 1, 0, 0, 0, -1 if style.flip_rows else 1, 0]
-    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, 'MONOCHROME2'
+    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
     ds.Rows = ds.Columns = scan.size
-    ds.PixelSpacing = [f'{scan.spacing:.6f}'] * 2
+    ds.PixelSpacing = [f"{scan.spacing:.6f}"] * 2
     ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, style.bits, style.bits - 1, int(style.signed)
-    ds.WindowCenter, ds.WindowWidth = (['40', '-600'], ['400', '1500']) if many else ('100', '700')
-    ds.RescaleIntercept, ds.RescaleSlope, ds.RescaleType = str(style.intercept), '1', 'HU'
-    if style.padding != 'missing':
-        value = scan.pad - style.intercept if style.padding == 'right' else 63536 if not style.signed else -32768
-        ds.add_new('PixelPaddingValue', 'SS' if style.signed else 'US', value)
+    ds.WindowCenter, ds.WindowWidth = (["40", "-600"], ["400", "1500"]) if many else ("100", "700")
+    ds.RescaleIntercept, ds.RescaleSlope, ds.RescaleType = str(style.intercept), "1", "HU"
+    if style.padding != "missing":
+        value = scan.pad - style.intercept if style.padding == "right" else 63536 if not style.signed else -32768
+        ds.add_new("PixelPaddingValue", "SS" if style.signed else "US", value)
     for k in style.missing:
         if k in ds:
             del ds[k]
-        if k == 'WindowCenter' and 'WindowWidth' in ds:
-            del ds['WindowWidth']
+        if k == "WindowCenter" and "WindowWidth" in ds:
+            del ds["WindowWidth"]
     ds.file_meta = FileMetaDataset()
     ds.file_meta.MediaStorageSOPClassUID, ds.file_meta.TransferSyntaxUID = CTImageStorage, style.syntax
     return ds
 
-# %% ../nbs/28_phantom_dicom.ipynb #1f3ebfa3
+# %% ../nbs/28_phantom_dicom.ipynb #ffb093d5
 def encode(hu: np.ndarray, style: Style) -> bytes:  # int16 [H, W], columns to the left, rows to the back
     "Pixel data of one slice"
     hu = hu[::-1 if style.flip_rows else 1, ::-1 if style.flip_columns else 1]
@@ -151,15 +151,15 @@ def write_slice(
     x, y = scan.x0 + far * style.flip_columns, scan.y0 + far * style.flip_rows
     _set_uid(ds, SOPInstanceUID=sop_id)
     _set_uid(ds.file_meta, MediaStorageSOPInstanceUID=sop_id)
-    ds.InstanceNumber, ds.ImagePositionPatient = number, [f'{v:.6f}' for v in (x, y, scan.z[k] + style.table)]
-    if 'SliceLocation' not in style.missing:
-        ds.SliceLocation = f'{scan.z[k] + style.table:.6f}'
+    ds.InstanceNumber, ds.ImagePositionPatient = number, [f"{v:.6f}" for v in (x, y, scan.z[k] + style.table)]
+    if "SliceLocation" not in style.missing:
+        ds.SliceLocation = f"{scan.z[k] + style.table:.6f}"
     ds.PixelData = encode(hu, style)
-    ds['PixelData'].VR = 'OW'
-    ds['PixelData'].is_undefined_length = style.syntax == JPEGLosslessSV1
+    ds["PixelData"].VR = "OW"
+    ds["PixelData"].is_undefined_length = style.syntax == JPEGLosslessSV1
     path.write_bytes(_file_bytes(ds, style))
 
-# %% ../nbs/28_phantom_dicom.ipynb #478c8848
+# %% ../nbs/28_phantom_dicom.ipynb #29248caa
 def instance_numbers(n: int, style: Style, rng: np.random.Generator) -> np.ndarray:  # int [n]
     "InstanceNumber of each slice from the feet"
     k = np.arange(n)[::-1] if style.head_first else np.arange(n)
@@ -181,5 +181,5 @@ def write_series(
         if s.areas[k, 0]:
             row, col = np.nonzero(tissue == Tissue.CLOT)
             found.append(np.stack([np.full(len(row), k), row, col], 1).astype(np.int16))
-        write_slice(folder / f'{sop}.dcm', ds, style, s.scan, k, int(numbers[k]), sop, hu)
+        write_slice(folder / f"{sop}.dcm", ds, style, s.scan, k, int(numbers[k]), sop, hu)
     return np.concatenate(found)

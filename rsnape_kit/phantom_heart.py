@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LONG', 'ACROSS', 'UP', 'Heart', 'chambers', 'rv_lv_ratio', 'Blood', 'paint_heart', 'mediastinum']
 
-# %% ../nbs/24_phantom_heart.ipynb #c812bd3e
+# %% ../nbs/24_phantom_heart.ipynb #a2d9d959
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from .phantom_body import Patient, spine_y
 from .phantom_bones import front_y
 from .phantom_paint import Canvas, Tissue
 
-# %% ../nbs/24_phantom_heart.ipynb #92d405ad
+# %% ../nbs/24_phantom_heart.ipynb #3278b5db
 @dataclass(frozen=True)
 class Heart:
     "Sizes of the ventricles relative to a healthy adult's, and the wall of the left one, mm"
@@ -42,14 +42,14 @@ def chambers(h: Heart) -> dict:  # Tissue -> (centre [3], axes [3, 3])
             Tissue.RA: _solid((-32, -14, -74), np.eye(3), (20, 25, 29)),
             Tissue.LA: _solid((0, 14, -53), np.eye(3), (31, 14.5, 19))}
 
-# %% ../nbs/24_phantom_heart.ipynb #a02f578f
+# %% ../nbs/24_phantom_heart.ipynb #5c01e3eb
 def _cross(solid, at, grow=0.):
     "Where lines at + s ACROSS enter and leave an ellipsoid, nan if they miss"
     n = np.linalg.norm(solid[1], axis=1)
     m = solid[1] * (1 / n / (1 / n + grow))[:, None]
     o, d = (at - solid[0]) @ m.T, m @ ACROSS
     b, a = o @ d, d @ d
-    with np.errstate(invalid='ignore'):
+    with np.errstate(invalid="ignore"):
         root = np.sqrt(b * b - a * ((o * o).sum(-1) - 1))
     return (-b - root) / a, (-b + root) / a
 
@@ -65,7 +65,7 @@ def rv_lv_ratio(h: Heart) -> float:
     l0, l1 = _cross(c[Tissue.LV], at)
     return float(np.nanmax(np.fmin(r1, w0) - r0) / np.nanmax(l1 - l0))
 
-# %% ../nbs/24_phantom_heart.ipynb #d7bd7274
+# %% ../nbs/24_phantom_heart.ipynb #a46f00f6
 @dataclass(frozen=True)
 class Blood:
     "Contrast in the circulation, HU"
@@ -78,7 +78,7 @@ class Blood:
     late: float = 95.        # veins that it has not reached
     mixing: float = 10.      # HU of unevenness in the arteries, coarse
 
-# %% ../nbs/24_phantom_heart.ipynb #dac126e5
+# %% ../nbs/24_phantom_heart.ipynb #8b596303
 def paint_heart(
     canvas: Canvas,       # a started slice, painted in place
     h: Heart,
@@ -98,7 +98,7 @@ def paint_heart(
     canvas.tubes(np.array([[-4., -24, -50, 1.7, -14, -38, -62, 1.6], [-14, -38, -62, 1.6, -20, -36, -84, 1.4],   # coronaries
                            [4, -22, -46, 2, 18, -22, -52, 1.8], [18, -22, -52, 1.6, 36, -46, -70, 1.4]]), blood.aorta, t.AORTA)
 
-# %% ../nbs/24_phantom_heart.ipynb #159d24d5
+# %% ../nbs/24_phantom_heart.ipynb #0c471795
 @njit(nogil=True, cache=True)
 def _reach_of_points(lo, hi, y0, px, z, points, margin):
     "Widen the borders to hold spheres [n, 4] cut at height z"
@@ -129,7 +129,7 @@ def _reach_of_solid(lo, hi, y, z, solid, grow):
     x = mid[0] + b[0, 1] / b[1, 1] * yy
     lo[on], hi[on] = np.minimum(lo, x - half)[on], np.maximum(hi, x + half)[on]
 
-# %% ../nbs/24_phantom_heart.ipynb #27d0ba2a
+# %% ../nbs/24_phantom_heart.ipynb #8206c86e
 def _taper_forward(lo, hi, y, front):
     "Draw the borders together from the foremost organ to the breastbone"
     wide = np.flatnonzero((hi - lo > 18) & (y > front))

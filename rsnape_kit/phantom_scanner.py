@@ -5,18 +5,21 @@
 # %% auto #0
 __all__ = ['paint_couch', 'paint_arteries', 'paint_slice', 'rays', 'add_streaks', 'develop', 'Scanner']
 
-# %% ../nbs/27_phantom_scanner.ipynb #3b9986d6
+# %% ../nbs/27_phantom_scanner.ipynb #487ca0c8
 import numpy as np
 from numba import njit
 
-from .phantom_body import N_ANGLES, angle_index, centre_y, contours, couch_y, paint_body, rise
+from .phantom_body import N_ANGLES, centre_y, contours, couch_y, rise
 from .phantom_bones import paint_shoulders, paint_spine, paint_sternum
 from .phantom_clots import ClotCover
 from .phantom_heart import mediastinum, paint_heart
-from .phantom_paint import TILE, Canvas, Tissue, cover_capsules, tile
-from .phantom_study import Study, view_of
+from .phantom_layers import angle_index, paint_body
+from .phantom_paint import Canvas, Tissue, cover_capsules
+from .phantom_protocol import view_of
+from .phantom_study import Study
+from .phantom_texture import TILE, tile
 
-# %% ../nbs/27_phantom_scanner.ipynb #0a1b3c6c
+# %% ../nbs/27_phantom_scanner.ipynb #207eb9f7
 @njit(nogil=True, cache=True)
 def paint_couch(hu, tissue, view, y, sign, tex):
     "A curved carbon-fibre shell filled with foam under a thin mattress, at depth y (sign -1: above it)"
@@ -37,7 +40,7 @@ def paint_couch(hu, tissue, view, y, sign, tex):
                         tissue[j, i] = Tissue.TABLE.value
                 hu[j, i] = max(hu[j, i], v)
 
-# %% ../nbs/27_phantom_scanner.ipynb #4f40d427
+# %% ../nbs/27_phantom_scanner.ipynb #63ec09a8
 @njit(nogil=True, cache=True)
 def _fill_arteries(hu, tissue, lumen, box, clot, tex, value, mixing, thrombus):
     for j in range(box[0], box[1]):
@@ -57,14 +60,15 @@ def _fill_arteries(hu, tissue, lumen, box, clot, tex, value, mixing, thrombus):
 def paint_arteries(canvas: Canvas, cover: ClotCover, s: Study):
     "Walls, contrast and thrombus of the pulmonary arteries"
     t = s.arteries
-    canvas.tubes(t.caps[:t.central], 55, Tissue.SOFT, grain=5, grow=.8)
+    beyond = t.caps[:t.central][t.path[:t.central] > 0]                 # the trunk opens into the right ventricle without a wall
+    canvas.tubes(beyond, 55, Tissue.SOFT, grain=5, grow=.8)
     cover_capsules(canvas.cov, canvas.box, canvas.view, t.caps, 0.)
     there = cover.cover(s.clots, canvas.view, canvas.cov)
     _fill_arteries(canvas.hu, canvas.tissue, canvas.cov, canvas.box, cover.clot, canvas.coarse, s.blood.artery, s.blood.mixing, s.clots.value)
     if there:
         cover.clear()
 
-# %% ../nbs/27_phantom_scanner.ipynb #36341e09
+# %% ../nbs/27_phantom_scanner.ipynb #cbafde2a
 def paint_slice(canvas: Canvas, cover: ClotCover, s: Study, z: float, dx: float = 0., dy: float = 0.):
     "Everything at one height, without the scanner's noise; dx, dy shift the patient (mm)"
     p, b, t, v = s.patient, s.blood, Tissue, view_of(s.scan, s.patient, z)
@@ -77,23 +81,23 @@ def paint_slice(canvas: Canvas, cover: ClotCover, s: Study, z: float, dx: float 
     paint_spine(canvas, p, z)
     paint_sternum(canvas, p, z)
     paint_shoulders(canvas, p, z, radii[4])
-    canvas.tubes(s.tubes['gullet'], 42, t.SOFT, grain=8)
+    canvas.tubes(s.tubes["gullet"], 42, t.SOFT, grain=8)
     paint_heart(canvas, s.heart, b)
-    canvas.tubes(s.tubes['unfilled'], b.late, t.SOFT, grain=6)
-    canvas.tubes(s.tubes['caval'], 55, t.SOFT, grow=.8)
-    canvas.tubes(s.tubes['caval'], b.caval, t.SVC, grain=.15 * b.caval, tex=canvas.coarse)
-    canvas.tubes(s.tubes['defect'], 45, t.SOFT, grain=5)
-    canvas.tubes(s.tubes['aorta'], 55, t.SOFT, grow=1.)
-    canvas.tubes(s.tubes['aorta'], b.aorta, t.AORTA, grain=6)
+    canvas.tubes(s.tubes["unfilled"], b.late, t.SOFT, grain=6)
+    canvas.tubes(s.tubes["caval"], 55, t.SOFT, grow=.8)
+    canvas.tubes(s.tubes["caval"], b.caval, t.SVC, grain=.15 * b.caval, tex=canvas.coarse)
+    canvas.tubes(s.tubes["defect"], 45, t.SOFT, grain=5)
+    canvas.tubes(s.tubes["aorta"], 55, t.SOFT, grow=1.)
+    canvas.tubes(s.tubes["aorta"], b.aorta, t.AORTA, grain=6)
     canvas.tubes(s.veins.caps[:s.veins.central], b.vein, t.VEIN, grain=6)
     canvas.tubes(s.veins.caps[s.veins.central:], b.vein, t.VEIN, keep=t.LUNG)
-    canvas.tubes(s.tubes['bronchi'], -30, t.AIRWAY, keep=t.LUNG, grow=.9)
-    canvas.tubes(s.tubes['bronchi'], -960, t.AIRWAY, keep=t.LUNG)
-    canvas.tubes(s.tubes['airways'], 20, t.SOFT, grow=1.4)
-    canvas.tubes(s.tubes['airways'], -985, t.AIRWAY)
+    canvas.tubes(s.tubes["bronchi"], -30, t.AIRWAY, keep=t.LUNG, grow=.9)
+    canvas.tubes(s.tubes["bronchi"], -960, t.AIRWAY, keep=t.LUNG)
+    canvas.tubes(s.tubes["airways"], 20, t.SOFT, grow=1.4)
+    canvas.tubes(s.tubes["airways"], -985, t.AIRWAY)
     paint_arteries(canvas, cover, s)
 
-# %% ../nbs/27_phantom_scanner.ipynb #e5dd81cf
+# %% ../nbs/27_phantom_scanner.ipynb #8e848dd4
 def rays(phase: float) -> np.ndarray:  # float32 [N_ANGLES]
     "Light and shade by direction, mean 0"
     a = np.arange(N_ANGLES) * (2 * np.pi / N_ANGLES)
@@ -114,7 +118,7 @@ def add_streaks(hu, view, x, y, strength, by_angle):
                 fall = strength * min(1., d / 8.) * (1. - d / 75.)**3
                 hu[j, i] += fall * by_angle[angle_index(dy, dx)]
 
-# %% ../nbs/27_phantom_scanner.ipynb #a487d8ee
+# %% ../nbs/27_phantom_scanner.ipynb #75137234
 @njit(nogil=True, cache=True)
 def develop(
     out,     # int16 [H, W]
@@ -143,7 +147,7 @@ def develop(
                 v += smear * (1. - .5 * q) * ((1 - f) * noise[r, (at[1] + 5 * k) & m] + f * noise[r, (at[1] + 5 * k + 5) & m])
             out[j, i] = np.int16(np.rint(min(3071., max(-1024., v))))
 
-# %% ../nbs/27_phantom_scanner.ipynb #3e735f36
+# %% ../nbs/27_phantom_scanner.ipynb #58207650
 class Scanner:
     "Renders any slice of a study; keeps its buffers, so use one a thread"
     def __init__(self, study: Study):
