@@ -8,6 +8,7 @@ __all__ = ['THICKNESS', 'StudyLosses', 'study_losses', 'resample', 'interval', '
 
 # %% ../nbs/53_breakdown.ipynb #16a1ea81
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -113,7 +114,7 @@ def by_group(
 ) -> pd.DataFrame:  # a row a group: studies, loss, low, high, reference, gain
     "The loss group by group, in the order of their names or categories; gain is on the reference."
     named = groups.reindex(losses.sums.index)
-    order = [*named.dropna().sort_values().unique()] + ["unknown"] * named.isna().any()
+    order = [*named.dropna().sort_values().unique()] + ["unknown"] * bool(named.isna().any())
     at = named.astype(object).fillna("unknown").to_numpy()
     rows = {}
     for group in order:
@@ -140,6 +141,7 @@ def thickness_groups(
 def study_tags(
     slices: pd.DataFrame,  # slices table with `path`
     keyword: str = "Manufacturer",  # of DICOM
+    root="",  # folder that the paths are relative to, as given to `scan`
 ) -> pd.Series:  # study -> text; left out where the file or the tag is missing
     "One tag of the first readable file of each study."
     import pydicom
@@ -148,7 +150,7 @@ def study_tags(
     for study, path in zip(slices[STUDY], slices["path"]):
         if study not in found:
             try:
-                ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[keyword])
+                ds = pydicom.dcmread(Path(root, path), stop_before_pixels=True, specific_tags=[keyword])
             except (OSError, pydicom.errors.InvalidDicomError):
                 continue
             found[study] = str(ds.get(keyword) or "").strip() or None

@@ -63,6 +63,7 @@ class Curve:
     low: np.ndarray  # float [101], the band over GRID
     high: np.ndarray
     area: tuple  # (area, low, high): AUC, or average precision
+    steps: bool = False  # level from each point back to the one before
 
 
 def _counted(answers: Answers, draw) -> tuple:  # each float [k]
@@ -110,7 +111,7 @@ def precision_recall(
     y, x, _ = precision_recall_curve(answers.y, answers.p, sample_weight=answers.weight)
     (low, high), area = _redrawn(answers, draws, shape)
     mean = average_precision_score(answers.y, answers.p, sample_weight=answers.weight)
-    return Curve(x[::-1], y[::-1], low, high, (mean, *area))
+    return Curve(x[::-1], y[::-1], low, high, (mean, *area), steps=True)
 
 # %% ../nbs/54_curves.ipynb #872924be
 def reliability_band(

@@ -19,8 +19,8 @@ def unit_panel(
     level: float | None = None,  # of a dashed line across; None draws the diagonal
 ) -> tuple:  # Figure, Axes
     "An empty unit square."
-    fig = Figure(figsize=(2.3, 2.1), dpi=70, layout="constrained")
-    ax = fig.subplots()
+    fig = Figure(figsize=(2.3, 2.1), dpi=70)
+    ax = fig.add_axes((.2, .19, .76, .79))
     ax.set(xlim=(-.02, 1.02), ylim=(-.02, 1.02), aspect="equal", xticks=(0, .5, 1), yticks=(0, .5, 1))
     ax.set_xlabel(xlabel, color=light("soft"), fontsize=9, labelpad=1)
     ax.set_ylabel(ylabel, color=light("soft"), fontsize=9, labelpad=1)
@@ -42,7 +42,8 @@ def curve_panel(
     fig, ax = unit_panel(xlabel, ylabel, level)
     own = next(iter(curves))
     for colour, curve in reversed(curves.items()):
-        ax.plot(curve.x, curve.y, color=light(colour), lw=1.6 if colour == own else 1)
+        ax.plot(curve.x, curve.y, color=light(colour), lw=1.6 if colour == own else 1,
+                drawstyle="steps-pre" if curve.steps else None)
     ax.fill_between(GRID, curves[own].low, curves[own].high, color=light(own), alpha=.22, lw=0)
     return fig
 
@@ -68,18 +69,19 @@ def profile_panel(
 ) -> Figure:
     "A study's slice predictions along the body."
     said, truth, at = np.asarray(said, float), np.asarray(truth), np.arange(len(said))
-    fig = Figure(figsize=(7.2, 1.5), dpi=70, layout="constrained")
-    ax = fig.subplots()
-    ax.fill_between(at, 0, 1, where=truth > 0, step="mid", color=light("two"), alpha=.25, lw=0)
+    fig = Figure(figsize=(7.2, 1.5), dpi=70)
+    ax = fig.add_axes((.05, .17, .945, .68))
+    for start, end in np.flatnonzero(np.diff(truth > 0, prepend=False, append=False)).reshape(-1, 2):
+        ax.axvspan(start - .5, end - .5, color=light("two"), alpha=.25, lw=0)
     ax.axhline(.5, color=light("prior"), lw=.8, ls=(0, (4, 3)))
     ax.plot(at, said, color=light("one"), lw=1.4)
     for number, place in enumerate(shown, 1):
         ax.plot(place, said[place], "o", ms=4, color=light("one"))
-        ax.annotate(str(number), (place, 1.02), ha="center", fontsize=9, color=light("ink"), annotation_clip=False)
+        ax.annotate(str(number), (place, 1.02), ha="center", fontsize=11, color=light("ink"), annotation_clip=False)
         ax.plot([place] * 2, [0, 1], color=light("ink"), lw=.6, alpha=.35)
     ax.set(xlim=(-.5, len(said) - .5), ylim=(0, 1), yticks=(0, .5, 1), xticks=(0, len(said) - 1))
-    ax.set_xticklabels(["feet", "head"], color=light("soft"), fontsize=9)
-    ax.tick_params(length=0, labelsize=9, labelcolor=light("soft"))
+    ax.set_xticklabels(["feet", "head"])
+    ax.tick_params(length=0, labelsize=11, labelcolor=light("soft"))
     for label, side in zip(ax.get_xticklabels(), ("left", "right")):
         label.set_ha(side)
     for side in ax.spines.values():

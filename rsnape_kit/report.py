@@ -14,7 +14,8 @@ import pandas as pd
 from .blend import BlendWeights
 from .breakdown import thickness_groups
 from .labels import STUDY
-from .page import Html, page, tag
+from .markup import Html, tag, together
+from .page import page
 from .predictions import Predictions
 from .sections_score import curve_sections, group_section, headline, label_section
 from .sections_work import blend_section, consistency_section, time_section, worst_section
@@ -77,7 +78,7 @@ def _intro(subject: Subject, note: str, fitted_here: bool) -> Html:
              f"{len(subject.draws)} redraws of whole studies.")
     if fitted_here:
         words += " The priors are fitted on these very studies, which flatters them."
-    return Html((tag("p", note) if note else "") + tag("p", words, class_="soft"))
+    return together(tag("p", note) if note else None, tag("p", words, class_="soft"))
 
 
 def _write(path: Path, text: str) -> Path:

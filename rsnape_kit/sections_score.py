@@ -9,7 +9,8 @@ __all__ = ['headline', 'label_section', 'curve_sections', 'group_section']
 from .breakdown import by_group, by_label, interval
 from .curves import precision_recall, rank_answers, reliability_band, roc
 from .labels import EXAM_LABELS, IMAGE_LABEL
-from .page import SERIES_COLOURS, Html, bar, label_name, number, svg, table, tag, whisker
+from .markup import Html, bar, label_name, number, table, tag, together, whisker
+from .page import SERIES_COLOURS, svg
 from .panels import curve_panel, reliability_panel
 from .subject import Subject
 
@@ -20,7 +21,7 @@ def headline(subject: Subject) -> Html:
     tiles = [_tile(f"loss of {subject.name}", own.total(), *interval(own.total(subject.draws)), main=True)]
     tiles += [_tile(name, subject.losses[name].total()) for name in subject.priors]
     tiles.append(_tile(f"better than the {best} by", *subject.gain(best)))
-    return Html(tag("div", *tiles, class_="tiles") + _standing(subject))
+    return together(tag("div", *tiles, class_="tiles"), _standing(subject))
 
 
 def _tile(name: str, value: float, low=None, high=None, main=False) -> Html:
@@ -42,13 +43,14 @@ def label_section(subject: Subject) -> Html:
     "The loss label by label."
     own, best = by_label(subject.own, subject.draws), subject.strongest_prior
     reference = by_label(subject.losses[best], subject.draws).loss
-    rows = [[label_name(label), number(row.loss, row.low, row.high), number(reference[label]), f"{row.weight:.1%}",
-             bar(row["share"] / own["share"].max(), f"{row['share']:.1%}")] for label, row in own.iterrows()]
+    most = own["share"].max()
+    rows = [[label_name(label), number(row.loss, row.low, row.high), bar(row["share"] / most, f"{row['share']:.1%}"),
+             number(reference[label]), f"{row.weight:.1%}"] for label, row in own.iterrows()]
     silent = [label for label in (*EXAM_LABELS, IMAGE_LABEL) if label not in own.index]
     notes = [f"Not predicted, and left out of the total: {', '.join(silent)}."] * bool(silent)
     notes += [f"{subject.own.gaps} single answers are missing and scored as 0.5."] * bool(subject.own.gaps)
-    return Html(table(["", "loss, 95 % interval", best, "weight", "share of the loss"], rows)
-                + "".join(tag("p", note) for note in notes))
+    return together(table(["", "loss, 95 % interval", "share of the total", best, "weight"], rows),
+                    *(tag("p", note) for note in notes))
 
 # %% ../nbs/54_sections_score.ipynb #65b053cd
 def _label_answers(subject: Subject) -> dict:  # label -> {colour: Answers}, the first contender's first
@@ -66,7 +68,7 @@ def _curve_figure(kind, what: str, axes: tuple, level):
         curves = {colour: kind(a, draws if colour == SERIES_COLOURS[0] else draws[:0]) for colour, a in answers.items()}
         own = answers[SERIES_COLOURS[0]]
         fig = curve_panel(curves, *axes, level and own.y @ own.weight / own.weight.sum())
-        return fig, Html(f"{what} ") + number(*curves[SERIES_COLOURS[0]].area)
+        return fig, together(f"{what} ", number(*curves[SERIES_COLOURS[0]].area))
     return draw
 
 
@@ -102,7 +104,8 @@ def curve_sections(subject: Subject) -> dict:  # heading -> Html
             fig, caption = draw(label, answers, subject.draws)
             title = tag("figcaption", tag("b", label_name(label)), Html("<br>"), caption)
             figures.append(tag("figure", title, svg(fig, f"{heading} of {label}")))
-        sections[heading] = Html(key + tag("p", words) + (note or "") + tag("div", *figures, class_="panels"))
+        sections[heading] = together(key, tag("p", words), note, tag("div", *figures, class_="panels"))
+        note = None  # once is enough
     return sections
 
 # %% ../nbs/54_sections_score.ipynb #64895683
@@ -121,5 +124,5 @@ def group_section(
                  whisker(row.loss, row.low, row.high, limits), number(row.reference), number(row.gain, sign=True)]
                 for name, row in found.iterrows()]
         head = [what, "studies", "loss, 95 % interval", "", best, "gain"]
-        parts.append(tag("h3", f"By {what}") + table(head, rows))
-    return Html("".join(parts)) if parts else None
+        parts += [tag("h3", f"By {what}"), table(head, rows)]
+    return together(*parts) if parts else None

@@ -12,7 +12,7 @@ from .blend import BlendWeights, loss_by_label, verdict
 from .breakdown import interval, study_losses, worst_studies
 from .consistency import make_consistent, violations
 from .labels import IMAGE_LABEL, RULES
-from .page import Html, bar, label_name, number, table, tag
+from .markup import Html, bar, label_name, number, table, tag, together
 from .predictions import Predictions
 from .strips import strip
 from .subject import Subject
@@ -31,8 +31,9 @@ def blend_section(
                  tag("strong", number(row["blend"])), number(members[label] - row["blend"], digits=4, sign=True)]
                 for label, row in losses.iterrows()]
         head = ["loss, out of fold", *weights.models, "equal weights", "blend", "gain on the best"]
-        parts = [tag("p", verdict(weights)), *parts, table(head, rows)]
-    return Html("".join(parts))
+        words = "Gains are on the best member of each label; in the last row, on the best single model."
+        parts = [tag("p", verdict(weights), "."), *parts, tag("p", words), table(head, rows)]
+    return together(*parts)
 
 
 def _heat(weight: float) -> Html:
@@ -58,7 +59,7 @@ def consistency_section(
     change = cost.total() - subject.own.total(), *interval(cost.total(subject.draws) - subject.own.total(subject.draws))
     words = tag("p", f"Loss {subject.own.total():.4f} before, {cost.total():.4f} after; a change of ",
                 number(*change, digits=5, sign=True), f", with {len(pred.exams)} studies.")
-    return Html(words + table(["rule broken", "before", "after"], rows))
+    return together(words, table(["rule broken", "before", "after"], rows))
 
 # %% ../nbs/54_sections_work.ipynb #61d3ca7e
 def worst_section(
@@ -72,12 +73,14 @@ def worst_section(
     worst = worst_studies(subject.own, count)
     for study, row in worst.iterrows():
         costly = row.drop("share").nlargest(4)
-        chips = [_chip(subject.truth, pred, study, label) for label in costly.index if costly[label] > .05 * row["share"]]
+        costly = costly.index[costly > .05 * row["share"]]
+        chips = [_chip(subject.truth, pred, study, label) for label in costly]
         shown = None if slices is None else strip(study, slices, subject.truth, pred, source)
         parts += [tag("h3", study, " ", tag("small", f"{row['share']:.1%} of the loss")), tag("p", *chips), shown]
-    words = tag("p", f"These {len(worst)} of {len(pred.exams)} studies carry {worst['share'].sum():.0%} of the loss. Along "
-                "the body: what was said of each slice, shaded where there is an embolus.")
-    return Html(words + "".join(part for part in parts if part))
+    words = tag("p", f"These {len(worst)} of {len(subject.truth.exams)} studies carry {worst['share'].sum():.0%} of the "
+                "loss. Along the body: what was said of each slice, shaded where there is an embolus. Slices are in the PE "
+                "window, framed where there is an embolus.")
+    return together(words, *parts)
 
 
 def _chip(truth: Predictions, pred: Predictions, study: str, label: str) -> Html:
@@ -88,8 +91,8 @@ def _chip(truth: Predictions, pred: Predictions, study: str, label: str) -> Html
                    class_="chip")
     own = truth.images[study]
     said = pred.images[study].reindex(own.index)
-    return tag("span", f"{own.sum():.0f} of {len(own)} slices with an embolus, said ", number(said[own > 0].mean(), digits=2),
-               " of them, ", number(said[own == 0].mean(), digits=2), " of the others", class_="chip")
+    return tag("span", f"{own.sum():.0f} of {len(own)} slices with an embolus, said ",
+               number(said[own > 0].mean(), digits=2), " of them, ", number(said[own == 0].mean(), digits=2), " of the others", class_="chip")
 
 # %% ../nbs/54_sections_work.ipynb #a34b6b5c
 def duration(seconds: float) -> str:

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from .labels import SERIES, SLICE, STUDY
-from .page import Html, number, png, svg, tag
+from .markup import Html, number, tag, together
+from .page import png, svg
 from .panels import profile_panel
 from .predictions import Predictions
 from .tables import positions, slice_index
@@ -25,7 +26,7 @@ def study_slices(
 ) -> pd.DataFrame:  # feet to head: row (in `slices`), truth, said (NaN where not predicted)
     "What is true and what was said of a study's slices."
     own = slices.reset_index(drop=True)
-    own = own[own[STUDY] == study].sort_values([SERIES, "order"])
+    own = own[own[STUDY] == study].sort_values([SERIES, "order"]).drop_duplicates(SLICE)
     index, columns = slice_index(own), {}
     for name, part in (("truth", truth), ("said", pred)):
         at = positions(part.images.index, index)
@@ -74,9 +75,10 @@ def strip(
     drawing = svg(profile_panel(table.said, table.truth, shown), f"slice predictions of study {study}, feet to head")
     figures = [_figure(i, table.iloc[at], frame(source, seen[table.index[at]]), len(table))
                for i, at in enumerate(shown, 1)]
-    return Html(tag("div", drawing, class_="profile") + (tag("div", *figures, class_="slices") if figures else ""))
+    return together(tag("div", drawing, class_="profile"), tag("div", *figures, class_="slices") if figures else None)
 
 
 def _figure(i: int, row, grey: np.ndarray, n: int) -> Html:
-    caption = [tag("b", f"{i} "), "said ", number(row.said, digits=2), ", is " + ("PE" if row.truth else "no PE")]
-    return tag("figure", png(grey, f"slice {int(row.order) + 1} of {n}"), tag("figcaption", *caption))
+    caption = [tag("b", f"{i} "), "said ", number(row.said, digits=2), ", embolus" if row.truth else ", none"]
+    return tag("figure", png(grey, f"slice {int(row.order) + 1} of {n}"), tag("figcaption", *caption),
+               class_="embolus" if row.truth else "none")

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .breakdown import StudyLosses, interval, resample, study_losses
+from .labels import SLICE, STUDY
 from .predictions import Predictions
 from .prior import position_prior, prior
 from .tables import positions, slice_index
@@ -23,8 +24,10 @@ def both_priors(
 ) -> dict:  # name -> Predictions
     "What knowing nothing would score, at its best."
     priors = {"constant prior": prior(truth)}
-    if slices is not None and "order" in slices and (positions(slice_index(slices), truth.images.index) >= 0).all():
-        priors["position prior"] = position_prior(truth, slices)
+    if slices is not None and "order" in slices:
+        slices = slices.drop_duplicates([STUDY, SLICE])
+        if (positions(slice_index(slices), truth.images.index) >= 0).all():
+            priors["position prior"] = position_prior(truth, slices)
     return priors
 
 # %% ../nbs/54_subject.ipynb #17d7846c
