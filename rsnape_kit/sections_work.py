@@ -92,7 +92,8 @@ def _chip(truth: Predictions, pred: Predictions, study: str, label: str) -> Html
     own = truth.images[study]
     said = pred.images[study].reindex(own.index)
     return tag("span", f"{own.sum():.0f} of {len(own)} slices with an embolus, said ",
-               number(said[own > 0].mean(), digits=2), " of them, ", number(said[own == 0].mean(), digits=2), " of the others", class_="chip")
+               number(said[own > 0].mean(), digits=2), " of them, ", number(said[own == 0].mean(), digits=2),
+               " of the others", class_="chip")
 
 # %% ../nbs/54_sections_work.ipynb #a34b6b5c
 def duration(seconds: float) -> str:
