@@ -75,7 +75,8 @@ def device_memory():
 def measure(name, model, n, args):
     "A line of the table."
     several = isinstance(model.output, dict)
-    model.compile("adam", {head: weighted_bce() for head in model.output} if several else weighted_bce(), jit_compile=jit())
+    losses = {head: weighted_bce() for head in model.output} if several else weighted_bce()
+    model.compile("adam", losses, jit_compile=jit())
     x, packed = random_batch(model, n)
     _, forward, forward_cpu = seconds(lambda: model.predict_on_batch(x), args.repeat)
     first, step, step_cpu = seconds(lambda: np.max(model.train_on_batch(x, packed)), args.repeat)

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .config import phase_of
-from .models.backend import import_keras
+from .models.backend import import_keras, load_weights, save_weights
 from .runs import load_checkpoint, saving_checkpoint
 
 # %% ../nbs/39_fitting.ipynb #93b86985
@@ -141,7 +141,7 @@ class Keeper:
     def begin(self, epoch: int):
         number, k = phase_of(self.phases, epoch)
         if k == 0 and number and self.phases[number].from_best and math.isfinite(self.best):
-            self.model.load_weights(self.folder / "best.weights.h5")
+            load_weights(self.model, self.folder / "best.npz")
             for v, value in zip(self.model.optimizer.variables, self.fresh):
                 v.assign(value)
         reseed(self.model, self.seed, epoch)
@@ -187,16 +187,16 @@ class Keeper:
 
     def _swap_in_averages(self) -> list:  # (variable, its raw value) pairs
         averages = _ema_variables(self.model.optimizer)
-        raw = [(v, np.asarray(v)) for v in self.model.trainable_variables] if averages else []
+        raw = [(v, np.array(v)) for v in self.model.trainable_variables] if averages else []
         for (v, _), average in zip(raw, averages):
             v.assign(np.asarray(average))
         return raw
 
     def _save_best(self, fresh: Path, better: bool):
         if better:
-            self.model.save_weights(fresh / "best.weights.h5")
-        elif self.folder is not None and (self.folder / "best.weights.h5").exists():
-            shutil.copy2(self.folder / "best.weights.h5", fresh / "best.weights.h5")
+            save_weights(self.model, fresh / "best.npz")
+        elif self.folder is not None and (self.folder / "best.npz").exists():
+            shutil.copy2(self.folder / "best.npz", fresh / "best.npz")
 
     def _report(self, seconds: float, better: bool):
         if self.progress:
@@ -236,7 +236,7 @@ def fit_phases(
 ) -> list:  # the history, a dict an epoch; the model holds the best weights
     "Train from the last checkpoint to the end of the last phase."
     model.optimizer.build(model.trainable_variables)
-    fresh = [np.asarray(v) for v in model.optimizer.variables]
+    fresh = [np.array(v) for v in model.optimizer.variables]
     folder, state, history = load_checkpoint(run)
     done, epochs = state.get("epoch", 0), sum(phase.epochs for phase in phases)
     if folder is not None:
@@ -251,5 +251,5 @@ def fit_phases(
         finally:
             flow.close()
         folder, history = keeper.folder, keeper.history
-    model.load_weights(folder / "best.weights.h5")
+    load_weights(model, folder / "best.npz")
     return history

@@ -15,7 +15,7 @@ from .affine import AffineRange
 from .batches import ImageBatches, StudyBatches
 from .config import TrainConfig, build_model
 from .labels import EXAM_LABELS
-from .models.backend import all_devices, import_keras
+from .models.backend import all_devices, import_keras, load_weights
 from .predictions import Predictions
 from .runs import complete, load_config
 from .tables import slice_index
@@ -175,14 +175,14 @@ def load_run(
 ):  # config, keras.Model with the best weights
     "The network of a run."
     config = load_config(run, TrainConfig)
-    weights = Path(run) / "best.weights.h5"
+    weights = Path(run) / "best.npz"
     if not weights.exists():
         checkpoint = complete(Path(run) / "checkpoint")
         if checkpoint is None:
             raise FileNotFoundError(f"{run} has no weights yet: not one epoch of it is done")
-        weights = checkpoint / "best.weights.h5"
+        weights = checkpoint / "best.npz"
     model = build_model(config)
-    model.load_weights(weights)
+    load_weights(model, weights)
     return config, model
 
 

@@ -143,5 +143,5 @@ def _train(run, config, source, seen, held_out, weights, tta, deadline, progress
                ready=lambda batch: weight_answers(config.loss, batch, scale, config.smoothing),
                seed=config.seed, steps=config.steps, deadline=deadline, progress=progress)
     if not (run / "oof").exists():
-        shutil.copy2(load_checkpoint(run)[0] / "best.weights.h5", run / "best.weights.h5")
+        shutil.copy2(load_checkpoint(run)[0] / "best.npz", run / "best.npz")
         predict_batches(network, make_looks(config, source, held_out.exams.index, tta)).save(run / "oof")
