@@ -6,13 +6,16 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export MPLBACKEND ?= agg
 
-.PHONY: help demo test lint bench notebooks kernels hooks lock clean
+.PHONY: help demo demo-quick test lint bench notebooks kernels hooks lock clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(READY)  ## the main job, end to end, on made-up data
 	python -m rsnape_kit.cli demo
+
+demo-quick: $(READY)  ## the same in a minute
+	python -m rsnape_kit.cli demo --quick --folder demo-quick
 
 test: $(READY) lint  ## exports, every notebook, every test
 	nbdev_export
@@ -23,11 +26,13 @@ lint: $(READY)  ## ruff over notebooks, modules, tests and benchmarks
 	ruff check .
 
 bench: $(READY)  ## side-by-side speed, as ratios
-	for script in benchmarks/*.py; do echo "== $$script"; python $$script || exit 1; done
+	for script in benchmarks/[a-z]*.py; do echo "== $$script"; python $$script || exit 1; done
 
 notebooks: $(READY)  ## run all notebooks, keep their outputs, clean what is not output
+	nbdev_clean --clear_all
 	cd nbs && for nb in *.ipynb; do echo "$$nb"; exec_nb "$$nb" --dest "$$nb" --exc_stop || exit 1; done
 	nbdev_export && nbdev_clean
+	python -c "from rsnape_kit.kernels import export_kernels; export_kernels()"
 
 hooks: $(READY)  ## git hooks that clean notebooks on commit and merge them readably
 	nbdev_install_hooks
@@ -41,7 +46,7 @@ lock: requirements.in  ## choose versions anew and write requirements.txt
 	rm -rf $(VENV).lock
 
 clean:  ## forget the environment, caches and the demo
-	rm -rf $(VENV) $(VENV).lock demo build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV).lock demo demo-quick build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): requirements.txt settings.ini setup.py

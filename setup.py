@@ -23,7 +23,8 @@ setup(
     packages=find_packages(include=["rsnape_kit", "rsnape_kit.*"]),
     install_requires=config["requirements"].split(),
     extras_require={name.removesuffix(suffix): config[name].split() for name in config if name.endswith(suffix)},
-    entry_points={"nbdev": [f"{config['lib_name']}={config['lib_name']}._modidx:d"]},
+    entry_points={"console_scripts": ["rsnape=rsnape_kit.cli:main"],
+                  "nbdev": [f"{config['lib_name']}={config['lib_name']}._modidx:d"]},
     package_data={"rsnape_kit": ["*.txt"]},  # the lists of packages in Kaggle's images
     zip_safe=False,
 )

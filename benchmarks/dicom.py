@@ -7,8 +7,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
+import _made_up as made_up
 import imagecodecs
-import made_up
 import numpy as np
 import pydicom
 from pydicom.encaps import encapsulate

@@ -19,7 +19,7 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 import numpy as np
 import pandas as pd
-from made_up import write
+from _made_up import write
 
 from rsnape_kit.affine import STUDY_RANGE, AffineRange
 from rsnape_kit.batches import GroupBatches, ImageBatches, StudyBatches

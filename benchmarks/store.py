@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import made_up
+import _made_up as made_up
 import numpy as np
 import pydicom
 from PIL import Image
