@@ -62,11 +62,11 @@ def alternate(ways, rounds=5):
 
 def table(title, seconds, counts, against):
     "Print slices per CPU-second, and ratios to the ways named in `against`: medians of the rounds."
-    print(f"\n{title:<44}{'slices / CPU-s':>16}" + "".join(f"{'x ' + name:>22}" for name in against))
+    print(f"\n{title:<44}{'slices / CPU-s':>16}" + "".join(f"{'x ' + name:>32}" for name in against))
     per = {name: [s / counts[name] for s in rounds] for name, rounds in seconds.items()}
     for name, mine in per.items():
         ratios = [statistics.median(b / a for a, b in zip(mine, per[other])) for other in against]
-        print(f"  {name:<42}{1 / statistics.median(mine):>16,.0f}" + "".join(f"{r:>22.2f}" for r in ratios))
+        print(f"  {name:<42}{1 / statistics.median(mine):>16,.0f}" + "".join(f"{r:>32.2f}" for r in ratios))
 
 
 def write(root, studies=3, slices=200, seed=0, size=512):

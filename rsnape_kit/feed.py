@@ -14,7 +14,6 @@ from functools import lru_cache
 
 import numpy as np
 
-from .fused import scatter
 from .pixels import Pixels, render
 
 # %% ../nbs/205_feed.ipynb #110611b7
@@ -120,32 +119,28 @@ class Feed:
         jobs: np.ndarray,  # int32 [n jobs, 9], a job a row, rows in C order
         pixels: Pixels,
         channels: bool = False,  # the last axis of rows becomes the channels (of one window)
-    ) -> np.ndarray:  # uint8 [..., n, size, size, C], or [..., size, size, n] with channels
+    ) -> np.ndarray:  # uint8 [..., n, size, size, C]; with channels a view [..., size, size, n], plane by plane in memory
         "Slices as the network sees them."
         rows, side, windows = np.asarray(rows), pixels.size, len(pixels.windows)
         if channels and windows != 1:
             raise ValueError(f"{windows} windows: slices that become channels are seen through one")
-        shape = (*rows.shape[:-1], side, side, rows.shape[-1]) if channels else (*rows.shape, side, side, windows)
-        out, stride = self.buffers.lend(shape, np.uint8), shape[-1]
-        flat, each, last = out.reshape(-1), side * side * stride, stride if channels else 1
-        order, fresh = _together(rows.reshape(-1), jobs)
+        out, each = self.buffers.lend((*rows.shape, side, side, windows), np.uint8), side * side * windows
+        flat, (order, fresh) = out.reshape(-1), _together(rows.reshape(-1), jobs)
         which, order = rows.reshape(-1)[order].tolist(), order.tolist()
 
         def task(start, stop):
-            stored, plane = _own(self.source.size), np.empty(side * side if channels else 0, np.uint8)
+            stored, first = _own(self.source.size), 0
             for k in range(start, stop):
-                i = order[k]
+                begin = order[k] * each
                 if k == start or fresh[k]:
                     self._read(which[k], stored)
-                    if channels:
-                        render(stored, jobs[i], pixels, plane)
-                if channels:
-                    scatter(plane, flat[i // last * each + i % last:], stride)
+                    render(stored, jobs[order[k]], pixels, flat, begin)
+                    first = begin
                 else:
-                    render(stored, jobs[i], pixels, flat, i * each)
+                    flat[begin:begin + each] = flat[first:first + each]
 
         self._spread(task, len(which))
-        return out
+        return np.moveaxis(out[..., 0], -3, -1) if channels else out
 
 
 def _together(rows: np.ndarray, jobs: np.ndarray) -> tuple:

@@ -54,8 +54,9 @@ def keras_dataset(
 def _to_torch(value, torch, image: bool = False):
     if isinstance(value, dict):
         return {name: _to_torch(part, torch) for name, part in value.items()}
-    tensor = torch.from_numpy(np.ascontiguousarray(value))
-    return tensor.movedim(-1, -3) if image and tensor.dtype == torch.uint8 else tensor
+    if image and value.dtype == np.uint8:
+        return torch.from_numpy(value).movedim(-1, -3)
+    return torch.from_numpy(np.ascontiguousarray(value))
 
 
 def torch_loader(

@@ -20,7 +20,6 @@ import numpy as np
 if {blocked}:
     sys.modules["numba"] = None
 from rsnape_kit.affine import AffineRange
-from rsnape_kit.fused import scatter
 from rsnape_kit.pixels import Pixels, make_jobs, render
 from rsnape_kit.windows import PE
 rng, digest = np.random.default_rng(5), hashlib.sha256()
@@ -36,7 +35,6 @@ with warnings.catch_warnings(record=True) as caught:
         digest.update(out)
     apart = np.zeros(64 * 64 * 5, np.uint8)
     render(stored, job, Pixels((PE,), size=64), apart, 3, 5)
-    scatter(apart[::5].copy(), apart[1:], 5)
     digest.update(apart)
 print(digest.hexdigest(), [str(w.message) for w in caught if "numba" in str(w.message)].__len__())
 """
