@@ -284,7 +284,8 @@ def run(args, folder: Path):
     if "inference" in args.only:
         compare("Inference input, groups of five neighbours, from DICOM files", args, total, {
             "original: two passes of pydicom": lambda: drain(original_inference(folder / "dicom")),
-            "scan and fused pass": lambda: drain(GroupBatches(DicomSource(folder / "dicom")))})
+            "scan and fused pass": lambda: drain(GroupBatches(DicomSource(folder / "dicom"))),
+            "the same on one thread": lambda: drain(GroupBatches(DicomSource(folder / "dicom"), workers=1))})
     if "fit" in args.only:
         floats, bytes_, raw = (fit_model((256, 256, 3), "float32"), fit_model((256, 256, 3), "uint8"),
                                fit_model((256, 256), "int16", device=True))

@@ -139,6 +139,8 @@ def make_competition(
 ) -> Path:  # out
     "Write a synthetic competition in the real one's layout, with the truth in truth/"
     cfg, out = Settings(studies, test_studies, slices, size, seed, difficulty, clean, twins), Path(out)
+    if min(studies, test_studies) < 1:
+        raise ValueError(f"{studies} training and {test_studies} test studies: a competition needs at least one of each")
     if difficulty not in DIFFICULTIES:
         raise ValueError(f"difficulty {difficulty!r}: choose one of {', '.join(DIFFICULTIES)}")
     _begin(out, cfg)

@@ -149,7 +149,7 @@ def test_every_kernel_is_pushed_whole(stub, kernels):
         assert (sent["enableGpu"], sent["enableTpu"]) == (meta["enable_gpu"], meta["enable_tpu"])
         assert sent.get("machineShape") == meta.get("machine_shape")
         assert sent["competitionDataSources"] == [COMPETITION]
-        assert sent["datasetDataSources"] == ["test/rsnape-kit"]
+        assert sent["datasetDataSources"] == ["test/rsnape-kit-tpu" if meta["enable_tpu"] else "test/rsnape-kit"]
         assert sent.get("kernelDataSources", []) == meta["kernel_sources"]
         text = json.loads(sent["text"])
         assert text["metadata"]["kernelspec"]["language"] == "python"
