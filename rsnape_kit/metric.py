@@ -41,6 +41,8 @@ def positive_share(
 
 
 def _check_truth(truth: Predictions):
+    if not len(truth.exams):
+        raise ValueError("the truth holds no study, so there is nothing to score")
     for name, values in (*truth.exams[list(EXAM_LABELS)].items(), (IMAGE_LABEL, truth.images)):
         wrong = ((values != 0) & (values != 1)).to_numpy()
         if wrong.any():

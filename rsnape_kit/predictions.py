@@ -113,6 +113,8 @@ class Predictions:
         table = tables.join_submission(self.exams, self.images)
         if like is None:
             return table
+        if "id" not in like:
+            raise ValueError(f"like has no column 'id', only {', '.join(map(str, like.columns))}; give sample_submission.csv")
         return pd.DataFrame({"id": like["id"].to_numpy(), "label": tables.answers(table, like["id"], repr(self))})
 
     def align(self, to):  # to: Predictions of some or all of these studies and slices

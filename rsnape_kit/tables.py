@@ -20,6 +20,9 @@ def slice_index(
     "The index of a `Predictions`' images."
     studies, names = (slices[STUDY], slices[SLICE]) if isinstance(slices, pd.DataFrame) else slices
     (study_codes, studies), (slice_codes, names) = (pd.factorize(np.asarray(ids, object)) for ids in (studies, names))
+    lacks = (study_codes < 0) | (slice_codes < 0)
+    if lacks.any():
+        raise ValueError(f"row {int(lacks.argmax())} has no {STUDY} or no {SLICE}; every slice needs both")
     index = pd.MultiIndex(levels=[studies, names], codes=[study_codes, slice_codes], names=[STUDY, SLICE],
                           verify_integrity=False)  # codes fit their levels by construction; uniqueness is checked next
     if not index.is_unique:
@@ -72,6 +75,9 @@ def split_train(
     index = slice_index(table)
     codes, studies = index.codes[0], index.levels[0]
     values = table[list(EXAM_LABELS + AUX_LABELS)].to_numpy(float)
+    if np.isnan(values).any():
+        row, column = np.argwhere(np.isnan(values))[0]
+        raise ValueError(f"study {studies[codes[row]]!r} has no value for {(EXAM_LABELS + AUX_LABELS)[column]}; expected 0 or 1")
     first = np.unique(codes, return_index=True)[1]
     exams = pd.DataFrame(values[first], studies, EXAM_LABELS + AUX_LABELS)
     disagree = (values != values[first][codes]).any(1)
@@ -105,6 +111,9 @@ def answers(
 
 
 def _by_id(table: pd.DataFrame) -> pd.Series:
+    for column in ("id", "label"):
+        if column not in table:
+            raise ValueError(f"a submission has the columns id and label; this table has {', '.join(map(str, table.columns))}")
     values = pd.Series(table["label"].to_numpy(float), pd.Index(table["id"], dtype=object))
     if not values.index.is_unique:
         raise ValueError(f"id {values.index[values.index.duplicated()][0]!r} is there twice in the submission")
