@@ -80,7 +80,7 @@ def _submit(args):
 def _rehearse(args):
     from rsnape_kit.bundle import make_bundle
     from rsnape_kit.environment import make_environment
-    from rsnape_kit.kernels import export_kernel
+    from rsnape_kit.kernels import ROOT
     from rsnape_kit.phantom import make_competition
     from rsnape_kit.rehearse import rehearse, why_not
 
@@ -91,7 +91,7 @@ def _rehearse(args):
     competition = make_competition(folder / "competition", 4, 2, slices=16, difficulty="demo")
     python, skipped = make_environment(folder / "python")
     print("not in the rehearsal's Python:", ", ".join(skipped) or "nothing")
-    result = rehearse(bundle, competition, export_kernel("submit"), python, out=folder / "working")
+    result = rehearse(bundle, competition, ROOT / "kernels" / "submit", python, out=folder / "working")
     print(result.log)
     sys.exit(0 if result.ok else f"rsnape: {result.problem}")
 
