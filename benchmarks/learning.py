@@ -1,0 +1,170 @@
+"""What the models learn: on a made-up competition, from scratch, on this machine.
+
+Each model is trained on a few seeds and scored on held-out studies against the constant and the position prior, over
+images and over exams, with the 90 % interval of the paired study bootstrap. Two checks say whether it looks at emboli:
+trained on labels that were dealt to other studies it must not beat the priors; on the twin of a study, the same
+patient without the clots, its probabilities must fall.
+
+    python benchmarks/learning.py                     # all models, one seed
+    python benchmarks/learning.py --seeds 0 1 2 --shuffled
+    python benchmarks/learning.py --models resnet3d --set epochs=10
+
+Each training runs in a process of its own and is kept: run the same command again to go on.
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from rsnape_kit.breakdown import interval, resample, study_losses
+from rsnape_kit.dicom import scan
+from rsnape_kit.folds import folds
+from rsnape_kit.labels import EXAM_LABELS, IMAGE_LABEL, STUDY
+from rsnape_kit.phantom import make_competition
+from rsnape_kit.predictions import Predictions
+from rsnape_kit.prior import position_prior, prior
+from rsnape_kit.recipes import DEMO
+from rsnape_kit.settings import change
+from rsnape_kit.store import SliceStore, build_store
+
+SPLITS = {"train": "train", "test": "test", "twins": "truth/twins"}
+
+
+def prepare(args) -> Path:
+    "Make the competition and the stores of train, test and twins."
+    folder = Path(args.data)
+    made = make_competition(folder / "competition", args.studies, args.test_studies, args.slices,
+                            seed=args.phantom_seed, difficulty=args.difficulty, twins=True)
+    for split, path in SPLITS.items():
+        if not (folder / f"{split}.parquet").exists():
+            table = scan(made / path)
+            build_store(table, folder / split)
+            table.to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def dealt(truth: Predictions, seed: int) -> Predictions:
+    "Each study with the labels of another, its images stretched to fit."
+    rng, names = np.random.default_rng(seed), truth.exams.index
+    other = pd.Series(rng.permutation(names), names)
+    exams = truth.exams.loc[other].set_axis(names)
+    by_study = {name: part.to_numpy() for name, part in truth.images.groupby(level=0)}
+    parts = []
+    for name, part in truth.images.groupby(level=0):
+        values = by_study[other[name]]
+        parts.append(pd.Series(values[np.arange(len(part)) * len(values) // len(part)], part.index))
+    return Predictions(exams, pd.concat(parts).rename(truth.images.name))
+
+
+def teach(args):
+    "Train one model on one seed and predict test and twins; in this process."
+    folder, name = Path(args.data), args.models[0]
+    out = folder / "learned" / args.run
+    if (out / "seconds.json").exists():
+        return
+    truth = Predictions.from_train_csv(folder / "competition" / "train.csv")
+    if args.shuffled:
+        truth = dealt(truth.align(truth), 1)
+    config = change(DEMO[name], [f"seed={args.seeds[0]}", *args.set])
+    if name == "petaformer":
+        from rsnape_kit.infer_torch import infer
+        from rsnape_kit.train_torch import train
+    else:
+        from rsnape_kit.infer import infer
+        from rsnape_kit.train import train
+    source, wall, cpu = SliceStore(folder / "train"), time.perf_counter(), time.process_time()
+    split = folds(source.table[STUDY].unique(), truth, args.folds)
+    run = train(name, source, 0, config, truth=truth, folds=split, out=out, earlier=())
+    spent = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    for part in ("test", "twins"):
+        infer(run, SliceStore(folder / part), tta=args.tta).save(out / part)
+    (out / "seconds.json").write_text(json.dumps(spent))
+
+
+def better(truth: Predictions, pred: Predictions, rivals: dict, labels) -> dict:
+    "The loss over some labels, and the least gain over any rival: (loss, gain, its lower bound)."
+    own = study_losses(truth, pred).only(labels)
+    draws = resample(len(truth.exams), 1000)
+    rows = []
+    for rival in rivals.values():
+        theirs = study_losses(truth, rival).only(labels)
+        low, _ = interval(theirs.total(draws) - own.total(draws), .8)  # one-sided 90 %
+        rows.append((theirs.total() - own.total(), low, theirs.total()))
+    gain, low, rival = min(rows)
+    return {"loss": own.total(), "best prior": rival, "gain": gain, "at least": low}
+
+
+def auc(y, p) -> float:
+    from sklearn.metrics import roc_auc_score
+    return roc_auc_score(y, p)
+
+
+def judge(folder: Path, out: Path) -> dict:
+    "Score one training."
+    train_truth = Predictions.from_train_csv(folder / "competition" / "train.csv")
+    truth = Predictions.from_train_csv(folder / "competition" / "truth" / "test.csv")
+    slices = {part: pd.read_parquet(folder / f"{part}.parquet") for part in SPLITS}
+    rivals = {"constant": prior(train_truth, slices["test"]),
+              "position": position_prior(train_truth, slices["train"], slices["test"])}
+    pred, twin = (Predictions.load(out / part) for part in ("test", "twins"))
+    pred = pred.align(truth)
+    row = {}
+    heads = {"images": [IMAGE_LABEL]} | ({"exams": list(EXAM_LABELS)} if pred.exams.notna().any(axis=None) else {})
+    for head, labels in heads.items():
+        row |= {f"{head} {key}": value for key, value in better(truth, pred, rivals, labels).items()}
+    positive = truth.images[truth.images == 1].index
+    inside = truth.images.groupby(level=0).transform("max") == 1
+    row["images AUC in positives"] = auc(truth.images[inside], pred.images[inside])
+    row["seen"], row["in twins"] = pred.images[positive].mean(), twin.images.reindex(positive).mean()
+    if "exams" in heads:
+        row["exam AUC"] = auc(1 - truth.exams.negative_exam_for_pe, 1 - pred.exams.negative_exam_for_pe)
+        for label in EXAM_LABELS:
+            row[f"AUC {label}"] = auc(truth.exams[label], pred.exams[label])
+    else:
+        row["exam AUC"] = auc(truth.images.groupby(level=0).max(), pred.images.groupby(level=0).max())
+    return row | json.loads((out / "seconds.json").read_text())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="build/learning", help="folder for the competition and the runs")
+    parser.add_argument("--studies", type=int, default=480)
+    parser.add_argument("--test-studies", type=int, default=160)
+    parser.add_argument("--slices", type=int, default=32)
+    parser.add_argument("--phantom-seed", type=int, default=5)
+    parser.add_argument("--difficulty", default="demo", choices=("demo", "real"))
+    parser.add_argument("--models", nargs="+", default=list(DEMO), choices=list(DEMO))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--folds", type=int, default=6, help="one of them is held out to choose the best epoch")
+    parser.add_argument("--tta", type=int, default=0)
+    parser.add_argument("--shuffled", action="store_true", help="also train on labels dealt to other studies")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change the recipe")
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run:
+        return teach(args)
+    folder, rows = prepare(args), {}
+    tag = "".join(f"_{text}" for text in args.set).replace("/", "-")
+    for name in args.models:
+        for seed, dealt_out in [(seed, False) for seed in args.seeds] + [(args.seeds[0], True)] * args.shuffled:
+            run = f"{name}-{seed}{'-dealt' * dealt_out}{tag}"
+            command = [sys.executable, __file__, "--data", str(folder), "--models", name, "--seeds", str(seed), "--run",
+                       run, "--folds", str(args.folds), "--tta", str(args.tta)]
+            command += ["--shuffled"] * dealt_out + [word for text in args.set for word in ("--set", text)]
+            subprocess.run(command, check=True, env=os.environ)
+            rows[run] = judge(folder, folder / "learned" / run)
+            print(pd.Series(rows[run]).round(4).to_string(), "\n")
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    table.to_csv(folder / "learning.csv")
+    print(f"{args.test_studies} held-out studies of difficulty {args.difficulty!r}, {args.studies} to learn from\n")
+    print(table.round(3).T.to_string())
+
+
+if __name__ == "__main__":
+    main()
