@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Work', 'plan', 'load_oofs', 'run_work', 'predict']
 
-# %% ../nbs/422_predict.ipynb #c41ce9d9
+# %% ../nbs/422_predict.ipynb #1ec3adbd
 import os
 import shutil
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -22,7 +22,7 @@ from .predict_work import Job, framework_of
 from .runs import join_oof
 from .source import DicomSource
 
-# %% ../nbs/422_predict.ipynb #48964070
+# %% ../nbs/422_predict.ipynb #777b4de5
 @dataclass(frozen=True, eq=False)
 class Work:
     "Some runs that are to answer for some studies."
@@ -42,6 +42,16 @@ class Work:
         said = {run: [load_answer(folder, name, len(self.asked.rows[study])) is not None
                       for study, name in self.asked.names.items()] for run, folder in self.folders.items()}
         return pd.DataFrame(said, list(self.asked.names), dtype=bool)
+
+    def failed(self) -> pd.DataFrame:  # bool, studies x folders of runs
+        "Who could not answer for what."
+        noted = {run: [(folder / f"{name}.failed").exists() for name in self.asked.names.values()]
+                 for run, folder in self.folders.items()}
+        return pd.DataFrame(noted, list(self.asked.names), dtype=bool)
+
+    def only(self, runs) -> "Work":
+        "The part of it that some runs have, in their order."
+        return replace(self, folders={run: self.folders[run] for run in runs})
 
     def problems(self) -> dict:  # study or run -> what went wrong
         "All that is not as it should be."
@@ -86,7 +96,7 @@ def _by_model(runs) -> dict:
         found.setdefault(run_settings(run)["model"], []).append(run)
     return found
 
-# %% ../nbs/422_predict.ipynb #29730c95
+# %% ../nbs/422_predict.ipynb #04ae44fc
 def load_oofs(
     runs,  # folders of finished runs, all folds of each model; or dict of name -> folders
 ) -> dict:  # model -> Predictions of all studies, out of fold
@@ -94,7 +104,7 @@ def load_oofs(
     runs = runs if isinstance(runs, dict) else _by_model(runs)
     return {name: join_oof(*folders) for name, folders in runs.items()}
 
-# %% ../nbs/422_predict.ipynb #1aeae74c
+# %% ../nbs/422_predict.ipynb #e2e7c48f
 def _children(work: Work, round: list, deadline: float, keep) -> list:
     "The processes of a round that have anything to do."
     studies = tuple((work.asked.names[study], rows) for study, rows in work.asked.rows.items())
@@ -128,7 +138,7 @@ class _Ticker:
             self.watch()
             self.called = time.time()
 
-# %% ../nbs/422_predict.ipynb #719f68d2
+# %% ../nbs/422_predict.ipynb #03e6af74
 def run_work(
     work: Work,
     deadline: float = float("inf"),  # unix time to be done at
@@ -155,7 +165,7 @@ def run_work(
         bar.update(int(work.answered().to_numpy().sum()) - bar.n)
     return seconds
 
-# %% ../nbs/422_predict.ipynb #0a74c428
+# %% ../nbs/422_predict.ipynb #cd906252
 def predict(
     runs,  # folders of runs, any mix of models and folds; or dict of name -> folders
     source,  # folder of DICOM, slices table as scan() makes it, or pixel source

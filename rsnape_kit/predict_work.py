@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SLICES', 'FRAMEWORKS', 'framework_of', 'Job', 'work', 'main']
 
-# %% ../nbs/420_predict_work.ipynb #dce6de53
+# %% ../nbs/420_predict_work.ipynb #fed9cb84
 import os
 import pickle
 import sys
@@ -20,7 +20,7 @@ from .answers import load_answer, run_settings, save_answer, save_failure
 from .loaded import fetch_study
 from .saved import write_text
 
-# %% ../nbs/420_predict_work.ipynb #02b54294
+# %% ../nbs/420_predict_work.ipynb #a5936e53
 SLICES = 64  # most slices in a batch of an image model
 
 
@@ -56,7 +56,7 @@ def framework_of(
     "What a run was trained with."
     return "torch" if run_settings(run)["model"].startswith("petaformer") else "keras"
 
-# %% ../nbs/420_predict_work.ipynb #3fff456a
+# %% ../nbs/420_predict_work.ipynb #2bbfbfc4
 @dataclass(frozen=True, eq=False)
 class Job:
     "What a child process shall do."
@@ -82,7 +82,7 @@ class Job:
         i, of = self.share
         return [(name, rows) for name, rows in self.studies[i::of] if self.missing(name, rows)]
 
-# %% ../nbs/420_predict_work.ipynb #233cbf15
+# %% ../nbs/420_predict_work.ipynb #c5f1cf38
 def _fetch(job: Job, rows, name: str):
     "A study, or what kept it from being read."
     try:
@@ -107,7 +107,7 @@ def _studies(job: Job):
             yield name, rows, ready
             slowest = max(slowest, time.time() - began)
 
-# %% ../nbs/420_predict_work.ipynb #da04498b
+# %% ../nbs/420_predict_work.ipynb #ed42cab4
 def _answer(predict, folder, name: str, study):
     "Predict one study with one run, and keep what it says."
     try:
@@ -115,7 +115,8 @@ def _answer(predict, folder, name: str, study):
             raise study
         lost = study.lost
         if lost.all():
-            raise ValueError(f"none of its {len(lost)} slices can be read: {study.table['problem'].iloc[0]}")
+            why = study.table["problem"].iloc[0].partition("; filled with air")[0]
+            raise ValueError(f"none of its {len(lost)} slices can be read: {why}")
         save_answer(folder, name, predict(study), lost)
     except Exception as error:  # one study must never end the run
         save_failure(folder, name, f"{type(error).__name__}: {error}")
@@ -147,7 +148,7 @@ def _note_filled(job: Job, name: str, study):
             write_text(job.note.parent / f"{name}.filled",
                        f"{filled.sum()} of {len(filled)} slices: {study.table['problem'][filled].iloc[0]}")
 
-# %% ../nbs/420_predict_work.ipynb #98b1a1a9
+# %% ../nbs/420_predict_work.ipynb #c3f88647
 def main(path):
     "Do the job of a file."
     work(pickle.loads(Path(path).read_bytes()))

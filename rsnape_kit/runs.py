@@ -157,13 +157,13 @@ def epochs_done(
 
 # %% ../nbs/406_runs.ipynb #2d725a72
 def find_runs(
-    name: str,  # of the run's folder
+    name: str | None,  # of the run's folder; None: any
     *roots,  # where to look, e.g. '/kaggle/input'
     depth: int = 5,  # levels of folders
 ) -> list:  # paths of run folders, most epochs first
     "Copies of a run below some folders."
     found = [path for root in roots for path in _folders(Path(root), depth)
-             if path.name == name and (path / "config.json").exists()]
+             if name in (None, path.name) and (path / "config.json").exists()]
     return sorted(found, key=epochs_done, reverse=True)
 
 
