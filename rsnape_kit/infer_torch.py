@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Net', 'PetaFormerConfig', 'group_batches', 'tensors', 'resolve_precision', 'autocast', 'load_model', 'answer',
-           'infer']
+           'predictor', 'infer']
 
 # %% ../nbs/412_infer_torch.ipynb #569a769d
 from contextlib import nullcontext
@@ -151,6 +151,30 @@ def answer(
     return answers
 
 # %% ../nbs/412_infer_torch.ipynb #8561c266
+def predictor(
+    run,  # folder of a run
+    tta: int = 0,  # passes with random maps, besides the plain one
+    device=None,  # default: a GPU if there is one
+    batch: int | None = None,  # items at a time; default: as in training
+    progress=None,  # whether to show a bar; default: where somebody looks
+):  # function of a source, and perhaps studies, that gives Predictions
+    "A run, loaded once, for any number of sources."
+    model, config = load_model(run, device)
+    config = replace(config, batch=batch or config.batch)
+    precision = resolve_precision(config.precision, next(model.parameters()).device)
+
+    def predict(source, studies=None) -> Predictions:
+        studies, answers = source.table[STUDY].unique() if studies is None else studies, GroupAnswers(source.table)
+        for number in range(tta + 1):
+            batches = group_batches(source, studies, config, tta=number)
+            bar = partial(tqdm, total=len(batches), desc=f"pass {number + 1}/{tta + 1}",
+                          disable=None if progress is None else not progress)
+            answer(model, batches, answers, precision, bar)
+        return answers.predictions()
+
+    return predict
+
+
 def infer(
     run,  # folder of a run
     source,  # pixel source: a SliceStore, or DICOM
@@ -160,13 +184,4 @@ def infer(
     batch: int | None = None,  # items at a time; default: as in training
 ) -> Predictions:  # with the auxiliary labels
     "Predict studies with one trained run."
-    model, config = load_model(run, device)
-    config = replace(config, batch=batch or config.batch)
-    studies = source.table[STUDY].unique() if studies is None else studies
-    precision = resolve_precision(config.precision, next(model.parameters()).device)
-    answers = GroupAnswers(source.table)
-    for number in range(tta + 1):
-        batches = group_batches(source, studies, config, tta=number)
-        answer(model, batches, answers, precision, partial(tqdm, total=len(batches), desc=f"pass {number + 1}/{tta + 1}",
-                                                           disable=None))
-    return answers.predictions()
+    return predictor(run, tta, device, batch)(source, studies)
