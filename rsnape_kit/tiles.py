@@ -75,6 +75,7 @@ def _unpack(bases, widths, words, out):
     "Fill int16 [8 m, 8 n]; reads as many words as the widths add up to."
     rows, tile, at, t = out.view(np.uint64), np.empty(16, np.uint64), _u(0), 0
     for r in range(0, len(rows), 8):
+        rows[r:r + 8] = 0  # once in order, or memory would be fetched for eight lines in turn
         for c in range(0, rows.shape[1], 2):
             width, tile[:] = _u(widths[t]), _u(bases[t]) * _lanes
             if width & _u(16):
