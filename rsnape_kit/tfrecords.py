@@ -144,6 +144,7 @@ def read_record(
     row,  # a row of the table that `read_organisers` makes
     lowest=-1024,  # HU; everything below is raised to it
     scratch=None,  # not needed here
+    finish=to_hu,  # what is made of the stored values, see `read_hu`
 ) -> np.ndarray:  # int16 [H, W]
     "One slice of a TFRecord file in HU; columns run to the patient's left, rows to the back."
     where = f"{row.path}, record at byte {row.record_start:,}"
@@ -151,8 +152,10 @@ def read_record(
         raise DicomError(where, row.problem)
     image = _parse(row.path, row.record_start, row.record_bytes)["image"]
     values = np.frombuffer(bytearray(image), np.int16 if row.signed else np.uint16).reshape(row.rows, row.columns)
-    hu = to_hu(values, row.slope, row.intercept, lowest, row.bits)
-    return np.ascontiguousarray(hu[::-1 if row.flip_rows else 1, ::-1 if row.flip_columns else 1])
+    hu = finish(values, row.slope, row.intercept, lowest, row.bits)
+    if row.flip_rows or row.flip_columns:
+        hu = np.ascontiguousarray(hu[::-1 if row.flip_rows else 1, ::-1 if row.flip_columns else 1])
+    return hu
 
 def read_organisers(
     path,  # a .tfrec file, or a folder of them at any depth
