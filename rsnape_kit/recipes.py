@@ -14,19 +14,20 @@ from .pixels import Pixels
 from .windows import PE_WINDOWS
 
 # %% ../nbs/418_recipes.ipynb #6e3a73ab
-_SEEN = Pixels(PE_WINDOWS, "fixed", 128, crop=190.)
-_SHORT = dict(loss="metric", optimizer="adamw", clip=5., mask=SideMask(), affine=AffineRange(4, 1, .03, .02))
+_SHORT = dict(loss="metric", balanced=True, optimizer="adamw", clip=5., mask=SideMask(), affine=AffineRange(8, 1, .06, .03))
 
 DEMO = {
     "efficientnet": TrainConfig(
         model="efficientnet", network=dict(variant="b0", width=.5, depth=.1, pool="avg", momentum=.9, drop_connect=0.),
-        pixels=_SEEN, balanced=True, batch=32, steps=100, phases=(Phase(8, 5e-3, 1e-4, False),), **_SHORT),
+        pixels=Pixels(PE_WINDOWS, "fixed", 96, crop=155.), batch=32, steps=50,
+        phases=(Phase(1, 2e-3), Phase(11, 5e-3, 1e-4, False)), validate=6, **_SHORT),
     "resnet3d": TrainConfig(
-        model="resnet3d", network=dict(width=.25, momentum=.9), pixels=Pixels(PE_WINDOWS, "fixed", 64, crop=190.), frames=32,
-        batch=8, steps=50, phases=(Phase(8, 2e-3, 1e-4, False),), **_SHORT),
+        model="resnet3d", network=dict(width=.25, momentum=.9), pixels=Pixels(PE_WINDOWS, "fixed", 64, crop=155.),
+        frames=32, batch=8, steps=25, phases=(Phase(1, 1e-3), Phase(11, 3e-3, 1e-4, False)), validate=6, emphasis=6., **_SHORT),
     "efficientnet3d": TrainConfig(
-        model="efficientnet3d", network=dict(width=.25, depth=.1, momentum=.9), frames=32,
-        pixels=Pixels(PE_WINDOWS, "fixed", 64, crop=190.), batch=8, steps=50, phases=(Phase(8, 2e-3, 1e-4, False),), **_SHORT),
+        model="efficientnet3d", network=dict(width=.25, depth=.1, momentum=.9, drop_connect=0.), frames=32,
+        pixels=Pixels(PE_WINDOWS, "fixed", 64, crop=155.), batch=8, steps=25,
+        phases=(Phase(1, 1e-3), Phase(11, 3e-3, 1e-4, False)), validate=6, emphasis=6., **_SHORT),
     "petaformer": PetaFormerConfig(
         net=Net(width=.25, slices=3, attention="encoder", token_norm=True), size=96, groups=11, crop=165., affine=False,
         batch=6, lr=4e-3, epochs=20),
