@@ -19,7 +19,7 @@ demo-quick: $(READY)  ## the same in a minute
 
 test: $(READY) lint  ## exports, every notebook, every test
 	nbdev_export
-	ls nbs/*.ipynb | xargs -P 2 -n 1 nbdev_test --n_workers 0 --path  # a process each: none leans on another's imports
+	ls nbs/*.ipynb nbs/tutorials/*.ipynb | xargs -P 2 -n 1 nbdev_test --n_workers 0 --path  # a process each: none leans on another's imports
 	pytest -q
 
 lint: $(READY)  ## ruff over notebooks, modules, tests and benchmarks
@@ -30,7 +30,8 @@ bench: $(READY)  ## side-by-side speed, as ratios
 
 notebooks: $(READY)  ## run all notebooks, keep their outputs, clean what is not output
 	nbdev_clean --clear_all
-	cd nbs && for nb in *.ipynb; do echo "$$nb"; exec_nb "$$nb" --dest "$$nb" --exc_stop || exit 1; done
+	for nb in nbs/*.ipynb nbs/tutorials/*.ipynb; do echo "$$nb"; \
+	  (cd $$(dirname $$nb) && exec_nb $$(basename $$nb) --dest $$(basename $$nb) --exc_stop) || exit 1; done
 	nbdev_export && nbdev_clean
 	python -c "from rsnape_kit.kernels import export_kernels; export_kernels()"
 

@@ -6,6 +6,7 @@
 __all__ = ['PHASES_B1', 'MODELS', 'Phase', 'phase_of', 'TrainConfig', 'build_model', 'compile_model']
 
 # %% ../nbs/407_config.ipynb #a72297fa
+import inspect
 import math
 from dataclasses import dataclass, field
 
@@ -59,11 +60,13 @@ class TrainConfig(RunConfig):
     frames: int = 256  # slices of a study, for volume models
     mask: SideMask | None = SideMask()  # hide sides that the labels leave free
     affine: AffineRange | None = AffineRange()  # random maps
-    balanced: bool = False  # image model: half the slices positive
+    balanced: bool = False  # image model: half the slices positive; with loss='metric', slices are weighted by class
     batch: int = 32  # slices, or studies; over all devices
     steps: int | None = None  # per epoch; default: every slice or study once
     phases: tuple[Phase, ...] = PHASES_B1
+    validate: int = 1  # score the held-out studies after so many epochs, and after the last
     loss: str = "bce"  # or 'metric'
+    emphasis: float = 1.  # volume models: how much more than their due the slices count
     smoothing: float = 0.  # of labels
     optimizer: str = "adam"  # or 'adamax', 'adamw'
     ema: float | None = None  # momentum of averaged weights, which are then validated and kept
@@ -73,10 +76,15 @@ class TrainConfig(RunConfig):
 
     @property
     def is_volume(self) -> bool:
-        "Whether a sample is a study."
+        "Whether a sample is a study: such a model's function asks for `frames`."
         if self.model not in MODELS:
             raise ValueError(f"unknown model {self.model!r}; known are {', '.join(MODELS)}")
-        return self.model != "efficientnet"
+        return "frames" in inspect.signature(MODELS[self.model]).parameters
+
+    @property
+    def all_epochs(self) -> int:
+        "Epochs over all phases."
+        return sum(phase.epochs for phase in self.phases)
 
 
 MODELS = {"efficientnet": image.efficientnet, "resnet3d": volume.resnet3d, "efficientnet3d": volume.efficientnet3d}
@@ -105,10 +113,8 @@ def build_model(
 def _expected(config: TrainConfig, truth) -> tuple:
     "What the untrained heads say: nine values and one."
     exams, images = best_constants(truth)
-    if config.loss == "bce" and not config.balanced:
-        images = truth.images.mean()
-    elif config.balanced:
-        images = .5
+    if config.loss == "bce":
+        images = .5 if config.balanced else truth.images.mean()
     return np.clip(exams.to_numpy()[:9], .01, .99), float(np.clip(images, .01, .99))
 
 # %% ../nbs/407_config.ipynb #829f2cd2

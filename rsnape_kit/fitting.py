@@ -131,9 +131,10 @@ def _ema_variables(optimizer) -> list:
 class Keeper:
     "What happens around epochs and steps."
 
-    def __init__(self, model, run, phases, seed, validate, steps, fresh, deadline, progress, clock):
+    def __init__(self, model, run, phases, seed, validate, every, steps, fresh, deadline, progress, clock):
         self.model, self.run, self.phases, self.seed, self.validate = model, Path(run), phases, seed, validate
-        self.steps, self.fresh, self.deadline, self.progress, self.clock = steps, fresh, deadline, progress, clock
+        self.every, self.steps, self.fresh, self.deadline = every, steps, fresh, deadline
+        self.progress, self.clock = progress, clock
         self.folder, state, self.history = load_checkpoint(run)
         self.best, self.epochs = state.get("best", math.inf), sum(phase.epochs for phase in phases)
         self.slowest, self.bar = 0., None
@@ -147,6 +148,7 @@ class Keeper:
         reseed(self.model, self.seed, epoch)
         self.rate = self.phases[number].rate(k)
         self.model.optimizer.learning_rate.assign(self.rate)
+        self.due = (epoch + 1) % self.every == 0 or epoch + 1 == self.epochs
         self.epoch, self.number, self.start = epoch, number, time.perf_counter()
         self.bar = tqdm(total=self.steps.steps, desc=f"epoch {epoch + 1}/{self.epochs}", leave=False,
                         disable=not self.progress)
@@ -169,9 +171,9 @@ class Keeper:
             raise FloatingPointError(f"{len(broken)} weights, first {broken[0]}, are no numbers after epoch {self.epoch + 1}; "
                                      f"{self.run} still holds the state after {len(self.history)} epochs")
         raw = self._swap_in_averages()
-        scores = self.validate(self.model)
-        better = scores["val_loss"] < self.best
-        self.best = min(self.best, scores["val_loss"])
+        scores = self.validate(self.model) if self.due else {}
+        better = scores.get("val_loss", math.inf) < self.best
+        self.best = min(self.best, scores.get("val_loss", math.inf))
         seconds = time.perf_counter() - self.start
         self.slowest = max(self.slowest, seconds)
         self.history.append({"epoch": self.epoch, "phase": self.number, "lr": self.rate, "loss": loss, **scores})
@@ -230,6 +232,7 @@ def fit_phases(
     ready=tuple,  # what to do with each batch, e.g. weight_answers
     seed: int = 0,  # of dropout; the batches have their own
     steps: int | None = None,  # per epoch; default: all batches
+    every: int = 1,  # validate after so many epochs, and after the last
     deadline: float = math.inf,  # when to stop, by the clock
     progress: bool = True,  # print a line an epoch and show a bar
     clock=time.time,  # what tells the time, in seconds
@@ -244,7 +247,7 @@ def fit_phases(
             write_variables(model, dict(arrays))
     if done < epochs:
         flow = Steps(batches, ready, steps, first=done)
-        keeper = Keeper(model, run, phases, seed, validate, flow, fresh, deadline, progress, clock)
+        keeper = Keeper(model, run, phases, seed, validate, every, flow, fresh, deadline, progress, clock)
         try:
             model.fit(keras_steps(flow), epochs=epochs, initial_epoch=done, steps_per_epoch=flow.steps, shuffle=False,
                       callbacks=[_callback(keeper)], verbose=0)

@@ -67,6 +67,7 @@ def weight_answers(
     ready: tuple,  # a batch: x, y, and the metric's weights if `loss` is 'metric'
     scale: float = 1.,  # average weight of a study in the metric, see study_weight; 1 for slices, whose weights have mean 1
     smoothing: float = 0.,
+    emphasis: float = 1.,  # for volumes: how much more than their due the slices count
 ) -> tuple:  # x, packed answers
     "A batch ready for training."
     x, y, *weights = ready
@@ -78,6 +79,8 @@ def weight_answers(
         w = _solution_weights(y)
     else:
         raise ValueError(f"unknown loss {loss!r}; known are {', '.join(LOSSES)}")
+    if isinstance(w, dict):
+        w = w | {"images": w["images"] * emphasis}
     return x, pack(y, w, smoothing)
 
 

@@ -31,7 +31,7 @@ class Difficulty:
 
 
 REAL = Difficulty()
-DEMO = Difficulty("demo", .45, 157 / 7279, .12, Calibre(smallest=5., lobar=1., length=22.))
+DEMO = Difficulty("demo", .45, 157 / 7279, .3, Calibre(smallest=5., lobar=1., length=40.))
 DIFFICULTIES = {"real": REAL, "demo": DEMO}
 
 # %% ../nbs/311_phantom_study.ipynb #7d4ce90f

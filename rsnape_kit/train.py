@@ -85,10 +85,10 @@ def training_batches(
 ):  # batches with names
     "What a run trains on."
     settings = {"batch": config.batch, "pixels": config.pixels, "mask": config.mask, "affine": config.affine,
-                "seed": config.seed, "shuffle": True, "weights": config.loss == "metric"}
+                "seed": config.seed, "shuffle": True, "weights": config.loss == "metric", "balanced": config.balanced}
     if config.is_volume:
         return _Named(StudyBatches(source, truth, frames=config.frames, **settings))
-    return _Named(ImageBatches(source, truth, balanced=config.balanced, **settings))
+    return _Named(ImageBatches(source, truth, **settings))
 
 
 def source_fingerprint(
@@ -140,8 +140,8 @@ def _train(run, config, source, seen, held_out, weights, tta, deadline, progress
     scale = study_weight(seen) if config.is_volume else 1.
     fit_phases(network, training_batches(config, source, seen), run, config.phases,
                validate=lambda model: scores(held_out, predict_batches(model, looks), config.loss),
-               ready=lambda batch: weight_answers(config.loss, batch, scale, config.smoothing),
-               seed=config.seed, steps=config.steps, deadline=deadline, progress=progress)
+               ready=lambda batch: weight_answers(config.loss, batch, scale, config.smoothing, config.emphasis),
+               seed=config.seed, steps=config.steps, every=config.validate, deadline=deadline, progress=progress)
     if not (run / "oof").exists():
         shutil.copy2(load_checkpoint(run)[0] / "best.npz", run / "best.npz")
         predict_batches(network, make_looks(config, source, held_out.exams.index, tta)).save(run / "oof")
