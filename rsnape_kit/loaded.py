@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RESERVE', 'LoadedStudy', 'read_study', 'fetch_study']
 
-# %% ../nbs/417_loaded.ipynb #1ee6c933
+# %% ../nbs/417_loaded.ipynb #18e59f38
 import fcntl
 import shutil
 from contextlib import contextmanager
@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from .feed import Feed
-from .shard import decompress, read_footer, write_shard
+from .shard import read_footer, write_shard
+from .tiles import decompress
 
-# %% ../nbs/417_loaded.ipynb #9cdeabf8
+# %% ../nbs/417_loaded.ipynb #f4ce6155
 class LoadedStudy:
     "Some slices of a source, in memory: a pixel source itself."
 
@@ -59,7 +60,7 @@ def read_study(
     pixels = Feed(source).stored(rows)
     return LoadedStudy(source.table.iloc[rows], pixels)
 
-# %% ../nbs/417_loaded.ipynb #f8f6398b
+# %% ../nbs/417_loaded.ipynb #75d45aeb
 RESERVE = 4 << 30  # bytes of the scratch disk to leave free
 
 

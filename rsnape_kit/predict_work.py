@@ -5,22 +5,23 @@
 # %% auto #0
 __all__ = ['SLICES', 'FRAMEWORKS', 'framework_of', 'Job', 'work', 'main']
 
-# %% ../nbs/420_predict_work.ipynb #fed9cb84
+# %% ../nbs/420_predict_work.ipynb #b28b9438
 import os
 import pickle
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from .answers import load_answer, run_settings, save_answer, save_failure
+from .config import MODELS
 from .loaded import fetch_study
 from .saved import write_text
 
-# %% ../nbs/420_predict_work.ipynb #a5936e53
+# %% ../nbs/420_predict_work.ipynb #7ea56dd3
 SLICES = 64  # most slices in a batch of an image model
 
 
@@ -56,7 +57,7 @@ def framework_of(
     "What a run was trained with."
     return "torch" if run_settings(run)["model"].startswith("petaformer") else "keras"
 
-# %% ../nbs/420_predict_work.ipynb #2bbfbfc4
+# %% ../nbs/420_predict_work.ipynb #9360221a
 @dataclass(frozen=True, eq=False)
 class Job:
     "What a child process shall do."
@@ -71,6 +72,7 @@ class Job:
     ahead: bool = True  # read the next study meanwhile
     note: Path | None = None  # file that says which study is in work
     parent: int | None = None  # process that must be alive
+    networks: dict = field(default_factory=dict)  # for MODELS: those that its owner has added there
 
     def missing(self, name: str, rows) -> list:  # folders of runs
         "Which runs have not yet dealt with a study."
@@ -82,7 +84,7 @@ class Job:
         i, of = self.share
         return [(name, rows) for name, rows in self.studies[i::of] if self.missing(name, rows)]
 
-# %% ../nbs/420_predict_work.ipynb #c5f1cf38
+# %% ../nbs/420_predict_work.ipynb #3d83ef87
 def _fetch(job: Job, rows, name: str):
     "A study, or what kept it from being read."
     try:
@@ -107,7 +109,7 @@ def _studies(job: Job):
             yield name, rows, ready
             slowest = max(slowest, time.time() - began)
 
-# %% ../nbs/420_predict_work.ipynb #ed42cab4
+# %% ../nbs/420_predict_work.ipynb #1743d62c
 def _answer(predict, folder, name: str, study):
     "Predict one study with one run, and keep what it says."
     try:
@@ -127,6 +129,7 @@ def work(
 ):
     "Do a job."
     predict = {}
+    MODELS.update(job.networks)
     with FRAMEWORKS[job.framework]() as open_run:
         for run, folder in job.runs.items():
             try:
@@ -148,7 +151,7 @@ def _note_filled(job: Job, name: str, study):
             write_text(job.note.parent / f"{name}.filled",
                        f"{filled.sum()} of {len(filled)} slices: {study.table['problem'][filled].iloc[0]}")
 
-# %% ../nbs/420_predict_work.ipynb #c3f88647
+# %% ../nbs/420_predict_work.ipynb #db8d7e14
 def main(path):
     "Do the job of a file."
     work(pickle.loads(Path(path).read_bytes()))
