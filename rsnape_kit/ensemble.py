@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Ensemble', 'unfitted', 'nested_blend', 'fit_ensemble']
 
-# %% ../nbs/507_ensemble.ipynb #d9f80f7a
+# %% ../nbs/507_ensemble.ipynb #7ad53ad8
 from dataclasses import dataclass, field
 
 from .blend import blend_oof, fit_weights
@@ -19,7 +19,7 @@ from .prior import best_constants, prior
 from .qhat import UNFITTED, QFit, fit_q
 from .saved import Saved
 
-# %% ../nbs/507_ensemble.ipynb #82065f97
+# %% ../nbs/507_ensemble.ipynb #623e2df0
 @dataclass(frozen=True)
 class Ensemble(Saved):
     "From what models say to what is submitted."
@@ -46,7 +46,7 @@ class Ensemble(Saved):
         "Complete and consistent, ready to be written."
         return make_consistent(self.blend(preds, slices), self.q)
 
-# %% ../nbs/507_ensemble.ipynb #627e7122
+# %% ../nbs/507_ensemble.ipynb #86f9f5f0
 def unfitted(
     models=(),  # names
     truth: Predictions | None = None,  # to take the constants from; default: those of the competition's train.csv
@@ -59,7 +59,7 @@ def unfitted(
     equal = dict.fromkeys(LABELS, [1 / len(models)] * len(models) if models else [])
     return Ensemble(BlendWeights(tuple(models), equal, constants))
 
-# %% ../nbs/507_ensemble.ipynb #8bf5f7f4
+# %% ../nbs/507_ensemble.ipynb #1b77002d
 def nested_blend(
     oofs: dict,  # model name -> Predictions of the same studies, out of fold
     truth: Predictions,

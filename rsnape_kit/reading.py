@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NOTE', 'likeliest', 'exam_table', 'study_section', 'write_reading']
 
-# %% ../nbs/610_reading.ipynb #42dbf04b
+# %% ../nbs/610_reading.ipynb #2ca51e8c
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from .predictions import Predictions
 from .saved import write_text
 from .strips import frame
 
-# %% ../nbs/610_reading.ipynb #bf93b5df
+# %% ../nbs/610_reading.ipynb #45b6cbc3
 def likeliest(
     said,  # float [n], feet to head
     count: int = 6,
@@ -32,7 +32,7 @@ def likeliest(
             chosen.append(int(at))
     return np.array(sorted(chosen), int)
 
-# %% ../nbs/610_reading.ipynb #566b3c73
+# %% ../nbs/610_reading.ipynb #96c7f2d9
 NOTE = ("Made by a research program. It is no medical device, nobody has tested it on patients, and it must not decide "
         "anything about anybody's care.")
 
@@ -49,7 +49,7 @@ def study_section(
     study: str,  # StudyInstanceUID
     pred: Predictions,  # complete
     source,  # pixel source with this study
-    count: int = 6,  # slices to show
+    count: int = 5,  # slices to show
 ) -> Html:
     "One study: its exam labels, its slices' probabilities along the body, the likeliest slices."
     own = source.table.reset_index(drop=True)

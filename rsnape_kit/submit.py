@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HOURS', 'attached_runs', 'attached_ensemble', 'scan_in_time', 'submit']
 
-# %% ../nbs/715_submit.ipynb #7c85c44c
+# %% ../nbs/715_submit.ipynb #494acf30
 import json
 import os
 import shutil
@@ -25,7 +25,7 @@ from .runs import find_runs
 from .submission import check_submission
 from .tables import read_csv
 
-# %% ../nbs/715_submit.ipynb #45d3a778
+# %% ../nbs/715_submit.ipynb #de438f23
 HOURS = 8.5  # of the nine that a scored run may take, so that half an hour is left
 
 
@@ -40,7 +40,7 @@ def attached_ensemble(kaggle: Path = KAGGLE) -> Path | None:
     places = [mount / name for mount in attached(kaggle) for name in ("ensemble.json", "runs/ensemble.json")]
     return next((path for path in places if path.exists()), None)
 
-# %% ../nbs/715_submit.ipynb #083badaf
+# %% ../nbs/715_submit.ipynb #7b85373d
 _SCAN = "import sys; from rsnape_kit.dicom import scan; scan(sys.argv[1]).to_parquet(sys.argv[2])"
 
 
@@ -60,7 +60,7 @@ def scan_in_time(
         raise RuntimeError(f"{folder} could not be scanned: {(done.stderr.strip().splitlines() or ['nothing said'])[-1]}")
     return pd.read_parquet(out)
 
-# %% ../nbs/715_submit.ipynb #3a66ca0a
+# %% ../nbs/715_submit.ipynb #001b1eff
 def submit(
     runs=None,  # folders of runs, or dict of name -> folders; default: those attached. May be empty
     weights=None,  # Ensemble, or its JSON file; default: that attached, else equal weights
@@ -96,7 +96,7 @@ def submit(
     print(draft.summary)
     return draft
 
-# %% ../nbs/715_submit.ipynb #1d42ffc2
+# %% ../nbs/715_submit.ipynb #6a398b4e
 def _end(deadline) -> float:
     "Unix time to be done at."
     if deadline is not None:
@@ -151,7 +151,7 @@ def _usable(runs, draft: Draft) -> dict:  # name -> folders
             draft.problems[str(run)] = f"the ensemble knows no model {name!r}, only {', '.join(draft.ensemble.models)}"
     return models
 
-# %% ../nbs/715_submit.ipynb #f5fda801
+# %% ../nbs/715_submit.ipynb #f58db34b
 def _improve(draft: Draft, models: dict, source, work: Path, end: float, tta, gpus, every, progress) -> bool:
     "Ask the models stage by stage; whether all have answered for all they could."
     from rsnape_kit.predict import plan, run_work
@@ -174,6 +174,8 @@ def _improve(draft: Draft, models: dict, source, work: Path, end: float, tta, gp
             draft.problems["a version in between"] = f"{type(error).__name__}: {error}"
 
     parts = stages(models, draft.ensemble)
+    if end == float("inf"):  # then nobody need come first, and each framework starts but once
+        parts = [[run for part in parts for run in part]]
     for k, part in enumerate(parts, 1):
         if time.time() < end:
             for what, seconds in run_work(all_runs.only(part), end, work / "scratch", gpus, meanwhile, every, progress).items():
