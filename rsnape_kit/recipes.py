@@ -11,25 +11,26 @@ from dataclasses import replace
 from .affine import AffineRange
 from .config import MODELS, Phase, TrainConfig
 from .infer_torch import Net, PetaFormerConfig
-from .masks import SideMask
 from .pixels import Pixels
-from .windows import PE_WINDOWS
+from .windows import PE, PE_WINDOWS
 
 # %% ../nbs/418_recipes.ipynb #6e3a73ab
-_SHORT = dict(loss="metric", balanced=True, optimizer="adamw", clip=5., mask=SideMask(), affine=AffineRange(8, 1, .06, .03))
+_SHORT = dict(loss="metric", balanced=True, optimizer="adamw", clip=5.)
+_STUDIES = dict(frames=16, emphasis=6.5, mask=None, affine=AffineRange(10, 1, .1, .05), **_SHORT)
 
 DEMO = {
     "efficientnet": TrainConfig(
         model="efficientnet", network=dict(variant="b0", width=.5, depth=.1, pool="avg", momentum=.9, drop_connect=0.),
-        pixels=Pixels(PE_WINDOWS, "fixed", 96, crop=155.), batch=32, steps=50,
+        pixels=Pixels(PE_WINDOWS, "fixed", 96, crop=155.), affine=AffineRange(8, 1, .06, .03), batch=32, steps=50,
         phases=(Phase(1, 2e-3), Phase(11, 5e-3, 1e-4, False)), validate=6, **_SHORT),
     "resnet3d": TrainConfig(
-        model="resnet3d", network=dict(width=.25, momentum=.9), pixels=Pixels(PE_WINDOWS, "fixed", 64, crop=155.),
-        frames=32, batch=8, steps=25, phases=(Phase(1, 1e-3), Phase(11, 3e-3, 1e-4, False)), validate=6, emphasis=6., **_SHORT),
+        model="resnet3d", network=dict(width=.25, depth=.34, pool="avg", momentum=.9),
+        pixels=Pixels((PE,), "fixed", 128, crop=150.), batch=4, steps=40,
+        phases=(Phase(1, 2e-3), Phase(11, 4e-3, 1e-4, False)), validate=6, **_STUDIES),
     "efficientnet3d": TrainConfig(
-        model="efficientnet3d", network=dict(width=.25, depth=.1, momentum=.9, drop_connect=0.), frames=32,
-        pixels=Pixels(PE_WINDOWS, "fixed", 64, crop=155.), batch=8, steps=25,
-        phases=(Phase(1, 1e-3), Phase(11, 3e-3, 1e-4, False)), validate=6, emphasis=6., **_SHORT),
+        model="efficientnet3d", network=dict(width=.25, depth=.1, pool="avg", momentum=.9, drop_connect=0.),
+        pixels=Pixels((PE,), "fixed", 96, crop=145.), batch=2, steps=50,
+        phases=(Phase(1, 2e-3), Phase(11, 4e-3, 1e-4, False)), validate=6, **_STUDIES),
     "petaformer": PetaFormerConfig(
         net=Net(width=.25, slices=3, attention="encoder", token_norm=True), size=96, groups=11, crop=165., affine=False,
         batch=6, lr=4e-3, epochs=20),
