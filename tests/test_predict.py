@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def agrees(pred, alone):
     alone = [part.align(pred) for part in alone]
     np.testing.assert_allclose(pred.images, odds_mean(*(part.images for part in alone)), rtol=1e-4, atol=1e-5)
     if labels:
-        np.testing.assert_allclose(pred.exams[labels], odds_mean(*(part.exams[labels] for part in alone)), rtol=1e-4, atol=1e-5)
+        exams = odds_mean(*(part.exams[labels] for part in alone))
+        np.testing.assert_allclose(pred.exams[labels], exams, rtol=1e-4, atol=1e-5)
     return labels
 
 
@@ -71,6 +73,7 @@ def test_all_at_once_equals_infer_run_by_run_and_both_frameworks_read_a_study_on
     pd.testing.assert_series_equal(again.gather()["petaformer"].images, preds["petaformer"].images)
 
 
+@pytest.mark.slow
 def test_two_processes_side_by_side_say_the_same_and_share_the_reading(world, tmp_path):
     "As with two GPUs; here their names mean nothing to the frameworks."
     folder, table, runs, alone = world
@@ -89,10 +92,13 @@ def test_two_processes_side_by_side_say_the_same_and_share_the_reading(world, tm
 def test_augmented_looks_do_not_depend_on_what_else_is_asked(world, tmp_path):
     folder, table, runs, _ = world
     studies = table[STUDY].unique()
-    whole = predict(runs["petaformer"], table, tta=2, out=tmp_path / "a", progress=False)["petaformer"]
-    one = predict(runs["petaformer"], table, tta=2, out=tmp_path / "b", studies=studies[3:4], progress=False)["petaformer"]
+
+    def said(**how):
+        return predict(runs["petaformer"], table, progress=False, **how)["petaformer"]
+
+    whole, one = said(tta=2, out=tmp_path / "a"), said(tta=2, out=tmp_path / "b", studies=studies[3:4])
     pd.testing.assert_series_equal(one.images, whole.select(studies[3:4]).images, check_exact=True)
-    plain = predict(runs["petaformer"], table, out=tmp_path / "a", progress=False)["petaformer"]  # not the other's answers
+    plain = said(out=tmp_path / "a")  # which does not find the other's answers
     assert np.abs(plain.images - whole.images).max() > 1e-6
 
 
@@ -170,12 +176,13 @@ def test_every_broken_study_is_answered_or_said_to_be_unanswered(world, broken, 
     made, studies, whole = broken
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        preds = predict([*runs["resnet3d"], *runs["petaformer"]], made / "test", out=tmp_path / "answers", progress=False)
+        both = [*runs["resnet3d"], *runs["petaformer"]]
+        preds = predict(both, made / "test", out=tmp_path / "answers", progress=False)
     for pred in preds.values():
         answered = pred.exams[list(EXAM_LABELS)].notna().all(axis=1)
         assert answered[whole]
         assert {kind: answered.get(study) for kind, study in studies.items()} == BROKEN
-        assert pred.images.groupby(level=0).apply(lambda p: p.notna().all())[list(answered.index)].tolist() == answered.tolist()
+        assert (pred.images.notna().groupby(level=0).all()[list(answered.index)] == answered).all()
         assert len(pred.images[studies["twice"]]) == 8 and len(pred.images[studies["one slice"]]) == 1
     assert any("had problems" in str(warning.message) for warning in said)
 
@@ -195,6 +202,7 @@ def test_a_deadline_is_kept_and_what_was_done_counts(world, tmp_path):
     assert load_answer(work.folders[str(runs["resnet3d"][0])], name, len(rows)) is not None
 
 
+@pytest.mark.slow
 def test_a_process_whose_parent_is_killed_ends_by_itself(world, tmp_path):
     folder, table, runs, _ = world
     table.to_parquet(tmp_path / "slices.parquet")
@@ -205,8 +213,8 @@ def end():
     while not list(__import__('pathlib').Path({str(tmp_path)!r}).glob('answers/*.now')): time.sleep(.01)
     os.kill(os.getpid(), signal.SIGKILL)
 threading.Thread(target=end, daemon=True).start()
-predict([{str(runs['petaformer'][0])!r}], pd.read_parquet({str(tmp_path / 'slices.parquet')!r}), out={str(tmp_path / 'answers')!r},
-        tta=400, progress=False)
+predict([{str(runs['petaformer'][0])!r}], pd.read_parquet({str(tmp_path / 'slices.parquet')!r}),
+        out={str(tmp_path / 'answers')!r}, tta=200, progress=False)
 """
     environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run([sys.executable, "-c", code], env=environ, timeout=120)
@@ -215,8 +223,8 @@ predict([{str(runs['petaformer'][0])!r}], pd.read_parquet({str(tmp_path / 'slice
     for _ in range(600):
         if not any(job in cmdline for cmdline in _commands()):
             break
-        __import__("time").sleep(.1)
-    work = plan(runs["petaformer"], table, tmp_path / "answers", tta=400)
+        time.sleep(.1)
+    work = plan(runs["petaformer"], table, tmp_path / "answers", tta=200)
     assert 0 < work.answered().to_numpy().sum() < 5  # the study that it was at, but not all
 
 
