@@ -79,7 +79,7 @@ def teach(args):
         from rsnape_kit.infer import infer
         from rsnape_kit.train import train
     source, wall, cpu = SliceStore(folder / "train"), time.perf_counter(), time.process_time()
-    split = folds(source.table[STUDY].unique(), truth, args.folds)
+    split = folds(source.table[STUDY].unique()[:args.use], truth, args.folds)
     run = train(name, source, 0, config, truth=truth, folds=split, out=out, earlier=())
     spent = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     for part in ("test", "twins"):
@@ -142,6 +142,7 @@ def main():
     parser.add_argument("--models", nargs="+", default=list(DEMO), choices=list(DEMO))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--folds", type=int, default=6, help="one of them is held out to choose the best epoch")
+    parser.add_argument("--use", type=int, help="train and validate on so many studies only; the priors know all of them")
     parser.add_argument("--tta", type=int, default=0)
     parser.add_argument("--shuffled", action="store_true", help="also train on labels dealt to other studies")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change the recipe")
@@ -150,12 +151,13 @@ def main():
     if args.run:
         return teach(args)
     folder, rows = prepare(args), {}
-    tag = "".join(f"_{text}" for text in args.set).replace("/", "-")
+    tag = f"_use{args.use}" * bool(args.use) + "".join(f"_{text}" for text in args.set).replace("/", "-")
     for name in args.models:
         for seed, dealt_out in [(seed, False) for seed in args.seeds] + [(args.seeds[0], True)] * args.shuffled:
             run = f"{name}-{seed}{'-dealt' * dealt_out}{tag}"
             command = [sys.executable, __file__, "--data", str(folder), "--models", name, "--seeds", str(seed), "--run",
                        run, "--folds", str(args.folds), "--tta", str(args.tta)]
+            command += ["--use", str(args.use)] if args.use else []
             command += ["--shuffled"] * dealt_out + [word for text in args.set for word in ("--set", text)]
             subprocess.run(command, check=True, env=os.environ)
             rows[run] = judge(folder, folder / "learned" / run)

@@ -8,7 +8,7 @@ __all__ = ['DEMO']
 # %% ../nbs/418_recipes.ipynb #e95f0e39
 from .affine import AffineRange
 from .config import Phase, TrainConfig
-from .infer_torch import Net, PetaFormerConfig
+from .infer_torch import First, Net, PetaFormerConfig
 from .masks import SideMask
 from .pixels import Pixels
 from .windows import PE_WINDOWS
@@ -28,6 +28,8 @@ DEMO = {
         model="efficientnet3d", network=dict(width=.25, depth=.1, momentum=.9), frames=32,
         pixels=Pixels(PE_WINDOWS, "fixed", 64, crop=190.), batch=8, steps=50, phases=(Phase(8, 2e-3, 1e-4, False),), **_SHORT),
     "petaformer": PetaFormerConfig(
-        net=Net(width=.25, slices=3, attention="encoder", token_norm=True), size=96, groups=11, crop=165., affine=False,
-        batch=6, lr=4e-3, epochs=20),
+        net=Net(slices=1, width=.25, depth=.1, layers=2, attention="encoder", dropout=.1, attention_dropout=0.,
+                token_norm=True, frozen_norm=True),
+        size=96, crop=165., groups=32, affine=AffineRange(4, 1, .03, .02), first=First(), body_lr=0., batch=5, lr=2e-3,
+        clip=5., epochs=8),
 }
