@@ -142,7 +142,7 @@ def main():
     parser.add_argument("--models", nargs="+", default=list(DEMO), choices=list(DEMO))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--folds", type=int, default=6, help="one of them is held out to choose the best epoch")
-    parser.add_argument("--use", type=int, help="train and validate on so many studies only; the priors know all of them")
+    parser.add_argument("--use", type=int, help="learn from so many studies only; priors know all")
     parser.add_argument("--tta", type=int, default=0)
     parser.add_argument("--shuffled", action="store_true", help="also train on labels dealt to other studies")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change the recipe")

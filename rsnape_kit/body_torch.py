@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['teach_body']
 
-# %% ../nbs/416_body_torch.ipynb #f07f91a2
+# %% ../nbs/416_body_torch.ipynb #cf851849
 import numpy as np
 from tqdm.auto import tqdm
 
@@ -13,7 +13,7 @@ from .batches import ImageBatches
 from .infer_torch import PetaFormerConfig
 from .models.petaformer import normalise
 
-# %% ../nbs/416_body_torch.ipynb #3f171f4a
+# %% ../nbs/416_body_torch.ipynb #f5d836a3
 def teach_body(
     body,  # ResNetBody, changed in place
     source,  # pixel source
