@@ -42,7 +42,7 @@ DEMO = {
 def quick(config):  # a copy that trains for a few steps
     "The same run, as short as can be."
     if isinstance(config, PetaFormerConfig):
-        return replace(config, epochs=1, phases=())
+        return replace(config, epochs=1, phases=(), first=config.first and replace(config.first, steps=2))
     return replace(config, steps=4, phases=(replace(config.phases[-1], epochs=1),))
 
 
