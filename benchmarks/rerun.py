@@ -78,7 +78,8 @@ def rerun(folder: Path, made: Path, runs: list, out: Path):
     spent = sum(done[:4]) - sum(cpu[:4])
     peaks = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     result = {"slices": len(table), "studies": table[STUDY].nunique(), "wall, s": time.perf_counter() - began,
-              "CPU, s": spent, "own peak, MB": peaks[0], "largest child, MB": peaks[1], "answered": draft.studies["by every model"]}
+              "CPU, s": spent, "own peak, MB": peaks[0], "largest child, MB": peaks[1],
+              "answered": draft.studies["by every model"]}
     print(json.dumps(result))
 
 
