@@ -13,22 +13,23 @@ from .pixels import Pixels
 from .windows import PE, PE_WINDOWS
 
 # %% ../nbs/418_recipes.ipynb #6e3a73ab
+_BODY = dict(variant="b0", width=.5, depth=.1, pool="avg", momentum=.9, drop_connect=0.)
 _SHORT = dict(loss="metric", balanced=True, optimizer="adamw", clip=5.)
-_STUDIES = dict(frames=16, emphasis=6.5, mask=None, affine=AffineRange(10, 1, .1, .05), **_SHORT)
+_STUDIES = dict(frames=16, mask=None, emphasis=6.5, **_SHORT)
 
 DEMO = {
     "efficientnet": TrainConfig(
-        model="efficientnet", network=dict(variant="b0", width=.5, depth=.1, pool="avg", momentum=.9, drop_connect=0.),
-        pixels=Pixels(PE_WINDOWS, "fixed", 96, crop=155.), affine=AffineRange(8, 1, .06, .03), batch=32, steps=50,
-        phases=(Phase(1, 2e-3), Phase(11, 5e-3, 1e-4, False)), validate=6, **_SHORT),
+        model="efficientnet", network=_BODY, pixels=Pixels(PE_WINDOWS, "fixed", 96, crop=155.),
+        affine=AffineRange(8, 1, .06, .03), batch=32, steps=50, phases=(Phase(1, 2e-3), Phase(11, 5e-3, 1e-4, False)),
+        validate=6, **_SHORT),
     "resnet3d": TrainConfig(
         model="resnet3d", network=dict(width=.25, depth=.34, pool="avg", momentum=.9),
-        pixels=Pixels((PE,), "fixed", 128, crop=150.), batch=4, steps=40,
-        phases=(Phase(1, 2e-3), Phase(11, 4e-3, 1e-4, False)), validate=6, **_STUDIES),
-    "efficientnet3d": TrainConfig(
-        model="efficientnet3d", network=dict(width=.25, depth=.1, pool="avg", momentum=.9, drop_connect=0.),
-        pixels=Pixels((PE,), "fixed", 96, crop=145.), batch=2, steps=50,
-        phases=(Phase(1, 2e-3), Phase(11, 4e-3, 1e-4, False)), validate=6, **_STUDIES),
+        pixels=Pixels((PE,), "fixed", 128, crop=150.), affine=AffineRange(10, 1, .1, .05), batch=4, steps=40,
+        phases=(Phase(1, 2e-3), Phase(10, 4e-3, 1e-4, False)), validate=6, **_STUDIES),
+    "efficientnet3d": TrainConfig(  # give the image run's best.npz as `weights`
+        model="efficientnet3d", network=_BODY, pixels=Pixels(PE_WINDOWS, "fixed", 96, crop=155.),
+        affine=AffineRange(8, 1, .06, .03), batch=2, steps=40, phases=(Phase(1, 7e-4), Phase(5, 1.5e-3, 5e-5, False)),
+        validate=6, **_STUDIES),
     "petaformer": PetaFormerConfig(
         net=Net(width=.25, slices=3, attention="encoder", token_norm=True), size=96, groups=11, crop=165., affine=False,
         batch=6, lr=4e-3, epochs=20),
