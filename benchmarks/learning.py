@@ -62,6 +62,15 @@ def dealt(truth: Predictions, seed: int) -> Predictions:
     return Predictions(exams, pd.concat(parts).rename(truth.images.name))
 
 
+def body_of(learned: Path, args) -> Path:
+    "The image model of the same seed, fold and labels, whose body the 3-D model begins with."
+    run = args.run.replace("efficientnet3d", "efficientnet")
+    path = learned / run / f"efficientnet-fold0-seed{args.seeds[0]}" / "best.npz"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there: train efficientnet first, with the same options")
+    return path
+
+
 def teach(args):
     "Train one model on one seed and predict test and twins; in this process."
     folder, name = Path(args.data), args.models[0]
@@ -81,7 +90,8 @@ def teach(args):
     source, wall, cpu = SliceStore(folder / "train"), time.perf_counter(), time.process_time()
     names = source.table[STUDY].unique()[:args.use]
     split = folds(names, truth.select(names), args.folds)
-    run = train(name, source, 0, config, truth=truth, folds=split, out=out, earlier=())
+    more = {"weights": body_of(folder / "learned", args)} if name == "efficientnet3d" else {}
+    run = train(name, source, 0, config, truth=truth, folds=split, out=out, earlier=(), **more)
     spent = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     for part in ("test", "twins"):
         infer(run, SliceStore(folder / part), tta=args.tta).save(out / part)

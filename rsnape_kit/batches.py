@@ -17,7 +17,7 @@ from .sampling import Luck, balanced_order, epoch_order, pick_frames, pick_group
 
 _all_ = ["Folds", "folds"]
 
-# %% ../nbs/209_batches.ipynb #e1f55e36
+# %% ../nbs/209_batches.ipynb #c1a55e57
 def class_weights(
     known: Known,
     drawn: float | None = None,  # share of positives among the slices shown; default: as they are
@@ -29,7 +29,7 @@ def class_weights(
     each = np.where(known.image == 1, share / max(drawn, 1e-9), (1 - share) / max(1 - drawn, 1e-9))
     return (weight.mean() * each).astype(np.float32)
 
-
+# %% ../nbs/209_batches.ipynb #e1f55e36
 class ImageBatches(Batches):
     "Slices: x uint8 [b, size, size, C], y float32 [b, 1], weights float32 [b], of mean 1 over an epoch."
 

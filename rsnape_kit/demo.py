@@ -12,7 +12,7 @@ import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ from .phantom import make_competition
 from .predict import load_folds, load_oofs, plan
 from .predictions import Predictions
 from .prior import position_prior, prior
-from .recipes import RECIPES
+from .recipes import BODIES, RECIPES
 from .report import write_report
 from .runs import complete, epochs_done
 from .source import DicomSource
@@ -118,16 +118,22 @@ class Training:
         return self.folder / "runs" / f"{self.model}-fold{self.fold}-seed{self.settings.seed}"
 
     @property
+    def base(self) -> "Training | None":
+        "The training that must be done first, because this one begins with its network's body."
+        model = BODIES.get(self.model)
+        return replace(self, model=model) if model in self.settings.models else None
+
+    @property
     def command(self) -> list:
         "What to type."
         said = {"store": self.folder / "store", "train-csv": self.folder / "competition" / "train.csv", "fold": self.fold,
                 "folds": self.settings.folds, "recipe": self.settings.recipe, "seed": self.settings.seed,
-                "out": self.folder / "runs"}
+                "out": self.folder / "runs"} | ({"weights": self.base.run / "best.npz"} if self.base else {})
         return ["rsnape", "train", self.model, *(word for name, value in said.items() for word in (f"--{name}", str(value)))]
 
-    def __call__(self):
+    def __call__(self, first=None):  # first: Future to wait for
         "Train, unless it is done."
-        if complete(self.run / "oof"):
+        if complete(self.run / "oof") or (first and first.result()):
             return
         log = self.folder / "logs" / f"{self.run.name}.log"
         log.parent.mkdir(exist_ok=True)
@@ -151,7 +157,10 @@ def train_all(
     trainings = [Training(model, fold, folder, settings) for model in settings.models for fold in range(settings.folds)]
     epochs = sum(RECIPES[settings.recipe][training.model].all_epochs for training in trainings)
     with ThreadPoolExecutor(at_once or min(os.cpu_count(), 3)) as pool, tqdm(total=epochs, unit="epoch", desc="training") as bar:
-        left = {pool.submit(training) for training in trainings}
+        futures = {}
+        for training in trainings:  # in the order of the recipe, so that a base is begun before what waits for it
+            futures[training] = pool.submit(training, futures.get(training.base))
+        left = set(futures.values())
         try:
             while left:
                 done, left = wait(left, timeout=2, return_when=FIRST_COMPLETED)

@@ -109,7 +109,7 @@ def train(
     folds,  # Folds
     out="runs",  # where run folders are made
     earlier=("/kaggle/input",),  # where to look for an earlier session's copy
-    weights=None,  # path of published weights for an EfficientNet body
+    weights=None,  # of an EfficientNet body: path of published ones, or of an image run's best.npz
     tta: int = 0,  # augmented looks for the held-out predictions
     hours: float | None = None,  # wall-clock budget; a session of Kaggle has 12 (TPU 9)
     backend: str | None = None,  # 'tensorflow' or 'jax'
