@@ -133,7 +133,9 @@ class Training:
 
     def __call__(self, first=None):  # first: Future to wait for
         "Train, unless it is done."
-        if complete(self.run / "oof") or (first and first.result()):
+        if first:
+            first.result()
+        if complete(self.run / "oof"):
             return
         log = self.folder / "logs" / f"{self.run.name}.log"
         log.parent.mkdir(exist_ok=True)
