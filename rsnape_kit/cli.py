@@ -9,6 +9,7 @@ __all__ = ['parser', 'main']
 import argparse
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -16,9 +17,9 @@ from . import commands
 
 # %% ../nbs/802_cli.ipynb #9b2a3323
 def _demo(args):
-    from rsnape_kit.demo import QUICK, DemoSettings, demo
+    from rsnape_kit.demo import SIZES, demo
 
-    demo(args.folder, QUICK if args.quick else DemoSettings(difficulty=args.difficulty, seed=args.seed))
+    demo(args.folder, replace(SIZES[args.size], difficulty=args.difficulty, seed=args.seed), args.at_once)
 
 
 def _phantom(args):
@@ -113,7 +114,9 @@ def parser() -> argparse.ArgumentParser:
     difficulty = ("--difficulty", {"choices": ("demo", "real"), "default": "demo", "help": "of the emboli (default demo)"})
     command(_demo, "make a competition, walk all of it, score the result",
             ("--folder", {"default": "demo", "help": "where everything goes (default demo)"}),
-            ("--quick", {"action": "store_true", "help": "a minute instead of several"}), difficulty, seed)
+            ("--size", {"choices": ("quick", "small", "large"), "default": "small",
+                        "help": "some minutes without learning, a quarter of an hour, or hours (default small)"}),
+            ("--at-once", {"type": int, "help": "trainings at a time (default: one a core, at most three)"}), difficulty, seed)
     command(_phantom, "write a made-up competition in the real one's layout",
             ("out", {"help": "folder to make"}),
             ("--studies", {"type": int, "default": 24, "help": "training studies (default 24)"}),

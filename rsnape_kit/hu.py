@@ -8,6 +8,7 @@ __all__ = ['to_hu', 'whole_terms', 'read_hu']
 # %% ../nbs/103_hu.ipynb #49b9dcc2
 import os
 import threading
+from functools import lru_cache
 from math import isnan
 
 import numpy as np
@@ -57,6 +58,7 @@ def to_hu(
         _scale(flat, mask, sign, float(slope), float(intercept), float(lowest))
     return stored.view(np.int16)
 
+@lru_cache(1024)  # a study's slices have them in common
 def whole_terms(
     dtype,  # int16 or uint16, of the stored values
     slope,  # HU per stored unit
