@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Work', 'plan', 'load_oofs', 'load_folds', 'run_work', 'predict']
 
-# %% ../nbs/422_predict.ipynb #da40cb9a
+# %% ../nbs/422_predict.ipynb #fb609142
 import os
 import shutil
 import time
@@ -24,7 +24,7 @@ from .predictions import Predictions
 from .runs import join_oof
 from .source import DicomSource
 
-# %% ../nbs/422_predict.ipynb #136f91c4
+# %% ../nbs/422_predict.ipynb #b0b99135
 @dataclass(frozen=True, eq=False)
 class Work:
     "Some runs that are to answer for some studies."
@@ -98,7 +98,7 @@ def _by_model(runs) -> dict:
         found.setdefault(run_settings(run)["model"], []).append(run)
     return found
 
-# %% ../nbs/422_predict.ipynb #72d8d9a0
+# %% ../nbs/422_predict.ipynb #84b984df
 def load_oofs(
     runs,  # folders of finished runs, all folds of each model; or dict of name -> folders
 ) -> dict:  # model -> Predictions of all studies, out of fold
@@ -115,7 +115,7 @@ def load_folds(
     return {name: pd.concat([pd.Series(run_settings(run)["fold"], Predictions.load(Path(run) / "oof").exams.index)
                              for run in folders]) for name, folders in runs.items()}
 
-# %% ../nbs/422_predict.ipynb #2611eda7
+# %% ../nbs/422_predict.ipynb #e3ef2026
 def _children(work: Work, round: list, deadline: float, keep) -> list:
     "The processes of a round that have anything to do."
     studies = tuple((work.asked.names[study], rows) for study, rows in work.asked.rows.items())
@@ -143,14 +143,14 @@ class _Ticker:
 
     def __call__(self):
         now = time.time()
-        if not self.bar.disable and now - self.looked > 5:
+        if not self.bar.disable and now - self.looked > 20:
             self.bar.update(int(self.work.answered().to_numpy().sum()) - self.bar.n)
             self.looked = now
         if self.watch and now - self.called > self.every:
             self.watch()
             self.called = time.time()
 
-# %% ../nbs/422_predict.ipynb #2a1ef8c8
+# %% ../nbs/422_predict.ipynb #2b9adf2c
 def run_work(
     work: Work,
     deadline: float = float("inf"),  # unix time to be done at
@@ -177,7 +177,7 @@ def run_work(
         bar.update(int(work.answered().to_numpy().sum()) - bar.n)
     return seconds
 
-# %% ../nbs/422_predict.ipynb #09e384c0
+# %% ../nbs/422_predict.ipynb #c6013e70
 def predict(
     runs,  # folders of runs, any mix of models and folds; or dict of name -> folders
     source,  # folder of DICOM, slices table as scan() makes it, or pixel source
@@ -194,7 +194,7 @@ def predict(
     end = time.time() + (float("inf") if deadline is None else deadline)
     work = plan(runs, source, out, tta, studies)
     both = len(set(map(framework_of, work.folders))) > 1
-    keep = Path(scratch or work.out / "scratch")
+    keep = Path(scratch or work.out) / "studies"
     run_work(work, end, keep if both else None, gpus, progress=progress)
     shutil.rmtree(keep, ignore_errors=True)
     problems = work.problems()

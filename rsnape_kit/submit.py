@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HOURS', 'attached_runs', 'attached_ensemble', 'scan_in_time', 'submit']
 
-# %% ../nbs/715_submit.ipynb #494acf30
+# %% ../nbs/715_submit.ipynb #24acd192
 import json
 import os
 import shutil
@@ -25,7 +25,7 @@ from .runs import find_runs
 from .submission import check_submission
 from .tables import read_csv
 
-# %% ../nbs/715_submit.ipynb #de438f23
+# %% ../nbs/715_submit.ipynb #e8b259f4
 HOURS = 8.5  # of the nine that a scored run may take, so that half an hour is left
 
 
@@ -40,7 +40,7 @@ def attached_ensemble(kaggle: Path = KAGGLE) -> Path | None:
     places = [mount / name for mount in attached(kaggle) for name in ("ensemble.json", "runs/ensemble.json")]
     return next((path for path in places if path.exists()), None)
 
-# %% ../nbs/715_submit.ipynb #7b85373d
+# %% ../nbs/715_submit.ipynb #c9d2990c
 _SCAN = "import sys; from rsnape_kit.dicom import scan; scan(sys.argv[1]).to_parquet(sys.argv[2])"
 
 
@@ -60,7 +60,7 @@ def scan_in_time(
         raise RuntimeError(f"{folder} could not be scanned: {(done.stderr.strip().splitlines() or ['nothing said'])[-1]}")
     return pd.read_parquet(out)
 
-# %% ../nbs/715_submit.ipynb #001b1eff
+# %% ../nbs/715_submit.ipynb #30e756c1
 def submit(
     runs=None,  # folders of runs, or dict of name -> folders; default: those attached. May be empty
     weights=None,  # Ensemble, or its JSON file; default: that attached, else equal weights
@@ -96,7 +96,7 @@ def submit(
     print(draft.summary)
     return draft
 
-# %% ../nbs/715_submit.ipynb #6a398b4e
+# %% ../nbs/715_submit.ipynb #8c39d116
 def _end(deadline) -> float:
     "Unix time to be done at."
     if deadline is not None:
@@ -108,28 +108,46 @@ def _end(deadline) -> float:
 def _first_draft(competition: Path, runs, weights, out: Path) -> Draft:
     "The prior's submission, unless an earlier session left something valid."
     test, sample = (read_csv(competition / f"{name}.csv") for name in ("test", "sample_submission"))
-    weights = attached_ensemble() if weights is None else weights
-    if weights is None:
-        truth = Predictions.from_train_csv(competition / "train.csv") if (competition / "train.csv").exists() else None
-        weights = unfitted(_names(attached_runs() if runs is None else runs), truth)
-    ensemble = weights if isinstance(weights, Ensemble) else Ensemble.load(weights)
-    total = test[STUDY].nunique()
-    draft = Draft(ensemble, test, sample, out, studies={"all": total, "by every model": 0, "by some": 0, "by the prior": total})
+    total, problems = test[STUDY].nunique(), {}
+    ensemble = _ensemble(competition, runs, weights, problems)
+    draft = Draft(ensemble, test, sample, out, problems=problems,
+                  studies={"all": total, "by every model": 0, "by some": 0, "by the prior": total})
     out.parent.mkdir(parents=True, exist_ok=True)
-    if not out.exists() or check_submission(out, sample, test):
+    try:
+        earlier = json.loads(out.with_name("submit.json").read_text()) if check_submission(out, sample, test) == [] else None
+    except (OSError, ValueError):  # not there, or damaged
+        earlier = None
+    if earlier is None:
         draft.write({})
-    elif out.with_name("submit.json").exists():
-        earlier = json.loads(out.with_name("submit.json").read_text())
+    else:
         draft.models, draft.studies = earlier["models"], earlier["studies"]
     return draft
+
+
+def _ensemble(competition: Path, runs, weights, problems: dict) -> Ensemble:
+    "The ensemble that is given or attached; one of equals if there is none, or none that can be read."
+    weights = attached_ensemble() if weights is None else weights
+    try:
+        if weights is not None:
+            return weights if isinstance(weights, Ensemble) else Ensemble.load(weights)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problems[str(weights)] = f"{type(error).__name__}: {error}"
+    train = competition / "train.csv"
+    truth = Predictions.from_train_csv(train) if train.exists() else None
+    return unfitted(_names(attached_runs() if runs is None else runs), truth)
 
 
 def _names(runs) -> list:
     "The models of some runs that can be read."
     if isinstance(runs, dict):
         return list(runs)
-    configs = [Path(run) / "config.json" for run in runs]
-    return list(dict.fromkeys(json.loads(path.read_text())["settings"]["model"] for path in configs if path.exists()))
+    found = {}
+    for run in runs:
+        try:
+            found[json.loads((Path(run) / "config.json").read_text())["settings"]["model"]] = True
+        except (OSError, ValueError, KeyError):  # noted when it is to be used
+            continue
+    return list(found)
 
 
 def _usable(runs, draft: Draft) -> dict:  # name -> folders
@@ -151,7 +169,7 @@ def _usable(runs, draft: Draft) -> dict:  # name -> folders
             draft.problems[str(run)] = f"the ensemble knows no model {name!r}, only {', '.join(draft.ensemble.models)}"
     return models
 
-# %% ../nbs/715_submit.ipynb #f58db34b
+# %% ../nbs/715_submit.ipynb #23aba178
 def _improve(draft: Draft, models: dict, source, work: Path, end: float, tta, gpus, every, progress) -> bool:
     "Ask the models stage by stage; whether all have answered for all they could."
     from rsnape_kit.predict import plan, run_work

@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,7 @@ def test_a_model_that_missed_a_study_falls_back_to_the_other(world, tmp_path):
 
 SESSION = """
 import sys
+import time
 from pathlib import Path
 sys.path[:0] = {path!r}
 from rsnape_kit.ensemble import Ensemble
@@ -151,22 +153,23 @@ def killed_until_done(world, folder: Path, runs: list, kills: int, within: float
     for turn in range(kills + 1):
         session = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.DEVNULL)
         try:
-            assert session.wait(rng.uniform(1, within) if turn < kills else 300) == 0
+            assert session.wait(rng.uniform(0, within) if turn < kills else 300) == 0
         except subprocess.TimeoutExpired:
             os.killpg(session.pid, signal.SIGKILL)
             session.wait()
             killed += 1
         assert not out.exists() or world.valid(out)
-    assert killed > kills / 2 and json.loads((folder / "submit.json").read_text())["finished"]
+    assert killed >= kills / 2 and json.loads((folder / "submit.json").read_text())["finished"]
     return out.read_bytes()
 
 
 @pytest.mark.slow
 def test_killed_at_random_points_and_resumed_it_is_the_same_to_the_byte(world, tmp_path):
-    for runs, kills, within in (([world.torch], 17, 9.), ([world.keras, world.torch], 3, 25.)):
-        name = f"{len(runs)}"
-        unbroken = killed_until_done(world, tmp_path / f"{name}-unbroken", runs, 0, 0, 0)
-        assert killed_until_done(world, tmp_path / f"{name}-broken", runs, kills, within, seed=1) == unbroken
+    for runs, kills in (([world.torch], 17), ([world.keras, world.torch], 3)):
+        began = time.time()
+        unbroken = killed_until_done(world, tmp_path / f"{len(runs)}-unbroken", runs, 0, 0, 0)
+        within = time.time() - began  # a moment of an unbroken run
+        assert killed_until_done(world, tmp_path / f"{len(runs)}-broken", runs, kills, within, seed=1) == unbroken
 
 
 def heuristic(pred: Predictions, positive) -> Predictions:
