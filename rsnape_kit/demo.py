@@ -47,7 +47,7 @@ class DemoSettings:
     folds: int = 2  # each model is trained once for each
     recipe: str = "demo"  # of RECIPES: 'demo', or 'quick' for a few steps
     models: tuple = tuple(RECIPES["demo"])
-    tta: int = 1  # augmented looks at the test studies, besides the plain one
+    tta: int = 1  # augmented looks at what a model has not seen, besides the plain one
     difficulty: str = "demo"  # or "real": sizes and rates as found
     seed: int = 0
 
@@ -128,7 +128,7 @@ class Training:
         "What to type."
         said = {"store": self.folder / "store", "train-csv": self.folder / "competition" / "train.csv", "fold": self.fold,
                 "folds": self.settings.folds, "recipe": self.settings.recipe, "seed": self.settings.seed,
-                "out": self.folder / "runs"} | ({"weights": self.base.run / "best.npz"} if self.base else {})
+                "tta": self.settings.tta, "out": self.folder / "runs"} | ({"weights": self.base.run / "best.npz"} if self.base else {})
         return ["rsnape", "train", self.model, *(word for name, value in said.items() for word in (f"--{name}", str(value)))]
 
     def __call__(self, first=None):  # first: Future to wait for
