@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['train', 'blend', 'predict', 'report']
 
-# %% ../nbs/801_commands.ipynb #302ae8ef
+# %% ../nbs/801_commands.ipynb #ad7f267d
 from dataclasses import replace
 from pathlib import Path
 
-# %% ../nbs/801_commands.ipynb #53fdb313
+# %% ../nbs/801_commands.ipynb #1ae7ac71
 def train(args):
     "Train a fold, or go on training it."
     from rsnape_kit.folds import folds
@@ -32,7 +32,7 @@ def train(args):
     print(train(args.model, source, args.fold, config, truth=truth, folds=split, out=args.out, earlier=args.earlier,
                 weights=args.weights, tta=args.tta, hours=args.hours))
 
-# %% ../nbs/801_commands.ipynb #31a0c22b
+# %% ../nbs/801_commands.ipynb #1c916fbb
 def blend(args):
     "Fit an ensemble on out-of-fold predictions."
     from rsnape_kit.blend import loss_by_label, plot_weights, verdict
@@ -52,7 +52,7 @@ def blend(args):
 def _listed(losses: dict) -> str:
     return ", ".join(f"{name} {loss if isinstance(loss, str) else f'{loss:.4f}'}" for name, loss in losses.items())
 
-# %% ../nbs/801_commands.ipynb #9097a5c9
+# %% ../nbs/801_commands.ipynb #36352a06
 def predict(args):
     "Predict studies with many runs."
     seconds = args.hours and args.hours * 3600
@@ -91,7 +91,7 @@ def _read_out(args, preds: dict, source):
     page = write_reading(Path(args.out) / "report.html", pred, source, note=note)
     print(f"\n{exam_table(pred).T.round(3).to_string()}\n\n{page}\n{NOTE}")
 
-# %% ../nbs/801_commands.ipynb #079e8b2a
+# %% ../nbs/801_commands.ipynb #f4657763
 def report(args):
     "Write the HTML report of an ensemble."
     from rsnape_kit.ensemble import Ensemble, nested_blend
