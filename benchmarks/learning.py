@@ -7,8 +7,10 @@ patient without the clots, its probabilities must fall.
 
     python benchmarks/learning.py                     # all models, one seed
     python benchmarks/learning.py --seeds 0 1 2 --shuffled
-    python benchmarks/learning.py --models resnet3d --set epochs=10
+    python benchmarks/learning.py --models resnet3d --set batch=8
+    python benchmarks/learning.py --use 240 --folds 3 # 160 studies to learn from, 80 to choose the epoch by
 
+EfficientNet3D begins with the body of the image model of the same seed, which must be trained first.
 Each training runs in a process of its own and is kept: run the same command again to go on.
 """
 import argparse
@@ -22,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from rsnape_kit.breakdown import interval, resample, study_losses
+from rsnape_kit.breakdown import gain_over
 from rsnape_kit.dicom import scan
 from rsnape_kit.folds import folds
 from rsnape_kit.labels import EXAM_LABELS, IMAGE_LABEL, STUDY
@@ -98,19 +100,6 @@ def teach(args):
     (out / "seconds.json").write_text(json.dumps(spent))
 
 
-def better(truth: Predictions, pred: Predictions, rivals: dict, labels) -> dict:
-    "The loss over some labels, and the least gain over any rival: (loss, gain, its lower bound)."
-    own = study_losses(truth, pred).only(labels)
-    draws = resample(len(truth.exams), 1000)
-    rows = []
-    for rival in rivals.values():
-        theirs = study_losses(truth, rival).only(labels)
-        low, _ = interval(theirs.total(draws) - own.total(draws), .8)  # one-sided 90 %
-        rows.append((theirs.total() - own.total(), low, theirs.total()))
-    gain, low, rival = min(rows)
-    return {"loss": own.total(), "best prior": rival, "gain": gain, "at least": low}
-
-
 def auc(y, p) -> float:
     from sklearn.metrics import roc_auc_score
     return roc_auc_score(y, p)
@@ -128,7 +117,7 @@ def judge(folder: Path, out: Path) -> dict:
     row = {}
     heads = {"images": [IMAGE_LABEL]} | ({"exams": list(EXAM_LABELS)} if pred.exams.notna().any(axis=None) else {})
     for head, labels in heads.items():
-        row |= {f"{head} {key}": value for key, value in better(truth, pred, rivals, labels).items()}
+        row |= {f"{head} {key}": value for key, value in gain_over(truth, pred, rivals, labels).items()}
     positive = truth.images[truth.images == 1].index
     inside = truth.images.groupby(level=0).transform("max") == 1
     row["images AUC in positives"] = auc(truth.images[inside], pred.images[inside])
