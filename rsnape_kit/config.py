@@ -19,7 +19,7 @@ from .models import image, volume
 from .models.backend import import_keras, jit
 from .pixels import Pixels
 from .prior import best_constants
-from .runs import RunConfig
+from .runs import First, RunConfig
 
 # %% ../nbs/407_config.ipynb #b6edf9a4
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class TrainConfig(RunConfig):
     phases: tuple[Phase, ...] = PHASES_B1
     validate: int = 1  # score the held-out studies after so many epochs, and after the last
     loss: str = "bce"  # or 'metric'
+    first: First | None = None  # volume models: a first lesson of single slices
     emphasis: float = 1.  # volume models: how much more than their due the slices count
     smoothing: float = 0.  # of labels
     optimizer: str = "adam"  # or 'adamax', 'adamw'
