@@ -14,8 +14,8 @@ help:  ## this list
 demo: $(READY)  ## the main job, end to end, on made-up data
 	python -m rsnape_kit.cli demo
 
-demo-quick: $(READY)  ## the same in a minute
-	python -m rsnape_kit.cli demo --quick --folder demo-quick
+demo-quick: $(READY)  ## the same in some three minutes, with models that learn nothing
+	python -m rsnape_kit.cli demo --size quick --folder demo-quick
 
 test: $(READY) lint  ## exports, every notebook, every test
 	nbdev_export

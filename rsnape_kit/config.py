@@ -6,6 +6,7 @@
 __all__ = ['PHASES_B1', 'MODELS', 'Phase', 'phase_of', 'TrainConfig', 'build_model', 'compile_model']
 
 # %% ../nbs/407_config.ipynb #a72297fa
+import inspect
 import math
 from dataclasses import dataclass, field
 
@@ -75,10 +76,15 @@ class TrainConfig(RunConfig):
 
     @property
     def is_volume(self) -> bool:
-        "Whether a sample is a study."
+        "Whether a sample is a study: such a model's function asks for `frames`."
         if self.model not in MODELS:
             raise ValueError(f"unknown model {self.model!r}; known are {', '.join(MODELS)}")
-        return self.model != "efficientnet"
+        return "frames" in inspect.signature(MODELS[self.model]).parameters
+
+    @property
+    def all_epochs(self) -> int:
+        "Epochs over all phases."
+        return sum(phase.epochs for phase in self.phases)
 
 
 MODELS = {"efficientnet": image.efficientnet, "resnet3d": volume.resnet3d, "efficientnet3d": volume.efficientnet3d}

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from .header import DicomError
-from .hu import read_hu
+from .hu import read_hu, to_hu
 from .scan import scan
 
 _all_ = ["DicomError", "read_hu", "scan"]
@@ -20,11 +20,12 @@ def read_slice(
     row,  # a row of the slices table, with path, flip_rows and flip_columns
     lowest=-1024,  # HU; everything below is raised to it
     scratch=None,  # uint8 [524288 or more]: memory for the result, which the next call overwrites
+    finish=to_hu,  # what is made of the stored values, see `read_hu`
 ) -> np.ndarray:  # int16 [H, W]
     "One slice in HU; columns run to the patient's left, rows to the back."
     if row.rows == 0:
         raise DicomError(row.path, row.problem or "no image")
-    hu = read_hu(row.path, lowest, scratch)
+    hu = read_hu(row.path, lowest, scratch, finish)
     if row.flip_rows or row.flip_columns:
         hu = np.ascontiguousarray(hu[::-1 if row.flip_rows else 1, ::-1 if row.flip_columns else 1])
     return hu

@@ -16,7 +16,7 @@ from .images import image
 
 # %% ../nbs/711_environment.ipynb #fc322f49
 CORE = ("numpy", "pandas", "scipy", "pyarrow", "matplotlib", "tqdm", "scikit-learn")  # without these no kernel runs
-MORE = ("pydicom", "numba", "blosc2", "scikit-image", "einops", "jax", "keras", "tensorflow")
+MORE = ("pydicom", "numba", "scikit-image", "einops", "jax", "keras", "tensorflow")
 HERE = {"tensorflow": "tensorflow-cpu"}  # the build that needs no GPU
 SKIPPED = ("torch", "torchvision", "fastai")  # their wheels for a GPU take gigabytes, those for a CPU are elsewhere
 

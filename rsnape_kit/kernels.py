@@ -34,7 +34,7 @@ class Kernel:
 _STORE = tuple(f"rsnape-kit-prepare-{part}" for part in range(PARTS))
 _TRAININGS = tuple(f"rsnape-kit-train-{what}" for what in ("image", "volume", "petaformer"))
 KERNELS = {  # name of the notebook -> kernel
-    "submit": Kernel("rsnape-kit submit"),
+    "submit": Kernel("rsnape-kit submit", "gpu"),
     "prepare": Kernel("rsnape-kit prepare"),
     "train_image": Kernel("rsnape-kit train image", "tpu", _STORE),
     "train_volume": Kernel("rsnape-kit train volume", "tpu", _STORE),

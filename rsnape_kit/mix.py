@@ -7,9 +7,7 @@ __all__ = ['LABELS', 'TINY', 'TRAIN_MEANS', 'BlendWeights', 'to_space', 'from_sp
            'first_version_weights']
 
 # %% ../nbs/502_mix.ipynb #dc790fc2
-import json
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -17,6 +15,7 @@ from scipy.special import expit, logit
 
 from .labels import EXAM_LABELS, IMAGE_LABEL
 from .predictions import Predictions
+from .saved import Saved
 from .tables import positions, slice_index
 
 # %% ../nbs/502_mix.ipynb #e7d4f144
@@ -24,7 +23,7 @@ LABELS = (*EXAM_LABELS, IMAGE_LABEL)
 
 
 @dataclass(frozen=True)
-class BlendWeights:
+class BlendWeights(Saved):
     "What each model counts for each label."
     models: tuple  # names, in the order of each label's weights
     weights: dict  # label -> a weight a model, summing to 1; all 0 where no model spoke at the fit
@@ -38,22 +37,13 @@ class BlendWeights:
         if self.space not in ("probability", "logit"):
             raise ValueError(f"unknown space {self.space!r}; choose 'probability' or 'logit'")
         for label, w in self.weights.items():
-            if len(w) != len(self.models) or min(w) < 0 or not (np.isclose(sum(w), 1) or sum(w) == 0):
+            if len(w) != len(self.models) or min(w, default=0) < 0 or not (np.isclose(sum(w), 1) or sum(w) == 0):
                 raise ValueError(f"weights of {label} are {w}; expected {len(self.models)} that are at least 0 and sum "
                                  f"to 1, one for each of {', '.join(self.models)}")
 
     def table(self) -> pd.DataFrame:
         "Labels x models."
         return pd.DataFrame(self.weights, self.models).T
-
-    def save(self, path):
-        "Write JSON."
-        Path(path).write_text(json.dumps(asdict(self), indent=1))
-
-    @classmethod
-    def load(cls, path):
-        "Read what `save` wrote."
-        return cls(**json.loads(Path(path).read_text()))
 
 # %% ../nbs/502_mix.ipynb #1f6ad103
 TINY = 1e-12  # weight of a model of weight 0
@@ -96,10 +86,11 @@ def blend(
     exams = [preds[name].exams.reindex(studies) if name in preds else None for name in weights.models]
     columns = {}
     for label in EXAM_LABELS:
-        p = np.stack([np.full(len(studies), np.nan) if e is None else e[label].to_numpy() for e in exams])
-        columns[label] = _whole(p, label, weights)
-    images = np.stack([_at(preds.get(name), index) for name in weights.models])
-    return Predictions(pd.DataFrame(columns, studies), pd.Series(_whole(images, IMAGE_LABEL, weights), index))
+        p = [np.full(len(studies), np.nan) if e is None else e[label].to_numpy() for e in exams]
+        columns[label] = _whole(p, len(studies), label, weights)
+    images = [_at(preds.get(name), index) for name in weights.models]
+    images = pd.Series(_whole(images, len(index), IMAGE_LABEL, weights), index)
+    return Predictions(pd.DataFrame(columns, studies), images)
 
 
 def _covered(preds: dict) -> pd.MultiIndex:
@@ -120,8 +111,8 @@ def _at(pred, index: pd.MultiIndex) -> np.ndarray:
     return np.where(at >= 0, pred.images.to_numpy()[at], np.nan)
 
 
-def _whole(p: np.ndarray, label: str, weights: BlendWeights) -> np.ndarray:
-    mixed = mix(p, weights.weights[label], weights.space)
+def _whole(p: list, n: int, label: str, weights: BlendWeights) -> np.ndarray:
+    mixed = mix(np.reshape(p, (len(p), n)), weights.weights[label], weights.space)
     return np.where(np.isnan(mixed), weights.prior[label], mixed)
 
 # %% ../nbs/502_mix.ipynb #60675038

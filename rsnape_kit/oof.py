@@ -68,8 +68,9 @@ class LabelAnswers:
 
     @property
     def prior(self) -> float:
-        "The best constant; 0.5 without any answer."
-        return float(self.y @ self.weight) if len(self.y) else .5
+        "The best constant, half a study away from certainty; 0.5 without any answer."
+        doubt = .5 / (self.studies + 1)
+        return float(np.clip(self.y @ self.weight, doubt, 1 - doubt)) if len(self.y) else .5
 
     def loss(self, p) -> float:  # p: float [n]
         "The weighted mean log loss of some probabilities."

@@ -6,9 +6,7 @@
 __all__ = ['UNFITTED', 'q_inputs', 'QFit', 'fit_q']
 
 # %% ../nbs/505_qhat.ipynb #6684f23a
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -19,6 +17,7 @@ from .consistency import study_q
 from .labels import NOT_POSITIVE
 from .metric import log_loss
 from .predictions import Predictions
+from .saved import Saved
 
 # %% ../nbs/505_qhat.ipynb #3c3a4cab
 def q_inputs(
@@ -30,7 +29,7 @@ def q_inputs(
 
 
 @dataclass(frozen=True)
-class QFit:
+class QFit(Saved):
     "q = P(positive) ** power * expit(offset + slope * logit(image mean)); grows with both."
     offset: float
     slope: float  # at least 0
@@ -42,15 +41,6 @@ class QFit:
         mean, positive = q_inputs(pred)
         if_positive = expit(self.offset + self.slope * logit(mean))
         return pd.Series(positive**self.power * if_positive, pred.exams.index, name="q")
-
-    def save(self, path):
-        "Write JSON."
-        Path(path).write_text(json.dumps(asdict(self), indent=1))
-
-    @classmethod
-    def load(cls, path):
-        "Read what `save` wrote."
-        return cls(**json.loads(Path(path).read_text()))
 
 # %% ../nbs/505_qhat.ipynb #4495791a
 UNFITTED = QFit(offset=0., slope=1., power=1.)

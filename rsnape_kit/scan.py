@@ -115,28 +115,26 @@ def _rows(paths):
     "DataFrame: one row a file, as `arrange` takes it."
     texts, numbers, size, problems = _headers(paths)
     one = {name: numbers[:, c] for name, c in NUMBER.items()}
-    table = pd.DataFrame(texts, columns=["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "transfer_syntax"])
-    table.insert(3, "path", paths)
-    table["rows"], table["columns"] = (np.nan_to_num(one[name]).astype(np.int64) for name in ("rows", "columns"))
-    table["spacing_y"], table["spacing_x"] = one["spacing"], numbers[:, NUMBER["spacing"] + 1]
-    table["thickness"], table["instance"] = one["thickness"], one["instance"]
-    table["slope"], table["intercept"] = (np.where(np.isnan(one[name]), default, one[name])
-                                          for name, default in (("slope", 1.0), ("intercept", 0.0)))
-    table["signed"], table["bits"] = one["signed"] == 1, np.nan_to_num(one["stored"]).astype(np.int64)
-    for names, field in ((CORNER, "corner"), (ORIENTATION, "orientation")):
-        table[names] = numbers[:, NUMBER[field]:NUMBER[field] + len(names)]
-    area = table["rows"] * table["columns"]
-    problem = np.array(problems, object)
-    short = table.transfer_syntax.isin(_native) & (size < area * np.nan_to_num(one["allocated"]) / 8)
+    rows, columns, bits = (np.nan_to_num(one[name]).astype(np.int64) for name in ("rows", "columns", "stored"))
+    area, problem = rows * columns, np.array(problems, object)
+    short = np.isin(syntax := [text[3] for text in texts], _native) & (size < area * np.nan_to_num(one["allocated"]) / 8)
     for where, text in (
         (np.isnan(one["slope"]) != np.isnan(one["intercept"]), "only one of RescaleSlope and RescaleIntercept"),
         (short, "file shorter than its pixels"),
         (area == 0, "not an image"),
     ):
         problem[where & (problem == "")] = text
-    table["problem"] = problem
-    table.loc[area == 0, ["rows", "columns"]] = 0
-    return table
+    table = dict(zip(("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"), zip(*texts)))
+    table |= {
+        "path": paths, "transfer_syntax": syntax, "rows": np.where(area, rows, 0), "columns": np.where(area, columns, 0),
+        "spacing_y": one["spacing"], "spacing_x": numbers[:, NUMBER["spacing"] + 1],
+        "thickness": one["thickness"], "instance": one["instance"],
+        **{name: np.where(np.isnan(one[name]), default, one[name]) for name, default in (("slope", 1.0), ("intercept", 0.0))},
+        "signed": one["signed"] == 1, "bits": bits,
+    }
+    for names, field in ((CORNER, "corner"), (ORIENTATION, "orientation")):
+        table |= dict(zip(names, numbers[:, NUMBER[field]:NUMBER[field] + len(names)].T))
+    return pd.DataFrame(table | {"problem": problem})
 
 # %% ../nbs/105_scan.ipynb #40b3beb8
 def _adopt(table):

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from .dicom import read_or_fill, read_slice, scan
-from .quarter import AIR, is_exact, to_quarter_hu
+from .quarter import AIR, is_exact, stored_to_quarter_hu
 
 # %% ../nbs/108_source.ipynb #95145c03
 def row_numbers(
@@ -49,10 +49,12 @@ class DicomSource:
         size=256,  # pixels along each side
         on_error="fill",  # 'fill' an unreadable slice from its neighbour and note it in the table, or 'raise' DicomError
         lowest=AIR,  # HU; everything below is raised to it, -8192 keeps the raw padding
-        reader=read_slice,  # (row, lowest, scratch) -> int16 [H, W], oriented; how another format gets in
+        reader=read_slice,  # (row, lowest, scratch, finish) -> what finish makes of it, oriented; for other formats
     ):
         if on_error not in ("raise", "fill"):
             raise ValueError(f"on_error={on_error!r}: choose 'raise' or 'fill'")
+        if not -8192 <= lowest <= 0:
+            raise ValueError(f"lowest={lowest}: expected HU in [-8192, 0], four of which fit in int16")
         table = table.reset_index(drop=True) if hasattr(table, "columns") else scan(table)
         own = ~table["problem"].str.contains("filled ", regex=False)
         self.table = table.assign(exact=is_exact(table["rows"], table["columns"], size) & own)
@@ -81,15 +83,14 @@ class DicomSource:
 
     def _fill(self, i, out):
         "Read slice `i`, or what stands for it."
-        read = partial(self.reader, lowest=self.lowest, scratch=_scratch())
+        finish = partial(stored_to_quarter_hu, size=self.size, out=out)
+        read = partial(self.reader, lowest=self.lowest, scratch=_scratch(), finish=finish)
         if self.on_error == "raise":
-            hu, note = read(self._rows[i]), ""
+            values, note = read(self._rows[i]), ""
         else:
-            hu, note = read_or_fill(self._rows, i, read, self._bad)
-        if hu is None:
-            out[:] = 4 * AIR
-        else:
-            to_quarter_hu(hu, self.size, self.lowest, out)
+            values, note = read_or_fill(self._rows, i, read, self._bad)
+        if values is not out:  # turned, or there are none
+            out[:] = 4 * AIR if values is None else values
         if note:
             self._mark(i, note)
 

@@ -15,8 +15,9 @@ from rsnape_kit.folds import folds
 from rsnape_kit.infer_torch import Net, PetaFormerConfig
 from rsnape_kit.labels import EXAM_LABELS, SLICE, STUDY
 from rsnape_kit.predictions import Predictions
+from rsnape_kit.settings import change
 from rsnape_kit.tables import slice_index
-from rsnape_kit.train_torch import settings, train
+from rsnape_kit.train_torch import train
 
 
 class Memory:
@@ -82,7 +83,7 @@ def main(out, *rest):
         tear_at(int(rest[at + 1]))
         del rest[at:at + 2]
     net = Net(slices=3, width=.125, depth=.1, dim=24, layers=1, heads=4)
-    config = settings(rest, PetaFormerConfig(net=net, size=32, groups=4, epochs=4, batch=2, lr=1e-2, body_lr=1.))
+    config = change(PetaFormerConfig(net=net, size=32, groups=4, epochs=4, batch=2, lr=1e-2, body_lr=1.), rest)
     source, truth = toy()
     split = folds(source.table[STUDY].unique(), None, 4)
     print(train("petaformer", source, 0, config, truth=truth, folds=split, out=out, earlier=(), device="cpu",

@@ -8,10 +8,15 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
+from rsnape_kit.ensemble import Ensemble, fit_ensemble
+from rsnape_kit.folds import folds
 from rsnape_kit.kaggle import HEADER
 from rsnape_kit.kernels import export_kernels
 from rsnape_kit.labels import AUX_LABELS, EXAM_LABELS, IMAGE_LABEL, SLICE, STUDY
 from rsnape_kit.predictions import Predictions
+from rsnape_kit.prior import prior
+from rsnape_kit.runs import RunConfig, open_run
+from rsnape_kit.simulate import simulate_model, simulate_truth
 
 COMPETITION = "rsna-str-pulmonary-embolism-detection"
 
@@ -44,6 +49,30 @@ def test_the_submission_kernel_answers_every_id_on_both_mount_layouts(tmp_path, 
     values = submission.set_index("id").label
     assert values["c1_negative_exam_for_pe"] == pytest.approx(.5, abs=2e-6)  # the mean, pushed over to *yes*
     assert values["c2_central_pe"] == 0 and values["d1"] == .5  # half of the positive study's images are positive
+
+
+def test_the_blend_kernel_fits_what_all_attached_runs_say(tmp_path):
+    "Two models of two folds, one a kernel's output and one a dataset; a good one and one that knows nothing."
+    truth = simulate_truth(80, (4, 8, 12), seed=1)
+    competition(tmp_path / "input" / COMPETITION)
+    train = truth.images.rename(IMAGE_LABEL).reset_index().merge(truth.exams, left_on=STUDY, right_index=True)
+    train.assign(**dict.fromkeys(AUX_LABELS, 0)).to_csv(tmp_path / "input" / COMPETITION / "train.csv", index=False)
+    split = folds(truth.exams.index, truth, 2)
+    oofs = {"efficientnet": prior(truth), "resnet3d": simulate_model(truth)[0]}
+    for name, mount in (("efficientnet", "a-kernel/runs"), ("resnet3d", "datasets/owner/runs")):
+        for fold in range(2):
+            config = RunConfig(model=name, fold=fold, split=split.fingerprint)
+            run = open_run(tmp_path / "input" / mount / config.name, config)
+            oofs[name].select(split.valid(fold)).save(run / "oof")
+    shutil.copytree(ROOT / "rsnape_kit", tmp_path / "input" / "rsnape-kit" / "rsnape_kit")
+    (tmp_path / "working").mkdir()
+    result = run_kernel(tmp_path, "blend")
+    assert result.returncode == 0, result.stderr
+    ensemble = Ensemble.load(tmp_path / "working" / "ensemble.json")
+    assert set(ensemble.models) == set(oofs)
+    assert ensemble.weights.table().loc[IMAGE_LABEL, "resnet3d"] > .8
+    honest = fit_ensemble(oofs, truth, split)  # the same from memory, with the folds as they were made
+    pd.testing.assert_frame_equal(ensemble.weights.table()[list(oofs)], honest.weights.table(), atol=1e-6)
 
 
 def test_a_missing_competition_is_named_with_what_is_attached(tmp_path):

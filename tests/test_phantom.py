@@ -1,5 +1,6 @@
 "The phantom's labels against its geometry, its rates against the competition's, its files against the reader."
 import hashlib
+import itertools
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
@@ -15,17 +16,23 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLoss
 from scipy.ndimage import binary_dilation
 from scipy.stats import binomtest
 
+from rsnape_kit.batches import ImageBatches
 from rsnape_kit.dicom import read_series
-from rsnape_kit.labels import EXAM_LABELS, RULES
-from rsnape_kit.phantom import Settings, make_competition, make_study
+from rsnape_kit.labels import EXAM_LABELS, RULES, SLICE
+from rsnape_kit.masks import SideMask
+from rsnape_kit.phantom import Settings, label_table, make_competition, make_study
 from rsnape_kit.phantom_body import Patient
 from rsnape_kit.phantom_dicom import Style, hex_id, write_series
 from rsnape_kit.phantom_heart import Heart
 from rsnape_kit.phantom_paint import Tissue
 from rsnape_kit.phantom_protocol import Scan, draw_scan, view_of
 from rsnape_kit.phantom_scanner import Scanner
-from rsnape_kit.phantom_study import DEMO, MIN_AREA, draw_heart, draw_study, exam_labels, image_labels, twin
+from rsnape_kit.phantom_study import DEMO, MIN_AREA, REAL, draw_heart, draw_study, exam_labels, image_labels, twin
+from rsnape_kit.pixels import Pixels
+from rsnape_kit.predictions import Predictions
 from rsnape_kit.scan import scan
+from rsnape_kit.store import SliceStore, build_store
+from rsnape_kit.windows import Window
 
 TRAIN = 7279  # studies, of which 2,211 have emboli and 157 are indeterminate (the competition's train.csv)
 ALL = dict(negative_exam_for_pe=.6747, indeterminate=.0216)
@@ -173,6 +180,40 @@ def test_every_variety_reads_back_exactly(style, size, tmp_path):
         stored = first.pixel_array
     stored = stored.astype(int) * int(first.get("RescaleSlope", 1)) + int(first.get("RescaleIntercept", 0))
     assert np.array_equal(stored[::-1 if style.flip_rows else 1, ::-1 if style.flip_columns else 1], hu[0])
+
+
+def test_a_hidden_side_never_holds_the_embolus(tmp_path):
+    "Studies stored in all four orientations, through files, store and batches; with sides exchanged it would show."
+    studies = positives(20, slices=12, size=96) + positives(12, REAL, slices=12, size=96)
+    flips, clots, rows = itertools.cycle(itertools.product((False, True), repeat=2)), {}, []
+    for k, (s, (flip_rows, flip_columns)) in enumerate(zip(studies, flips)):
+        ids = hex_id(k), hex_id(k, "series"), [hex_id(k, i) for i in range(12)]
+        style = Style(flip_rows=flip_rows, flip_columns=flip_columns, signed=True, bits=16)
+        for i, row, column in write_series(tmp_path / "train" / ids[0] / ids[1], s, style, ids):
+            clots.setdefault(ids[2][i], []).append((row, column))
+        rows.append(label_table(s, ids))
+    store = SliceStore(build_store(tmp_path / "train", tmp_path / "store", size=96))
+    pd.concat(rows).to_csv(tmp_path / "train.csv", index=False)
+    truth = Predictions.from_train_csv(tmp_path / "train.csv")
+    sides = truth.exams[["leftsided_pe", "rightsided_pe"]]
+    exchanged = truth.exams.assign(leftsided_pe=sides.rightsided_pe, rightsided_pe=sides.leftsided_pe)
+    assert (sides.sum(axis=1) < 2).sum() > 10 and sides.any().all() and store.table.flip_rows.sum() == 12 * 16
+
+    def hidden(truth):
+        "(clot pixels that a mask that hides all it may takes away, pixels that it takes away)."
+        how = dict(batch=12, pixels=Pixels((Window(0, 4000),), "fixed", 96))
+        plain, masked = ImageBatches(store, truth, **how), ImageBatches(store, truth, mask=SideMask(p=1), **how)
+        clot = gone = 0
+        for i in range(len(plain)):
+            away = (plain[i][0] != masked[i][0])[..., 0]
+            gone += away.sum()
+            for name, changed in zip(store.table[SLICE].iloc[plain.rows(i)], away):
+                clot += sum(changed[place] for place in clots.get(name, []))
+        return clot, gone
+
+    clot, gone = hidden(truth)
+    assert clot == 0 and gone > 1e5
+    assert hidden(Predictions(exchanged, truth.images))[0] > 30
 
 
 def digests(folder):

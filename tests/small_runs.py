@@ -1,0 +1,38 @@
+"A small competition and untrained runs of every kind, for tests of prediction and submission."
+from pathlib import Path
+
+from rsnape_kit.config import TrainConfig, build_model
+from rsnape_kit.infer_torch import Net, PetaFormerConfig
+from rsnape_kit.models.backend import save_weights
+from rsnape_kit.pixels import Pixels
+from rsnape_kit.runs import open_run
+from rsnape_kit.windows import PE
+
+PIXELS = Pixels((PE,), "fixed", 32)
+
+
+def keras_run(folder, model: str, fold: int = 0) -> Path:
+    "A Keras run that was never trained."
+    network = {"width": .125} if model == "resnet3d" else {"variant": "b0", "width": .25, "depth": .1}
+    config = TrainConfig(model=model, fold=fold, seed=fold, pixels=PIXELS, frames=4, batch=8, network=network)
+    run = open_run(Path(folder) / config.name, config)
+    save_weights(build_model(config), run / "best.npz")
+    return run
+
+
+def torch_run(folder, fold: int = 0) -> Path:
+    "A PetaFormer run that was never trained."
+    import torch
+
+    from rsnape_kit.train_torch import new_model
+    net = Net(slices=3, width=.125, depth=.1, dim=24, layers=1, heads=4)
+    config = PetaFormerConfig(net=net, size=32, groups=4, batch=2, fold=fold, seed=fold)
+    run = open_run(Path(folder) / config.name, config)
+    torch.save(new_model(config, expected()).state_dict(), run / "weights.pt")
+    return run
+
+
+def expected():
+    "A truth to take constants from."
+    from rsnape_kit.simulate import simulate_truth
+    return simulate_truth(50, slices=(3, 6, 9))
