@@ -10,8 +10,9 @@ from dataclasses import replace
 
 from .affine import AffineRange
 from .config import MODELS, Phase, TrainConfig
-from .infer_torch import First, Net, PetaFormerConfig
+from .infer_torch import Net, PetaFormerConfig
 from .pixels import Pixels
+from .runs import First
 from .windows import PE, PE_WINDOWS
 
 # %% ../nbs/423_recipes.ipynb #6e3a73ab
@@ -26,8 +27,8 @@ DEMO = {
         validate=6, **_SHORT),
     "resnet3d": TrainConfig(
         model="resnet3d", network=dict(width=.25, depth=.34, pool="avg", momentum=.9),
-        pixels=Pixels((PE,), "fixed", 128, crop=150.), affine=AffineRange(10, 1, .1, .05), batch=4, steps=40,
-        phases=(Phase(1, 2e-3), Phase(10, 4e-3, 1e-4, False)), validate=6, **_STUDIES),
+        pixels=Pixels((PE,), "fixed", 128, crop=160.), affine=AffineRange(8, 1, .06, .03), batch=4, steps=40,
+        first=First(550, 32, 5e-3), phases=(Phase(1, 7e-4), Phase(5, 2e-3, 5e-5, False)), validate=6, **_STUDIES),
     "efficientnet3d": TrainConfig(
         model="efficientnet3d", network=_BODY, pixels=Pixels(PE_WINDOWS, "fixed", 96, crop=155.),
         affine=AffineRange(8, 1, .06, .03), batch=2, steps=40, phases=(Phase(1, 7e-4), Phase(5, 1.5e-3, 5e-5, False)),
@@ -43,9 +44,10 @@ BODIES = {"efficientnet3d": "efficientnet"}  # model -> the one of the same fold
 # %% ../nbs/423_recipes.ipynb #c5fd3914
 def quick(config):  # a copy that trains for a few steps
     "The same run, as short as can be."
+    first = config.first and replace(config.first, steps=2, batch=8)
     if isinstance(config, PetaFormerConfig):
-        return replace(config, epochs=1, phases=(), first=config.first and replace(config.first, steps=2, batch=8))
-    return replace(config, steps=4, phases=(replace(config.phases[-1], epochs=1),))
+        return replace(config, epochs=1, phases=(), first=first)
+    return replace(config, steps=4, phases=(replace(config.phases[-1], epochs=1),), first=first)
 
 
 RECIPES = {  # name -> model -> settings

@@ -23,6 +23,7 @@ from .fitting import OutOfTime, fit_phases
 from .infer import make_looks, predict_batches
 from .labels import EXAM_LABELS, EXAM_WEIGHTS, IMAGE_LABEL, IMAGE_WEIGHT, SLICE, STUDY
 from .losses import pack, study_weight, weight_answers, weighted_bce
+from .masks import SideMask
 from .metric import log_loss, loss_table
 from .models.backend import all_devices, import_keras, jit
 from .predictions import Predictions
@@ -125,8 +126,8 @@ def teach_slices(
 
 
 def _balanced_slices(config: TrainConfig, source, truth: Predictions):
-    return ImageBatches(source, truth, batch=config.first.batch, pixels=config.pixels, affine=config.affine, balanced=True,
-                        weights=True, shuffle=True, seed=config.seed)
+    return ImageBatches(source, truth, batch=config.first.batch, pixels=config.pixels, mask=config.mask or SideMask(),
+                        affine=config.affine, balanced=True, weights=True, shuffle=True, seed=config.seed)
 
 
 def _in_the_middle(kernel: np.ndarray) -> np.ndarray:
