@@ -82,7 +82,7 @@ def _submit(args):
 # %% ../nbs/802_cli.ipynb #2719baf6
 def _rehearse(args):
     from rsnape_kit.bundle import make_bundle
-    from rsnape_kit.environment import make_environment
+    from rsnape_kit.environment import CORE, MORE, make_environment
     from rsnape_kit.kernels import ROOT
     from rsnape_kit.phantom import make_competition
     from rsnape_kit.rehearse import rehearse, why_not
@@ -90,9 +90,9 @@ def _rehearse(args):
     if reason := why_not():
         sys.exit(f"rsnape: no rehearsal here: {reason}")
     folder = Path(args.folder)
-    bundle = args.bundle or make_bundle(folder / "bundle")
+    bundle = args.bundle or make_bundle(folder / "bundle", runs=args.runs)
     competition = make_competition(folder / "competition", 4, 2, slices=16, difficulty="demo")
-    python, skipped = make_environment(folder / "python")
+    python, skipped = make_environment(folder / "python", packages=CORE + MORE if args.runs else CORE)
     print("not in the rehearsal's Python:", ", ".join(skipped) or "nothing")
     result = rehearse(bundle, competition, ROOT / "kernels" / "submit", python, out=folder / "working")
     print(result.log)
@@ -183,6 +183,7 @@ def _add_kaggle(command):
             ("--message", {"default": "rsnape_kit", "help": "shown beside the score"}))
     command(_rehearse, "run the submission kernel as Kaggle would: its folders, its Python, no network",
             ("--folder", {"default": "build/rehearsal", "help": "where everything goes (default build/rehearsal)"}),
+            ("--runs", {"nargs": "*", "default": (), "help": "folders of trained runs, and ensemble.json, to submit with"}),
             ("--bundle", {"help": "folder of a bundle (default: one is made)"}))
 
 

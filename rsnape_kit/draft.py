@@ -96,4 +96,4 @@ class Draft:
                   for name, n in self.models.items()]
         lines += [f"  {len(self.problems)} problems, the first: {what}: {why}" for what, why in list(self.problems.items())[:1]]
         lines += ["  " + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in self.seconds.items())]
-        return "\n".join(lines + ([] if self.finished else ["  time was up before all had answered"]))
+        return "\n".join(lines + ([] if self.finished else ["  not all have answered: time was up, or a problem kept them"]))

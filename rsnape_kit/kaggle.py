@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -102,8 +103,9 @@ def _memory_gib() -> float:
 
 
 def _backend(accelerator: str, environ) -> str:
-    "Keras's backend: what was asked for, JAX on a TPU (TensorFlow cannot reach it there), else TensorFlow."
-    return environ.get("KERAS_BACKEND") or ("jax" if accelerator == "tpu" else "tensorflow")
+    "Keras's backend: what was asked for, JAX on a TPU (TensorFlow cannot reach it there) or where it is alone, else TensorFlow."
+    alone = find_spec("jax") and not find_spec("tensorflow")
+    return environ.get("KERAS_BACKEND") or ("jax" if accelerator == "tpu" or alone else "tensorflow")
 
 # %% ../nbs/700_kaggle.ipynb #fc6f5a36
 @dataclass(frozen=True)

@@ -6,20 +6,22 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from small_runs import keras_run
 from test_kernels import competition
 
 from rsnape_kit.bundle import make_bundle
 from rsnape_kit.check import check_kernel
 from rsnape_kit.code import imports, parse, reached, read_code
 from rsnape_kit.dataset import check_dataset
-from rsnape_kit.environment import make_environment
+from rsnape_kit.environment import CORE, make_environment
 from rsnape_kit.images import IMAGES, image
 from rsnape_kit.kaggle import HEADER
+from rsnape_kit.phantom import make_competition
 from rsnape_kit.preflight import KERNEL
 from rsnape_kit.rehearse import LAYOUTS, rehearse, why_not
 from rsnape_kit.wheels import NEVER
 
-NEEDED_BY_WHEELS = ("numpy", "msgpack", "requests", "six")  # which both images have
+NEEDED_BY_WHEELS = ("numpy", "six")  # which both images have
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,26 @@ def test_the_whole_rerun_offline_from_the_bundle_alone(bundles, python, contest,
     assert went.ok, went.problem + went.log
     assert went.log.startswith("rerun on ")  # three slices are not the public test set
     assert went.submission.read_text().splitlines()[0] == "id,label"
+
+
+@pytest.mark.slow
+def test_a_trained_model_answers_in_the_rehearsal(shelf, tmp_path):
+    "Keras on JAX, from DICOM to submission.csv; PyTorch and TensorFlow are too large to bring along here."
+    if reason := why_not():
+        pytest.skip(reason)
+    run = keras_run(tmp_path / "runs", "efficientnet3d")
+    try:
+        bundle = make_bundle(tmp_path / "kit", owner="me", wheels=shelf / "wheels", runs=[run])
+        packages = (*CORE, *NEEDED_BY_WHEELS, "pydicom", "numba", "scikit-image", "keras", "jax")
+        python, skipped = make_environment(shelf / "jax", packages=packages)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    assert not skipped
+    made = make_competition(tmp_path / "made", 2, 2, slices=6, size=64, difficulty="demo")
+    shutil.rmtree(made / "truth")
+    went = rehearse(bundle, made, ROOT / "kernels" / "submit", python, out=tmp_path / "out")
+    assert went.ok, went.problem + went.log
+    assert "2 studies, 2 answered by every model" in went.log, went.log
 
 
 def test_a_file_that_the_upload_lost_is_named(bundles, python, contest, tmp_path):

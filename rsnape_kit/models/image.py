@@ -43,7 +43,7 @@ def body(
     try:
         from efficientnet.model import EfficientNet
     except ImportError as error:
-        raise ModuleNotFoundError("the image model needs the efficientnet package: pip install efficientnet") from error
+        raise ModuleNotFoundError(f"the image model needs the efficientnet package ({error}): pip install efficientnet") from error
     wide, deep = VARIANTS[variant]
     model = EfficientNet(wide * width, deep * depth, 224, drop_connect_rate=drop_connect, include_top=False,
                          weights=None, input_shape=(size, size, channels), model_name="body", **_package_modules())
