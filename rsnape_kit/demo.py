@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from .blend import verdict
 from .breakdown import gain_over
 from .consistency import make_consistent, violations
 from .dicom import scan
@@ -216,6 +217,7 @@ def demo(
         ensemble = fit_ensemble(load_oofs(runs), truth, load_folds(runs))
         ensemble.save(folder / "ensemble.json")
         print(ensemble.weights.table().round(2).to_string())
+        print(verdict(ensemble.weights))
     with _stage("the test studies, from DICOM to submission.csv", seconds, "submission"):
         draft = submit(runs, ensemble, test, competition=folder / "competition", out=folder / "submission.csv",
                        work=folder / "answers", tta=settings.tta)
@@ -259,6 +261,9 @@ def _say(folder: Path, settings: DemoSettings, scores: pd.DataFrame, seconds: di
     blend = scores.loc["consistent blend"]
     said = "beats both priors" if blend.at_least > 0 else "does NOT beat both priors beyond chance"
     print(f"\nThe consistent blend {said} (by {blend.gain:.4f}, at least {blend.at_least:.4f}).")
+    if (members := scores.loss[list(settings.models)].dropna()).size:
+        said = "beats" if scores.loss["blend"] < members.min() else "does NOT beat"
+        print(f"Before it is made consistent it {said} its best member, {members.idxmin()} ({members.min():.4f}).")
     if settings.recipe == "quick":
         print("These models were trained for a few steps only, to prove that all parts work: make demo trains them.")
     files = ("slices.png", "ensemble.json", "submission.csv", "report.html")
