@@ -42,9 +42,10 @@ from .windows import PE, apply_windows
 @dataclass(frozen=True)
 class DemoSettings:
     "How large a demo, and how hard."
-    studies: int = 300  # to learn from
+    studies: int = 280  # to learn from
     test_studies: int = 100  # held out, scored at the end
-    slices: int = 32  # a study
+    slices: int = 24  # a study
+    size: int = 256  # pixels a side; real ones have 512, four times the disk and the time
     folds: int = 2  # each model is trained once for each
     recipe: str = "demo"  # of RECIPES: 'demo', or 'quick' for a few steps
     models: tuple = tuple(RECIPES["demo"])
@@ -54,7 +55,7 @@ class DemoSettings:
 
 
 SIZES = {"quick": DemoSettings(24, 8, 16, recipe="quick", tta=0), "small": DemoSettings(),
-         "large": DemoSettings(1500, 300, 48, folds=3)}
+         "large": DemoSettings(1500, 300, 48, 512, folds=3)}
 
 # %% ../nbs/800_demo.ipynb #a2fef584
 def slices_table(
@@ -74,8 +75,8 @@ def prepare(
     settings: DemoSettings,
 ) -> tuple:  # slices table of train, slices table of test, SliceStore of train
     "Make the competition, scan it, store its training slices."
-    made = make_competition(folder / "competition", settings.studies, settings.test_studies, settings.slices,
-                            seed=settings.seed, difficulty=settings.difficulty)
+    made = make_competition(folder / "competition", settings.studies, settings.test_studies, settings.slices, settings.size,
+                            settings.seed, settings.difficulty)
     train, test = (slices_table(made / split, folder / f"{split}.parquet") for split in ("train", "test"))
     build_store(train, folder / "store")
     return train, test, SliceStore(folder / "store")

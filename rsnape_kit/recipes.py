@@ -47,7 +47,7 @@ def quick(config):  # a copy that trains for a few steps
     first = config.first and replace(config.first, steps=2, batch=8)
     if isinstance(config, PetaFormerConfig):
         return replace(config, epochs=1, phases=(), first=first)
-    return replace(config, steps=4, phases=(replace(config.phases[-1], epochs=1),), first=first)
+    return replace(config, steps=4, batch=min(config.batch, 8), phases=(replace(config.phases[-1], epochs=1),), first=first)
 
 
 RECIPES = {  # name -> model -> settings
