@@ -80,7 +80,7 @@ def real(tmp_path):
         ds = pydicom.dcmread(path)
         del ds.ImagePositionPatient
         ds.save_as(path)
-    with pytest.warns(UserWarning, match="position"):
+    with pytest.warns(UserWarning, match="no ImagePositionPatient"):
         table = scan(tmp_path / "test")
     table[[STUDY, SERIES, SLICE]].to_csv(tmp_path / "test.csv", index=False)
     ids = [exam_id(study, label) for study in table[STUDY].unique() for label in EXAM_LABELS] + list(table[SLICE])
