@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 READY := $(VENV)/.ready
+LONG := $(foreach name,submit demo predict rehearse learning models fitting,tests/test_$(name).py)  # begun first
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export MPLBACKEND ?= agg
@@ -20,7 +21,7 @@ demo-quick: $(READY)  ## the same in some three minutes, with models that learn 
 test: $(READY) lint  ## exports, every notebook, every test
 	nbdev_export
 	ls nbs/*.ipynb nbs/tutorials/*.ipynb | xargs -P 2 -n 1 nbdev_test --n_workers 0 --path  # a process each: none leans on another's imports
-	ls tests/test_*.py | xargs -P 2 -n 1 pytest -q
+	echo $(LONG) $(filter-out $(LONG),$(sort $(wildcard tests/test_*.py))) | xargs -P 2 -n 1 pytest -q
 
 lint: $(READY)  ## ruff over notebooks, modules, tests and benchmarks
 	ruff check .
