@@ -211,7 +211,7 @@ def demo(
         truth = Predictions.from_train_csv(folder / "competition" / "train.csv")
         montage(store, truth, folder / "slices.png")
         print(store)
-    with _stage(f"{len(settings.models)} models on {settings.folds} folds, two at a time, each as a command: "
+    with _stage(f"{len(settings.models)} models on {settings.folds} folds, each training a command: "
                 f"{' '.join(Training(settings.models[0], 0, folder, settings).command)}", seconds, "training"):
         runs = train_all(folder, settings, at_once)
     with _stage("blend, by what each model says of the studies it has not seen", seconds, "blend"):

@@ -159,7 +159,7 @@ def killed_until_done(world, folder: Path, runs: list, kills: int, within: float
             session.wait()
             killed += 1
         assert not out.exists() or world.valid(out)
-    assert killed >= min(kills, 1) and json.loads((folder / "submit.json").read_text())["finished"]
+    assert killed >= kills / 2 and json.loads((folder / "submit.json").read_text())["finished"]
     return out.read_bytes()
 
 
@@ -168,7 +168,7 @@ def test_killed_at_random_points_and_resumed_it_is_the_same_to_the_byte(world, t
     for runs, kills in (([world.torch], 17), ([world.keras, world.torch], 3)):
         began = time.time()
         unbroken = killed_until_done(world, tmp_path / f"{len(runs)}-unbroken", runs, 0, 0, 0)
-        within = time.time() - began  # a moment of an unbroken run
+        within = (time.time() - began) / 2  # the first half of an unbroken run, lest it is over before the kill
         assert killed_until_done(world, tmp_path / f"{len(runs)}-broken", runs, kills, within, seed=1) == unbroken
 
 
