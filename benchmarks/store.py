@@ -37,10 +37,10 @@ def usual(path, file):
     file.write(packed.getvalue())
 
 
-def build(table, folder):
+def build(table, folder, codec="tiles"):
     "A build in this very process."
     shutil.rmtree(folder, ignore_errors=True)
-    build_store(table, folder)
+    return build_store(table, folder, codec=codec)
 
 
 def usual_build(paths, path):
@@ -74,13 +74,15 @@ def measure(root, folder, rounds):
     os.environ["TQDM_DISABLE"] = "1"
     seconds = made_up.alternate({
         "build_store": lambda: build(few, folder / "store"),
+        "build_store, blosc2": lambda: build(few, folder / "store", "blosc2"),
         "pydicom + JPEG": lambda: usual_build(paths, folder / "usual"),
     }, rounds)
-    counts = {"build_store": len(few), "pydicom + JPEG": len(paths)}
+    counts = {"build_store": len(few), "build_store, blosc2": len(few), "pydicom + JPEG": len(paths)}
     made_up.table("Making a store, one core", seconds, counts, ["pydicom + JPEG"])
 
     store, rng = SliceStore(build_store(table, folder / "all")), np.random.default_rng(0)
-    print(f"\n{store}: {store._bytes.mean() / 1024:.0f} KB a slice")
+    blosc2 = SliceStore(build(table, folder / "blosc2", "blosc2"))
+    print(f"\n{store}: {store._bytes.mean() / 1024:.0f} KB a slice, {blosc2._bytes.mean() / 1024:.0f} with blosc2")
     rows, out = rng.integers(0, len(store), (16, 64)), np.empty((64, 256, 256), np.int16)
     studies = [store.study(s) for s in store.table.StudyInstanceUID.unique()]
     source, block = DicomSource(table), np.empty_like(out)
@@ -88,6 +90,7 @@ def measure(root, folder, rounds):
         "random slices, each into one buffer": read_rows(store, rows.reshape(-1, 1), out[:1]),
         "random slices, into a batch's memory": read_rows(store, rows, out),
         "random slices, into new memory": read_rows(store, rows),
+        "random slices, blosc2": read_rows(blosc2, rows.reshape(-1, 1), out[:1]),
         "whole studies": read_rows(store, studies),
         "copying decoded slices": lambda: [np.copyto(out, block) for _ in range(16)],
         "random slices, from DICOM": read_rows(source, rows[:4], out),

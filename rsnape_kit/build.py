@@ -140,6 +140,7 @@ def build_store(
     part=(0, 1),  # (i, n): only the i-th of n parts of the studies, counted from 0
     executor=None,  # concurrent.futures.Executor; a pool of fresh processes where there is none
     labels=None,  # DataFrame of labels by StudyInstanceUID and SOPInstanceUID (train.csv), to keep beside the pixels
+    codec="tiles",  # or "blosc2": what slices are packed with, see shard
     keep_padding=False,  # keep values below -1024 HU, as a method that scales by each image's minimum has seen them
 ) -> Path:
     "Make a store of quarter-HU slices, or go on making it."
@@ -150,7 +151,8 @@ def build_store(
     if labels is not None:
         source = source.take(np.arange(len(source.table)))  # the caller's own stays as it is
         source.table = _with_labels(source.table, labels)
-    out, meta = Path(out), {"size": size, "lowest": getattr(source, "lowest", -1024), "part": list(part)}
+    out, meta = Path(out), {"size": size, "lowest": getattr(source, "lowest", -1024), "part": list(part),
+                            "codec": codec}
     out.mkdir(parents=True, exist_ok=True)
     rows, paths, there = _plan(source, out, part, meta)
     todo = [(r, path) for r, path, n in zip(rows, paths, there) if not n]

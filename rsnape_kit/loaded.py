@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .feed import Feed
-from .shard import read_footer, write_shard
-from .tiles import decompress
+from .shard import codec, read_footer, write_shard
 
 # %% ../nbs/418_loaded.ipynb #f4ce6155
 class LoadedStudy:
@@ -93,7 +92,7 @@ def fetch_study(
 
 def _keep(study: LoadedStudy, path):
     try:
-        write_shard(path, study.table, iter(study.pixels), {"size": study.size})
+        write_shard(path, study.table, iter(study.pixels), {"size": study.size, "codec": "tiles"})
     except OSError:  # full after all, or gone: then it is read again
         pass
 
@@ -101,10 +100,10 @@ def _keep(study: LoadedStudy, path):
 def _from_scratch(path) -> LoadedStudy | None:
     try:
         table, meta = read_footer(path)
+        pixels, (_, decompress) = np.empty((len(table), meta["size"], meta["size"]), np.int16), codec(meta["codec"])
+        raw = memoryview(Path(path).read_bytes())
+        for start, count, out in zip(table["start"], table["bytes"], pixels):
+            decompress(raw[start:start + count], out)
     except ValueError:  # damaged: then it is read again
         return None
-    pixels = np.empty((len(table), meta["size"], meta["size"]), np.int16)
-    raw = memoryview(Path(path).read_bytes())
-    for start, count, out in zip(table["start"], table["bytes"], pixels):
-        decompress(raw[start:start + count], out)
     return LoadedStudy(table.drop(columns=["start", "bytes", "crc32"]), pixels)

@@ -16,15 +16,14 @@ import pandas as pd
 
 from .build import INDEX, build_store
 from .quarter import to_quarter_hu
-from .shard import check_version
+from .shard import check_version, codec
 from .source import DicomSource, row_numbers
-from .tiles import decompress
 
 _all_ = ["build_store", "to_quarter_hu", "DicomSource"]
 
 # %% ../nbs/112_store.ipynb #3b7579d0
 def _open(path):
-    "(index, size) of one finished store, its shards' paths and sizes checked."
+    "The index of one finished store, its size and codec beside; its shards' paths and sizes checked."
     path = Path(path)
     if not (path / INDEX).exists():
         what = "is not there" if not path.exists() else "holds no finished store; build it again, it resumes"
@@ -35,7 +34,7 @@ def _open(path):
         if found <= end:
             raise FileNotFoundError(f"{path / shard} has {found:,} bytes, more than {end:,} expected; copy it again")
         check_version(path / shard)
-    return index.assign(shard=os.fspath(path) + os.sep + index["shard"]), index.attrs["size"]
+    return index.assign(shard=os.fspath(path) + os.sep + index["shard"], codec=index.attrs["codec"]), index.attrs["size"]
 
 def _join(paths):
     "(table of all parts in order, size)."
@@ -61,7 +60,8 @@ class SliceStore:
         table, self.size = _join(self.paths)
         self._start, self._bytes, self._crc32 = (table[c].to_numpy() for c in ("start", "bytes", "crc32"))
         self._shard, self._shards = pd.factorize(table["shard"])
-        self.table = table.drop(columns=["start", "bytes", "crc32", "shard"])
+        self._decompress = [codec(name)[1] for name in table.drop_duplicates("shard")["codec"]]
+        self.table = table.drop(columns=["start", "bytes", "crc32", "shard", "codec"])
         self._maps = [None] * len(self._shards)
 
     def __len__(self):
@@ -95,7 +95,7 @@ class SliceStore:
         out = np.empty((len(rows), self.size, self.size), np.int16) if out is None else out
         for i, into in zip(rows, out):
             try:
-                decompress(self._chunk(i), into)
+                self._decompress[self._shard[i]](self._chunk(i), into)
             except (OSError, RuntimeError, ValueError) as error:
                 raise ValueError(f"{self._shards[self._shard[i]]}: slice {i} is damaged ({error}); copy or build the "
                                  "shard again") from error

@@ -15,7 +15,7 @@ from ct_files import NATIVE, ct_file, reference, stored_values
 
 from rsnape_kit import build
 from rsnape_kit.dicom import DicomError, scan
-from rsnape_kit.shard import read_footer
+from rsnape_kit.shard import CODECS, read_footer
 from rsnape_kit.store import DicomSource, SliceStore, build_store, to_quarter_hu
 
 
@@ -55,6 +55,29 @@ def test_equals_pydicom_whatever_the_way(tmp_path):
     full = SliceStore(build_store(root, tmp_path / "full", size=512))
     assert full.size == 512 and full.table.exact.all()
     np.testing.assert_array_equal(full[2] / 4, reference(direct.table.path[2]).clip(-1024, 8191))
+
+
+def test_codecs_hold_the_same_slices_and_open_as_one(tmp_path):
+    root = competition(tmp_path / "train", shape=(512, 512), slices=4)
+    expected = SliceStore(build_store(root, tmp_path / "tiles"))[:]
+    paths = [build_store(root, tmp_path / f"{i}{name}", part=(i, 2), codec=name) for i, name in enumerate(CODECS)]
+    mixed = SliceStore(*paths)
+    assert [len(SliceStore(path)) > 0 for path in paths] == [True, True]
+    np.testing.assert_array_equal(mixed[:], expected)
+    rows = np.random.default_rng(0).integers(0, len(mixed), 100)
+    with ThreadPoolExecutor(4) as threads:
+        for row, image in zip(rows, threads.map(mixed.__getitem__, rows)):
+            np.testing.assert_array_equal(image, expected[row])
+    shard = next(paths[1].glob("*.slices"))
+    first, raw = read_footer(shard)[0].iloc[0], bytearray(shard.read_bytes())
+    raw[first.start:first.start + first.bytes] = bytes(first.bytes)  # not even a chunk
+    shard.write_bytes(raw)
+    damaged = SliceStore(paths[1])
+    with pytest.raises(ValueError, match="slice 0 is damaged.*build the shard again"):
+        damaged[:]
+    assert damaged.verify() == [0]
+    with pytest.raises(ValueError, match="choose one of tiles, blosc2"):
+        build_store(root, tmp_path / "zip", codec="zip")
 
 
 def test_sizes_and_padding(tmp_path):
