@@ -7,12 +7,13 @@ __all__ = ['decimal']
 
 # %% ../nbs/100_decimals.ipynb #47f345c2
 import numpy as np
-from numba import njit
+
+from .compiled import compiled
 
 # %% ../nbs/100_decimals.ipynb #a8d3f6e8
 _power = 10.0 ** np.arange(23)  # exact in float64
 
-@njit(cache=True, nogil=True)
+@compiled
 def decimal(
     buf,  # uint8 [n]
     start,  # first byte of the text

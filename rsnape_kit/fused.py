@@ -9,33 +9,20 @@ __all__ = ['fused']
 import numpy as np
 
 from .affine import FRACTION
-
-try:
-    import numba
-except ImportError:
-    numba = None
+from .compiled import compiled
 
 # %% ../nbs/203_fused.ipynb #5b8ea420
 _i32, _u32 = np.int32, np.uint32
 
 
-def _compiled(function):
-    if numba is None:
-        return function
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # nowhere to keep the compiled code
-        return numba.njit(nogil=True)(function)
-
-
-@_compiled
+@compiled
 def _hide(stored, a, b, fill):
     for row in range(len(stored)):
         stored[row, :a] = fill
         stored[row, b:] = fill
 
 
-@_compiled
+@compiled
 def _extremes(flat):
     low, high = flat[0], flat[0]
     for i in range(flat.size):
@@ -43,7 +30,7 @@ def _extremes(flat):
     return low, high
 
 # %% ../nbs/203_fused.ipynb #7ed9c6a8
-@_compiled
+@compiled
 def _factors(low, high, ends, per_image):
     factors = np.empty((len(ends), 3), np.int32)
     for c in range(len(ends)):
@@ -56,7 +43,7 @@ def _factors(low, high, ends, per_image):
     return factors
 
 # %% ../nbs/203_fused.ipynb #c6fdbc57
-@_compiled
+@compiled
 def _steps(job, size):
     steps = np.empty((2, size), np.int32)
     for column in range(size):
@@ -65,7 +52,7 @@ def _steps(job, size):
     return steps
 
 
-@_compiled
+@compiled
 def _pick(flat, job, source, row, steps, index, values):
     half, one, ones, bits, sign = _i32(source // 2), _i32(1), _i32((1 << FRACTION) - 1), _i32(FRACTION), _i32(31)
     here = _i32(_i32(steps.shape[1] // 2) - _i32(row))
@@ -81,7 +68,7 @@ def _pick(flat, job, source, row, steps, index, values):
         values[column] = flat[_u32(index[column])]
 
 # %% ../nbs/203_fused.ipynb #3efc1a99
-@_compiled
+@compiled
 def _mix(flat, job, source, row, steps, index, weights, near, values):
     half, most, bits, shift, low = source // 2, _i32((source - 1) << FRACTION), _i32(FRACTION), _i32(FRACTION - 7), _i32(0)
     here, last, seven = _i32(_i32(steps.shape[1] // 2) - _i32(row)), _i32(source - 2), _i32(7)
@@ -97,14 +84,14 @@ def _mix(flat, job, source, row, steps, index, weights, near, values):
     _blend_rows(near[0], near[1], near[2], near[3], v, u, values)
 
 # %% ../nbs/203_fused.ipynb #0676ab79
-@_compiled
+@compiled
 def _fetch(flat, index, down, a, b, c, d):
     for i in range(index.size):
         at = _u32(index[i])
         a[i], b[i], c[i], d[i] = flat[at], flat[at + _u32(1)], flat[at + down], flat[at + down + _u32(1)]
 
 
-@_compiled
+@compiled
 def _blend_rows(a, b, c, d, v, u, values):
     one = _i32(128)
     for i in range(values.size):
@@ -114,7 +101,7 @@ def _blend_rows(a, b, c, d, v, u, values):
         values[i] = np.int16(_i32(total + _i32(8192)) >> _i32(14))
 
 # %% ../nbs/203_fused.ipynb #b4238082
-@_compiled
+@compiled
 def _window(values, low, high, factor, out):
     half, bits = _i32(1 << 21), _i32(22)
     for i in range(values.size):
@@ -122,13 +109,13 @@ def _window(values, low, high, factor, out):
         out[i] = np.uint8(_i32(_i32(step * factor) + half) >> bits)
 
 
-@_compiled
+@compiled
 def _lay(values, out, stride):
     for i in range(values.size):
         out[np.uint64(i * stride)] = values[i]
 
 
-@_compiled
+@compiled
 def _window3(values, factors, out):
     low0, high0, factor0 = factors[0]
     low1, high1, factor1 = factors[1]
@@ -144,7 +131,7 @@ def _window3(values, factors, out):
         out[3 * i + 2] = np.uint8(_i32(_i32(step2 * factor2) + half) >> bits)
 
 # %% ../nbs/203_fused.ipynb #dd4fbc49
-@_compiled
+@compiled
 def fused(
     stored,  # int16 [S, S], C order, quarter-HU; hidden columns are overwritten
     job,  # int32 [9]: six of the map, hidden up to, hidden from, filled with

@@ -7,8 +7,8 @@ __all__ = ['FIELDS', 'FIELD', 'NUMBER', 'NUMBERS', 'FOUND', 'MORE', 'UNUSUAL', '
 
 # %% ../nbs/101_header.ipynb #d3dff3a1
 import numpy as np
-from numba import njit
 
+from .compiled import compiled
 from .decimals import decimal
 
 # %% ../nbs/101_header.ipynb #0d469fa9
@@ -76,7 +76,7 @@ _jpeg = np.frombuffer(b"1.2.840.10008.1.2.4.", np.uint8)
 FOUND, MORE, UNUSUAL = 0, 1, 2  # what a walk comes to
 
 # %% ../nbs/101_header.ipynb #0fa681c9
-@njit(cache=True, nogil=True)
+@compiled
 def _same(buf, start, length, text, prefix):
     "Does `buf` hold `text` at `start`, alone but for one padding NUL, or followed by more (`prefix`)?"
     if length > 0 and buf[start + length - 1] == 0:
@@ -88,7 +88,7 @@ def _same(buf, start, length, text, prefix):
             return False
     return True
 
-@njit(cache=True, nogil=True)
+@compiled
 def _element(buf, pos, size, implicit):
     "(value representation or 0, length, place of the value) of the element at `pos`; length -2: odd, -3: cut off."
     a, b = np.int64(buf[pos + 4]), np.int64(buf[pos + 5])
@@ -108,7 +108,7 @@ def _element(buf, pos, size, implicit):
     return a | b << 8, length | np.int64(buf[pos + 10]) << 16 | np.int64(buf[pos + 11]) << 24, pos + 12
 
 # %% ../nbs/101_header.ipynb #18ac2666
-@njit(cache=True, nogil=True)
+@compiled
 def walk(
     buf,  # uint8 [n], the beginning of a file
     size,  # how many bytes of it count
@@ -159,7 +159,7 @@ def walk(
     return MORE
 
 # %% ../nbs/101_header.ipynb #9570949e
-@njit(cache=True, nogil=True)
+@compiled
 def parse(
     buf,  # uint8 [n], the file's beginning
     at,  # int64 [fields], from `walk`
@@ -188,7 +188,7 @@ def parse(
     return FOUND
 
 # %% ../nbs/101_header.ipynb #a69f8f6e
-@njit(cache=True, nogil=True)
+@compiled
 def walk_many(
     bufs,  # uint8 [files, bytes]
     sizes,  # int64 [files], bytes that count in each

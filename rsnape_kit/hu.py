@@ -12,13 +12,13 @@ from functools import lru_cache
 from math import isnan
 
 import numpy as np
-from numba import njit
 
+from .compiled import compiled
 from .header import FIELD, FIELDS, FOUND, NUMBER, NUMBERS, DicomError, parse, walk
 from .jpeg import CODECS, decode
 
 # %% ../nbs/103_hu.ipynb #0062ca03
-@njit(cache=True, nogil=True)
+@compiled
 def _add(
     stored,  # int16 or uint16 [pixels], turned into HU in place; the other arguments are of the same type
     mask,  # the bits that count
@@ -33,7 +33,7 @@ def _add(
         value = kind(((stored[i] & mask) ^ sign) - sign)
         stored[i] = min(max(value, lowest), highest) + intercept
 
-@njit(cache=True, nogil=True)
+@compiled
 def _scale(stored, mask, sign, slope, intercept, lowest):
     "The same for any slope and intercept, rounded to the nearest HU."
     kind = stored.dtype.type
@@ -96,7 +96,7 @@ def _buffers():
 _monochrome = np.frombuffer(b"MONOCHROME", np.uint8)
 _iso_ir = np.frombuffer(b"ISO_IR 6  ISO_IR 100ISO_IR 192", np.uint8).reshape(3, 10)
 
-@njit(cache=True, nogil=True)
+@compiled
 def _one_of(buf, start, length, texts):
     "Does `buf` hold one of `texts` (padded with spaces) at `start`, and nothing else?"
     for text in texts:
@@ -107,7 +107,7 @@ def _one_of(buf, start, length, texts):
             return True
     return False
 
-@njit(cache=True, nogil=True)
+@compiled
 def _is_plain(
     buf,  # uint8, the header
     got,  # bytes of it

@@ -9,8 +9,8 @@ __all__ = ['REGIONS', 'Clots', 'regions', 'children', 'walk', 'track', 'acute', 
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numba import njit
 
+from .compiled import compiled
 from .phantom_paint import cover_capsules, empty_box
 from .phantom_vessels import Tree
 
@@ -121,7 +121,7 @@ def chronic(points, region, rng, value=70.) -> Clots:
     return out
 
 # %% ../nbs/308_phantom_clots.ipynb #31a38bf8
-@njit(nogil=True, cache=True)
+@compiled(plain=False)
 def _inside(clot, rim, hole, lumen, box):
     for j in range(box[0], box[1]):
         for i in range(box[2], box[3]):
@@ -154,7 +154,7 @@ class ClotCover:
         self.part()[:] = 0
 
 # %% ../nbs/308_phantom_clots.ipynb #56f0cb5a
-@njit(nogil=True, cache=True)
+@compiled(plain=False)
 def _touching(tubes, clots, margin):
     "Which tubes' boxes come within a margin of any clot's box"
     out = np.zeros(len(tubes), np.bool_)

@@ -9,9 +9,9 @@ __all__ = ['LONG', 'ACROSS', 'UP', 'Heart', 'chambers', 'rv_lv_ratio', 'Blood', 
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from scipy.ndimage import gaussian_filter1d
 
+from .compiled import compiled
 from .phantom_body import Patient, spine_y
 from .phantom_bones import front_y
 from .phantom_paint import Canvas, Tissue
@@ -99,7 +99,7 @@ def paint_heart(
                            [4, -22, -46, 2, 18, -22, -52, 1.8], [18, -22, -52, 1.6, 36, -46, -70, 1.4]]), blood.aorta, t.AORTA)
 
 # %% ../nbs/307_phantom_heart.ipynb #0c471795
-@njit(nogil=True, cache=True)
+@compiled(plain=False)
 def _reach_of_points(lo, hi, y0, px, z, points, margin):
     "Widen the borders to hold spheres [n, 4] cut at height z"
     for k in range(len(points)):

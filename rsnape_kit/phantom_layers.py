@@ -7,19 +7,19 @@ __all__ = ['edge', 'angle_index', 'paint_body']
 
 # %% ../nbs/303_phantom_layers.ipynb #46658e63
 import numpy as np
-from numba import njit
 
+from .compiled import compiled
 from .phantom_body import N_ANGLES
 from .phantom_paint import Tissue
 
 # %% ../nbs/303_phantom_layers.ipynb #3994b773
-@njit(nogil=True, inline="always")
+@compiled(plain=False, inline="always")
 def edge(s, w):
     "Coverage at depth s below a surface whose edge is w wide"
     return min(1., max(0., .5 + s / w))
 
 
-@njit(nogil=True, inline="always")
+@compiled(plain=False, inline="always")
 def angle_index(y, x):
     "Index into the contour table of the direction (x, y)"
     a, b = min(abs(x), abs(y)), max(abs(x), abs(y)) + 1e-9
@@ -32,7 +32,7 @@ def angle_index(y, x):
     return int(((r if y >= 0 else -r) * .159154943 + 1.) * N_ANGLES) & (N_ANGLES - 1)
 
 # %% ../nbs/303_phantom_layers.ipynb #18686867
-@njit(nogil=True, inline="always")
+@compiled(plain=False, inline="always")
 def _fat_hu(depth, dy, tx, ft):
     "Fat under the skin: strands in it, and glands where it is deep in front"
     v = -104. + 6. * tx + min(1., max(0., (tx + .6 * ft - 2.2) * 1.5)) * 70.
@@ -41,7 +41,7 @@ def _fat_hu(depth, dy, tx, ft):
     return v
 
 
-@njit(nogil=True, inline="always")
+@compiled(plain=False, inline="always")
 def _muscle_hu(r, plane, thickness, tx, ft):
     "Muscle with the fat between and within its bellies"
     v = 54. + 5. * tx + 3. * ft
@@ -51,7 +51,7 @@ def _muscle_hu(r, plane, thickness, tx, ft):
     return v
 
 
-@njit(nogil=True, inline="always")
+@compiled(plain=False, inline="always")
 def _rib_hu(v, depth, cartilage, marrow, ft, soft):
     "Cortex around marrow, or cartilage, blended into v"
     bone = 640. + edge(depth - 1.5, 1.6) * (marrow + 40. * ft - 640.)
@@ -59,7 +59,7 @@ def _rib_hu(v, depth, cartilage, marrow, ft, soft):
     return v + edge(depth, soft * 1.2) * (bone - v)
 
 
-@njit(nogil=True, inline="always")
+@compiled(plain=False, inline="always")
 def _belly_hu(x, y, liver, tx, soft):
     "Below the diaphragm: liver to the right, spleen and stomach with its bubble to the left, fat between"
     if liver:
@@ -72,7 +72,7 @@ def _belly_hu(x, y, liver, tx, soft):
     return v + edge((.8 - stomach) * 16., soft * 2) * ((-940. if y < -30. else 30. + 8. * tx) - v)
 
 # %% ../nbs/303_phantom_layers.ipynb #292faae4
-@njit(nogil=True, inline="always")
+@compiled(plain=False, inline="always")
 def _lung_hu(x, y, z, base, tx, ft):
     v = base + .55 * (y - 10.) + 15. * tx + 16. * ft
     oblique = y - 8. - .75 * (z + 40.)
@@ -86,7 +86,7 @@ def _lung_hu(x, y, z, base, tx, ft):
     return v
 
 
-@njit(nogil=True, inline="always")
+@compiled(plain=False, inline="always")
 def _cavity_hu(x, y, z, par, tx, ft, soft, thick):
     "Value and tissue inside the chest wall, outside the mediastinum"
     base, right, left, fluid_r, fluid_l = par[0], par[1], par[2], par[3], par[4]
@@ -108,7 +108,7 @@ def _cavity_hu(x, y, z, par, tx, ft, soft, thick):
     return v, ident
 
 # %% ../nbs/303_phantom_layers.ipynb #e7d1460c
-@njit(nogil=True, inline="always")
+@compiled(plain=False, inline="always")
 def _wall_hu(v, ident, r, dy, radii, marrow, tx, ft, soft):
     "Value and tissue in the chest wall, blended into what is there"
     s = radii[7] - r
@@ -131,7 +131,7 @@ def _wall_hu(v, ident, r, dy, radii, marrow, tx, ft, soft):
     return v, ident
 
 # %% ../nbs/303_phantom_layers.ipynb #149d176e
-@njit(nogil=True, cache=True, fastmath=True)
+@compiled(plain=False, fastmath=True)
 def paint_body(
     hu,      # float32 [H, W], air to begin with, changed in place
     tissue,  # uint8 [H, W], changed in place

@@ -9,8 +9,8 @@ __all__ = ['Tissue', 'empty_box', 'cover_capsules', 'cover_ellipsoid', 'fill', '
 from enum import IntEnum
 
 import numpy as np
-from numba import njit
 
+from .compiled import compiled
 from .phantom_texture import texture, tile
 
 # %% ../nbs/301_phantom_paint.ipynb #2e92e490
@@ -22,12 +22,12 @@ def empty_box() -> np.ndarray:  # int64 [4]: first and end row, first and end co
     return np.array([1 << 30, 0, 1 << 30, 0])
 
 
-@njit(nogil=True, cache=True)
+@compiled(plain=False)
 def _widen(box, j0, j1, i0, i1):
     box[0], box[1], box[2], box[3] = min(box[0], j0), max(box[1], j1), min(box[2], i0), max(box[3], i1)
 
 
-@njit(nogil=True, cache=True)
+@compiled(plain=False)
 def _reach_box(view, shape, ax, ay, az, bx, by, bz, reach):
     "Rows and columns that a tube from a to b can touch in this slice; empty if it misses"
     x0, y0, px, z = view[0], view[1], view[2], view[3]
@@ -42,7 +42,7 @@ def _reach_box(view, shape, ax, ay, az, bx, by, bz, reach):
             max(0, int((min(xa, xb) - reach - x0) / px)), min(shape[1], int((max(xa, xb) + reach - x0) / px) + 2))
 
 # %% ../nbs/301_phantom_paint.ipynb #94c91c94
-@njit(nogil=True, cache=True)
+@compiled(plain=False)
 def cover_capsules(
     cov,   # float32 [H, W] coverage 0..1, raised in place
     box,   # int64 [4], widened in place
@@ -75,7 +75,7 @@ def cover_capsules(
                         cov[j, i] = min(1., a)
 
 # %% ../nbs/301_phantom_paint.ipynb #cffeb071
-@njit(nogil=True, cache=True)
+@compiled(plain=False)
 def _grown(axes, grow):
     "Axes of an ellipsoid whose half-lengths are longer by `grow` mm, and its half-extents in x and y"
     m, ex, ey = np.zeros((3, 3)), 0., 0.
@@ -90,14 +90,14 @@ def _grown(axes, grow):
     return m, np.sqrt(ex), np.sqrt(ey)
 
 
-@njit(nogil=True, cache=True)
+@compiled(plain=False)
 def _power_norm(u, v, w, power):
     if power == 2.:
         return np.sqrt(u * u + v * v + w * w) + 1e-6
     return (abs(u)**power + abs(v)**power + abs(w)**power)**(1 / power) + 1e-6
 
 
-@njit(nogil=True, cache=True)
+@compiled(plain=False)
 def _ellipsoid_coverage(m, u, v, w, power, soft, thick):
     "Coverage, not yet clipped to one, where the transformed point is u, v, w: depth over the width of the edge there"
     q = _power_norm(u, v, w, power)
@@ -108,7 +108,7 @@ def _ellipsoid_coverage(m, u, v, w, power, soft, thick):
     return .5 + (1 - q) / g / (soft + thick * abs(gz) / g)
 
 # %% ../nbs/301_phantom_paint.ipynb #e960d156
-@njit(nogil=True, cache=True)
+@compiled(plain=False)
 def cover_ellipsoid(
     cov,     # float32 [H, W] coverage 0..1, raised in place
     box,     # int64 [4], widened in place
@@ -140,7 +140,7 @@ def cover_ellipsoid(
                     cov[j, i] = min(1., a)
 
 # %% ../nbs/301_phantom_paint.ipynb #90d0451c
-@njit(nogil=True, cache=True)
+@compiled(plain=False)
 def fill(
     hu,      # float32 [H, W], changed in place
     tissue,  # uint8 [H, W], changed in place

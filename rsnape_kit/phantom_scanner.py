@@ -7,8 +7,8 @@ __all__ = ['paint_couch', 'paint_arteries', 'paint_slice', 'rays', 'add_streaks'
 
 # %% ../nbs/312_phantom_scanner.ipynb #487ca0c8
 import numpy as np
-from numba import njit
 
+from .compiled import compiled
 from .phantom_body import N_ANGLES, centre_y, contours, couch_y, rise
 from .phantom_bones import paint_shoulders, paint_spine, paint_sternum
 from .phantom_clots import ClotCover
@@ -20,7 +20,7 @@ from .phantom_study import Study
 from .phantom_texture import TILE, tile
 
 # %% ../nbs/312_phantom_scanner.ipynb #207eb9f7
-@njit(nogil=True, cache=True)
+@compiled(plain=False)
 def paint_couch(hu, tissue, view, y, sign, tex):
     "A curved carbon-fibre shell filled with foam under a thin mattress, at depth y (sign -1: above it)"
     x0, y0, px, soft = view[0], view[1], view[2], view[4]
@@ -41,7 +41,7 @@ def paint_couch(hu, tissue, view, y, sign, tex):
                 hu[j, i] = max(hu[j, i], v)
 
 # %% ../nbs/312_phantom_scanner.ipynb #63ec09a8
-@njit(nogil=True, cache=True)
+@compiled(plain=False)
 def _fill_arteries(hu, tissue, lumen, box, clot, tex, value, mixing, thrombus):
     for j in range(box[0], box[1]):
         for i in range(box[2], box[3]):
@@ -105,7 +105,7 @@ def rays(phase: float) -> np.ndarray:  # float32 [N_ANGLES]
     return sum(w * np.cos(k * a + m * phase) for k, w, m in waves).astype(np.float32)
 
 
-@njit(nogil=True, cache=True, fastmath=True)
+@compiled(plain=False, fastmath=True)
 def add_streaks(hu, view, x, y, strength, by_angle):
     "Rays of light and shade around a dense vessel at x, y"
     x0, y0, px = view[0], view[1], view[2]
@@ -119,7 +119,7 @@ def add_streaks(hu, view, x, y, strength, by_angle):
                 hu[j, i] += fall * by_angle[angle_index(dy, dx)]
 
 # %% ../nbs/312_phantom_scanner.ipynb #75137234
-@njit(nogil=True, cache=True)
+@compiled(plain=False)
 def develop(
     out,     # int16 [H, W]
     hu,      # float32 [H, W]

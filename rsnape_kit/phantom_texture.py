@@ -7,7 +7,8 @@ __all__ = ['TILE', 'tile', 'texture']
 
 # %% ../nbs/300_phantom_texture.ipynb #1a96c055
 import numpy as np
-from numba import njit
+
+from .compiled import compiled
 
 # %% ../nbs/300_phantom_texture.ipynb #2b3da5fa
 TILE = 1024   # pixels, a power of two
@@ -35,7 +36,7 @@ def tile(name: str) -> np.ndarray:  # float32 [TILE, TILE], mean 0, variance 1, 
     return _tiles[name]
 
 # %% ../nbs/300_phantom_texture.ipynb #166d1cfb
-@njit(nogil=True, cache=True)
+@compiled(plain=False)
 def texture(
     out,   # float32 [H, W], overwritten
     tile,  # float32 [TILE, TILE]

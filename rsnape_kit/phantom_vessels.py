@@ -9,8 +9,8 @@ __all__ = ['ROOTS', 'lung_points', 'lobe', 'grow', 'Tree', 'plant', 'bronchi']
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
+from .compiled import compiled
 from .phantom_body import Patient, bump, cavity, centre_y, dome, rise
 from .phantom_paths import capsules
 
@@ -54,7 +54,7 @@ ROOTS = {   # where the tree of each part springs from: artery, how far along it
     "left lower": (("left lower", 1., 5.), ("left lower", 1., 5.))}
 
 # %% ../nbs/306_phantom_vessels.ipynb #7a147896
-@njit(nogil=True, cache=True)
+@compiled(plain=False)
 def _middle(leaves, idx, lo, hi):
     c = np.zeros(3)
     for k in range(lo, hi):
@@ -63,7 +63,7 @@ def _middle(leaves, idx, lo, hi):
     return c
 
 
-@njit(nogil=True, cache=True)
+@compiled(plain=False)
 def _widest(leaves, idx, lo, hi, c):
     m, w = np.zeros((3, 3)), np.array([1., .7, .4])
     for k in range(lo, hi):
@@ -76,7 +76,7 @@ def _widest(leaves, idx, lo, hi, c):
     return w
 
 
-@njit(nogil=True, cache=True)
+@compiled(plain=False)
 def _split(leaves, idx, lo, hi, c):
     w, i, j, tmp = _widest(leaves, idx, lo, hi, c), lo, hi - 1, idx[lo:hi].copy()
     for k in tmp:
@@ -92,7 +92,7 @@ def _split(leaves, idx, lo, hi, c):
     return i if lo < i < hi else (lo + hi) // 2
 
 # %% ../nbs/306_phantom_vessels.ipynb #f2986e28
-@njit(nogil=True, cache=True)
+@compiled(plain=False)
 def grow(
     leaves,  # float64 [n, 3] points to reach, mm
     start,   # float64 [4]: root and its radius

@@ -6,14 +6,14 @@
 __all__ = ['JOB', 'Pixels', 'make_jobs', 'slow_render', 'render']
 
 # %% ../nbs/204_pixels.ipynb #e765dcf6
-import warnings
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from .affine import MODES, fixed_point, warp
-from .fused import fused, numba
+from .compiled import numba, warn_once
+from .fused import fused
 from .masks import WIDTH, hidden_columns
 from .windows import PE_WINDOWS, SCALES, Window, apply_factors, scale_factors
 
@@ -72,9 +72,6 @@ def slow_render(
     return apply_factors(warp(stored, job[:6], pixels.size, pixels.mode), factors)
 
 # %% ../nbs/204_pixels.ipynb #495a4b85
-_warned = []
-
-
 def render(
     stored: np.ndarray,  # int16 [S, S], C order, quarter-HU; used up: hidden columns are overwritten
     job: np.ndarray,  # int32 [9], as make_jobs gives it
@@ -93,8 +90,6 @@ def render(
         raise ValueError(f"a slice at bytes {at} to {end} of a batch of {out.size}")
     if numba is not None:
         return fused(stored, job, pixels.ends, pixels.scale == "image", pixels.mode == "nearest", pixels.size, out, at, stride)
-    if not _warned:
-        _warned.append(warnings.warn("numba is not installed: pixels are made by numpy, the same but some 40 times slower; "
-                                     "pip install numba", stacklevel=2))
+    warn_once()
     shape, strides = (pixels.size, pixels.size, channels), (pixels.size * stride, stride, 1)
     np.lib.stride_tricks.as_strided(out[at:], shape, strides)[:] = slow_render(stored, job, pixels)

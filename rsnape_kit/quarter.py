@@ -7,15 +7,15 @@ __all__ = ['HIGHEST', 'AIR', 'to_quarter_hu', 'is_exact', 'stored_to_quarter_hu'
 
 # %% ../nbs/107_quarter.ipynb #b9e41722
 import numpy as np
-from numba import njit
 
+from .compiled import compiled
 from .hu import to_hu, whole_terms
 
 # %% ../nbs/107_quarter.ipynb #8105d1d2
 HIGHEST = 8191  # HU; four of them still fit in int16
 AIR = -1024  # HU; the lowest value of the usual 12-bit CT
 
-@njit(cache=True, nogil=True)
+@compiled
 def _sum_of_four(
     values,  # int16 or uint16 [2 S, 2 S]; the numbers that follow are of the same type
     low,  # the lowest that counts
@@ -27,8 +27,8 @@ def _sum_of_four(
     for r in range(out.shape[0]):
         top, bottom = values[2 * r], values[2 * r + 1]
         for c in range(out.shape[1]):
-            out[r, c] = (min(max(top[2 * c], low), high) + min(max(top[2 * c + 1], low), high)
-                         + min(max(bottom[2 * c], low), high) + min(max(bottom[2 * c + 1], low), high) + add)
+            out[r, c] = np.int16(min(max(top[2 * c], low), high) + min(max(top[2 * c + 1], low), high)
+                                 + min(max(bottom[2 * c], low), high) + min(max(bottom[2 * c + 1], low), high) + add)
 
 # %% ../nbs/107_quarter.ipynb #ddacc5bc
 def _overlap(

@@ -7,39 +7,42 @@ __all__ = ['compress', 'decompress']
 
 # %% ../nbs/109_tiles.ipynb #d8bb86ed
 import numpy as np
-from numba import njit
+
+from .compiled import compiled
 
 # %% ../nbs/109_tiles.ipynb #8e61eb56
 _u = np.uint64
 _lanes, _signs = _u(0x0001000100010001), _u(0x8000800080008000)  # four pixels in a word: a one in each, its top bit
 
-@njit(cache=True, nogil=True)
+@compiled
 def _plane(bits, width):
     "Which bits of each lane the plane takes once shifted down, and where they lie: above those of smaller planes."
     return _lanes * _u((1 << bits) - 1), width & _u(bits - 1)
 
-@njit(cache=True, nogil=True)
+@compiled
 def _put(tile, bits, width, words, at):
     "Write a plane of a tile's 16 words; where the next one goes."
     mask, shift = _plane(bits, width)
     for j in range(_u(bits)):
         word = _u(0)
         for k in range(_u(16 // bits)):
-            word |= (tile[j + _u(bits) * k] >> shift & mask) << _u(bits) * k
-        words[at + j] = word
+            step = _u(bits) * _u(k)
+            word |= (tile[_u(j) + step] >> shift & mask) << step
+        words[at + _u(j)] = word
     return at + _u(bits)
 
-@njit(cache=True, nogil=True)
+@compiled
 def _add(tile, bits, width, words, at):
     "Add a plane to a tile's 16 words; where the next one lies."
     mask, shift = _plane(bits, width)
     for k in range(_u(16 // bits)):
+        step = _u(bits) * _u(k)
         for j in range(_u(bits)):
-            tile[j + _u(bits) * k] += (words[at + j] >> _u(bits) * k & mask) << shift
+            tile[_u(j) + step] += (words[at + _u(j)] >> step & mask) << shift
     return at + _u(bits)
 
 # %% ../nbs/109_tiles.ipynb #4a8ce076
-@njit(cache=True, nogil=True)
+@compiled
 def _pack(values, bases, widths, words):
     "Fill `bases`, `widths` and `words` from int16 [8 m, 8 n]; how many words it took."
     rows, tile, at, t = values.view(np.uint64), np.empty(16, np.uint64), _u(0), 0
@@ -70,7 +73,7 @@ def _pack(values, bases, widths, words):
             t += 1
     return at
 
-@njit(cache=True, nogil=True)
+@compiled
 def _unpack(bases, widths, words, out):
     "Fill int16 [8 m, 8 n]; reads as many words as the widths add up to."
     rows, tile, at, t = out.view(np.uint64), np.empty(16, np.uint64), _u(0), 0
@@ -93,7 +96,7 @@ def _unpack(bases, widths, words, out):
             t += 1
 
 # %% ../nbs/109_tiles.ipynb #38c8f58b
-@njit(cache=True, nogil=True)
+@compiled
 def _checksum(words):
     "Their number and the sum of all words, each times another odd number: no one changed word goes unseen."
     total, odd = _u(words.size), _u(1)
@@ -102,14 +105,14 @@ def _checksum(words):
         odd += _u(2)
     return total
 
-@njit(cache=True, nogil=True)
+@compiled
 def _parts(chunk, tiles):
     "The bases, widths and words of a slice of so many tiles."
     end = 1 + (3 * tiles + 7) // 8
     head = chunk[1:end]
     return head.view(np.uint16)[:tiles], head.view(np.uint8)[2 * tiles:3 * tiles], chunk[end:]
 
-@njit(cache=True, nogil=True)
+@compiled
 def _write(values, chunk):
     "Fill uint64 `chunk`; how many words it took."
     bases, widths, words = _parts(chunk, values.size // 64)
@@ -117,7 +120,7 @@ def _write(values, chunk):
     chunk[0] = _checksum(chunk[1:size])
     return size
 
-@njit(cache=True, nogil=True)
+@compiled
 def _read(chunk, out):
     "Fill `out` from a chunk, if that is sound."
     tiles, total = out.size // 64, 0
@@ -125,7 +128,7 @@ def _read(chunk, out):
         return False
     bases, widths, words = _parts(chunk, tiles)
     for width in widths:
-        total += width
+        total += np.int64(width)
     if total != words.size:
         return False
     _unpack(bases, widths, words, out)
