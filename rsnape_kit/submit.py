@@ -21,7 +21,7 @@ from .ensemble import Ensemble, unfitted
 from .kaggle import HOUR, KAGGLE, attached, competition_dir, session
 from .labels import STUDY
 from .predictions import Predictions
-from .runs import find_runs
+from .runs import find_runs, run_settings
 from .submission import check_submission
 from .tables import read_csv
 
@@ -144,7 +144,7 @@ def _names(runs) -> list:
     found = {}
     for run in runs:
         try:
-            found[json.loads((Path(run) / "config.json").read_text())["settings"]["model"]] = True
+            found[run_settings(run)["model"]] = True
         except (OSError, ValueError, KeyError):  # noted when it is to be used
             continue
     return list(found)
@@ -152,7 +152,7 @@ def _names(runs) -> list:
 
 def _usable(runs, draft: Draft) -> dict:  # name -> folders
     "The runs that can be asked; what is wrong with the others is noted."
-    from rsnape_kit.answers import run_settings, run_weights
+    from rsnape_kit.answers import run_weights
 
     pairs = [(name, run) for name, folders in runs.items() for run in folders] if isinstance(runs, dict) else \
         [(None, run) for run in runs]
