@@ -27,7 +27,7 @@ class Team:
     out: Path  # folder of the runs; what they print goes to logs/ beside it
     models: tuple  # names; one that begins with another's body comes after it
     folds: int = 5
-    recipe: str = "full"  # of RECIPES
+    recipe: str = "demo"  # or 'quick'; the full one begins with published weights, of which a team knows nothing
     seed: int = 0
     tta: int = 0  # augmented looks at the held-out studies, besides the plain one
 
