@@ -16,7 +16,8 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from .recipes import BODIES, RECIPES
-from .runs import RunConfig, complete, epochs_done
+from .replacing import complete
+from .runs import RunConfig, epochs_done
 
 # %% ../nbs/424_team.ipynb #e89c702e
 @dataclass(frozen=True)

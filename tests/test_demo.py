@@ -16,7 +16,7 @@ from conftest import ROOT
 from rsnape_kit.demo import SIZES
 from rsnape_kit.dicom import scan
 from rsnape_kit.labels import EXAM_LABELS, SERIES, SLICE, STUDY
-from rsnape_kit.runs import complete
+from rsnape_kit.replacing import complete
 from rsnape_kit.submission import check_submission
 from rsnape_kit.tables import read_csv, sample_submission, slice_index
 
