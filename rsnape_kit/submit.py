@@ -21,6 +21,7 @@ from .ensemble import Ensemble, unfitted
 from .kaggle import HOUR, KAGGLE, attached, competition_dir, session
 from .labels import STUDY
 from .predictions import Predictions
+from .processes import child_environ, last_line
 from .runs import find_runs, run_settings
 from .submission import check_submission
 from .tables import read_csv
@@ -50,14 +51,13 @@ def scan_in_time(
     end: float,  # unix time
 ) -> pd.DataFrame:  # slices table
     "Scan a folder, or raise when time is up."
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:
-        done = subprocess.run([sys.executable, "-c", _SCAN, str(folder), str(out)], env=environ, capture_output=True, text=True,
-                              timeout=max(0., min(end - time.time(), 1e6)))
+        done = subprocess.run([sys.executable, "-c", _SCAN, str(folder), str(out)], env=child_environ(), capture_output=True,
+                              text=True, timeout=max(0., min(end - time.time(), 1e6)))
     except subprocess.TimeoutExpired:
         raise TimeoutError(f"time was up before {folder} was scanned") from None
     if done.returncode:
-        raise RuntimeError(f"{folder} could not be scanned: {(done.stderr.strip().splitlines() or ['nothing said'])[-1]}")
+        raise RuntimeError(f"{folder} could not be scanned: {last_line(done.stderr)}")
     return pd.read_parquet(out)
 
 # %% ../nbs/715_submit.ipynb #30e756c1

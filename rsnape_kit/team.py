@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from .processes import child_environ, last_line
 from .recipes import BODIES, RECIPES
 from .replacing import complete
 from .runs import RunConfig, epochs_done
@@ -86,9 +87,9 @@ def train_one(
     training.log.parent.mkdir(parents=True, exist_ok=True)
     with training.log.open("a") as file:
         done = subprocess.run([sys.executable, "-m", "rsnape_kit.cli", *training.command[1:]], stdout=file, stderr=file,
-                              env=os.environ | ONE_THREAD | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
+                              env=child_environ(**ONE_THREAD))
     if done.returncode or not complete(training.run / "oof"):
-        last = (training.log.read_text(errors="replace").strip().splitlines() or ["nothing was said"])[-1]
+        last = last_line(training.log.read_text(errors="replace"))
         raise RuntimeError(f"{' '.join(training.command)} failed: {last} (all of it is in {training.log})")
 
 # %% ../nbs/424_team.ipynb #8f66b0ae
