@@ -11,8 +11,9 @@ import numpy as np
 
 from rsnape_kit.losses import pack, weighted_bce
 from rsnape_kit.models.backend import import_keras, jit
+from rsnape_kit.models.costs import costs
 from rsnape_kit.models.image import body, efficientnet
-from rsnape_kit.models.volume import costs, efficientnet3d, fold_frames, resnet3d
+from rsnape_kit.models.volume import efficientnet3d, fold_frames, resnet3d
 
 rng = np.random.default_rng(0)
 

@@ -21,10 +21,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from rsnape_kit.labels import EXAM_LABELS, SERIES, SLICE, STUDY, exam_id
+from rsnape_kit.labels import SERIES, SLICE, STUDY
 from rsnape_kit.phantom import make_competition
 from rsnape_kit.recipes import RECIPES
 from rsnape_kit.settings import change
+from rsnape_kit.tables import sample_submission, slice_index
 
 SMALL = {"efficientnet": ["pixels.size=32", "network.width=.25"], "resnet3d": ["pixels.size=32", "network.width=.125"],
          "efficientnet3d": ["pixels.size=32", "network.width=.25"], "petaformer": ["size=32", "net.width=.125"]}
@@ -57,8 +58,7 @@ def make_test_set(folder: Path, made: Path, slices: int, per_study: int):
         rows += [(study, f"5e{i:010x}", f"{i:06x}{k:06x}", str(path)) for k, path in enumerate(files)]
     table = pd.DataFrame(rows, columns=[STUDY, SERIES, SLICE, "path"])
     table.drop(columns="path").to_csv(folder / "test.csv", index=False)
-    ids = [exam_id(study, label) for study in table[STUDY].unique() for label in EXAM_LABELS] + list(table[SLICE])
-    pd.DataFrame({"id": ids, "label": .5}).to_csv(folder / "sample_submission.csv", index=False)
+    sample_submission(slice_index(table)).to_csv(folder / "sample_submission.csv", index=False)
     table.to_parquet(folder / "files.parquet")
 
 

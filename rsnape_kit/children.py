@@ -16,6 +16,7 @@ from pathlib import Path
 
 from .answers import save_failure
 from .predict_work import Job
+from .processes import child_environ, last_line
 from .saved import write_text
 
 # %% ../nbs/421_children.ipynb #356e2280
@@ -64,7 +65,7 @@ class Child:
     def start(self):
         path = self.log.with_suffix(".job")
         path.write_bytes(pickle.dumps(self.job))
-        environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TF_CPP_MIN_LOG_LEVEL": "2"}
+        environ = child_environ(TF_CPP_MIN_LOG_LEVEL="2")
         environ |= {"CUDA_VISIBLE_DEVICES": self.gpu} if self.gpu else {}
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen([sys.executable, "-m", "rsnape_kit.predict_work", str(path)], env=environ,
@@ -77,7 +78,8 @@ class Child:
         if self.process.returncode == 0:
             return False
         self.deaths += 1
-        self.why = f"exit status {self.process.returncode}: {_last_line(self.log)}"
+        said = last_line(self.log.read_text(errors="replace"))
+        self.why = f"exit status {self.process.returncode}: {said}"
         at = self.job.note.read_text() if self.job.note.exists() else ""
         if not at or self.deaths >= DEATHS:
             for folder in self.job.runs.values():
@@ -99,9 +101,6 @@ class Child:
             self.process.kill()
             self.process.wait()
 
-
-def _last_line(path: Path) -> str:
-    return (path.read_text(errors="replace").strip().splitlines() or ["nothing said"])[-1]
 
 # %% ../nbs/421_children.ipynb #83ca24b2
 def run_round(

@@ -14,6 +14,7 @@ import pandas as pd
 
 from .ensemble import Ensemble
 from .labels import EXAM_WEIGHTS, IMAGE_LABEL, STUDY
+from .runs import run_settings
 from .saved import write_text
 from .submission import write_submission
 
@@ -40,8 +41,6 @@ def stages(
     ensemble: Ensemble,
 ) -> list:  # of lists of runs: first folds, then all others; the most valuable a second first
     "Who is asked when."
-    from rsnape_kit.answers import run_settings
-
     value = {run: worth(ensemble, name) / k**2 / seconds_of(run_settings(run))
              for name, runs in models.items() for k, run in enumerate(runs, 1)}
     first = [runs[0] for runs in models.values()]

@@ -18,7 +18,8 @@ from .config import TrainConfig, build_model
 from .labels import EXAM_LABELS
 from .models.backend import all_devices, import_keras, load_weights
 from .predictions import Predictions
-from .runs import complete, load_config
+from .replacing import complete
+from .runs import load_config
 from .tables import slice_index
 
 # %% ../nbs/408_infer.ipynb #b265a198

@@ -17,10 +17,11 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .labels import EXAM_LABELS, IMAGE_LABEL, SERIES, SLICE, STUDY, exam_id
+from .labels import IMAGE_LABEL, SERIES, SLICE, STUDY
 from .phantom_dicom import draw_style, hex_id, write_series
 from .phantom_heart import rv_lv_ratio
 from .phantom_study import DIFFICULTIES, Study, draw_study, exam_labels, image_labels, twin
+from .tables import sample_submission, slice_index
 
 # %% ../nbs/314_phantom.ipynb #7e510a1f
 @dataclass(frozen=True)
@@ -105,8 +106,7 @@ def write_tables(out: Path, records: list, cfg: Settings):
         rows.to_csv(out / ("train.csv" if name == "train" else "truth/test.csv"), index=False)
         if name == "test":
             rows[[STUDY, SERIES, SLICE]].to_csv(out / "test.csv", index=False)
-            ids = [exam_id(study, k) for study in rows[STUDY].unique() for k in EXAM_LABELS] + list(rows[SLICE])
-            pd.DataFrame(dict(id=ids, label=.5)).to_csv(out / "sample_submission.csv", index=False)
+            sample_submission(slice_index(rows)).to_csv(out / "sample_submission.csv", index=False)
     pd.DataFrame([r["facts"] for r in records]).to_csv(out / "truth" / "studies.csv", index=False)
     twins = [r for r in records if "twin" in r]
     if twins:

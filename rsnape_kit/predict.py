@@ -16,12 +16,12 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .answers import Asked, answers_folder, ask, gather, load_answer, run_settings
+from .answers import Asked, answers_folder, ask, gather, load_answer
 from .children import Child, lanes, run_round, visible_gpus
 from .config import MODELS
 from .predict_work import Job, framework_of
 from .predictions import Predictions
-from .runs import join_oof
+from .runs import join_oof, run_settings
 from .source import DicomSource
 
 # %% ../nbs/422_predict.ipynb #b0b99135

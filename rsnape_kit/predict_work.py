@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from .answers import load_answer, run_settings, save_answer, save_failure
+from .answers import load_answer, save_answer, save_failure
 from .config import MODELS
 from .loaded import fetch_study
+from .runs import run_settings
 from .saved import write_text
 
 # %% ../nbs/420_predict_work.ipynb #7ea56dd3

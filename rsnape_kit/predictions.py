@@ -6,8 +6,6 @@
 __all__ = ['Predictions']
 
 # %% ../nbs/003_predictions.ipynb #c151d17c
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import pandas as pd
 
 from . import tables
 from .labels import AUX_LABELS, EXAM_LABELS, IMAGE_LABEL, SLICE, STUDY
+from .replacing import complete, replacing
 
 # %% ../nbs/003_predictions.ipynb #19cb1fed
 def _checked_exams(exams: pd.DataFrame) -> pd.DataFrame:
@@ -61,29 +60,6 @@ def _check_same_studies(exams: pd.DataFrame, images: pd.Series):
         if len(lonely):
             raise ValueError(f"study {lonely[0]!r} has {has} but not {lacks}; "
                              "give NaN where a model predicts only one of the two")
-
-# %% ../nbs/003_predictions.ipynb #b054f025
-def _write_folder(exams: pd.DataFrame, images: pd.Series, folder: Path):
-    _put_back(folder)
-    fresh, old = folder.with_name(folder.name + ".new"), _old(folder)
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    exams.reset_index().to_parquet(fresh / "exams.parquet", index=False)
-    images.reset_index().to_parquet(fresh / "images.parquet", index=False)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(fresh, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _old(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".old")
-
-
-def _put_back(folder: Path):
-    if not folder.exists() and _old(folder).exists():
-        os.replace(_old(folder), folder)
 
 # %% ../nbs/003_predictions.ipynb #2991c0b2
 @dataclass(frozen=True, eq=False, repr=False)
@@ -139,13 +115,15 @@ class Predictions:
 
     def save(self, folder):  # made if need be; what it holds is replaced as a whole
         "Write exams.parquet and images.parquet."
-        _write_folder(self.exams, self.images, Path(folder))
+        with replacing(folder) as fresh:
+            self.exams.reset_index().to_parquet(fresh / "exams.parquet", index=False)
+            self.images.reset_index().to_parquet(fresh / "images.parquet", index=False)
 
     @classmethod
     def load(cls, folder):  # as `save` wrote it
         "Read predictions back."
-        _put_back(Path(folder))
-        exams, images = (pd.read_parquet(Path(folder) / f"{name}.parquet") for name in ("exams", "images"))
+        folder = complete(folder) or Path(folder)
+        exams, images = (pd.read_parquet(folder / f"{name}.parquet") for name in ("exams", "images"))
         return cls(exams.set_index(STUDY), pd.Series(images[IMAGE_LABEL].to_numpy(), tables.slice_index(images)))
 
     def __repr__(self):

@@ -17,6 +17,7 @@ from .dataset import read_json
 from .environment import find_python
 from .kaggle import COMPETITION
 from .preflight import KERNEL
+from .processes import last_line
 from .submission import check_submission
 from .tables import read_csv
 
@@ -93,8 +94,8 @@ def _run(command: list, told: dict, seconds: float) -> tuple:
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     except subprocess.TimeoutExpired as error:
         return (error.stdout or b"").decode(), f"not done after {seconds:.0f} s", time.monotonic() - start
-    last = (result.stdout.strip().splitlines() or ["no word"])[-1]
-    return result.stdout, f"the kernel failed: {last}" if result.returncode else "", time.monotonic() - start
+    problem = f"the kernel failed: {last_line(result.stdout)}" if result.returncode else ""
+    return result.stdout, problem, time.monotonic() - start
 
 
 def _faults(submission: Path, competition: Path) -> str:

@@ -21,7 +21,8 @@ from .ensemble import Ensemble, unfitted
 from .kaggle import HOUR, KAGGLE, attached, competition_dir, session
 from .labels import STUDY
 from .predictions import Predictions
-from .runs import find_runs
+from .processes import child_environ, last_line
+from .runs import find_runs, run_settings
 from .submission import check_submission
 from .tables import read_csv
 
@@ -50,14 +51,13 @@ def scan_in_time(
     end: float,  # unix time
 ) -> pd.DataFrame:  # slices table
     "Scan a folder, or raise when time is up."
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:
-        done = subprocess.run([sys.executable, "-c", _SCAN, str(folder), str(out)], env=environ, capture_output=True, text=True,
-                              timeout=max(0., min(end - time.time(), 1e6)))
+        done = subprocess.run([sys.executable, "-c", _SCAN, str(folder), str(out)], env=child_environ(), capture_output=True,
+                              text=True, timeout=max(0., min(end - time.time(), 1e6)))
     except subprocess.TimeoutExpired:
         raise TimeoutError(f"time was up before {folder} was scanned") from None
     if done.returncode:
-        raise RuntimeError(f"{folder} could not be scanned: {(done.stderr.strip().splitlines() or ['nothing said'])[-1]}")
+        raise RuntimeError(f"{folder} could not be scanned: {last_line(done.stderr)}")
     return pd.read_parquet(out)
 
 # %% ../nbs/715_submit.ipynb #30e756c1
@@ -144,7 +144,7 @@ def _names(runs) -> list:
     found = {}
     for run in runs:
         try:
-            found[json.loads((Path(run) / "config.json").read_text())["settings"]["model"]] = True
+            found[run_settings(run)["model"]] = True
         except (OSError, ValueError, KeyError):  # noted when it is to be used
             continue
     return list(found)
@@ -152,7 +152,7 @@ def _names(runs) -> list:
 
 def _usable(runs, draft: Draft) -> dict:  # name -> folders
     "The runs that can be asked; what is wrong with the others is noted."
-    from rsnape_kit.answers import run_settings, run_weights
+    from rsnape_kit.answers import run_weights
 
     pairs = [(name, run) for name, folders in runs.items() for run in folders] if isinstance(runs, dict) else \
         [(None, run) for run in runs]

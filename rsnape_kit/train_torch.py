@@ -18,8 +18,9 @@ from .learner_torch import GroupLoader, Loaders, make_learner
 from .parallel_torch import SameNorms, add_over_processes, parallel, processes, wait
 from .predictions import Predictions
 from .prior import best_constants
+from .replacing import complete
 from .resume_torch import Checkpoint, Score
-from .runs import adopt, complete, epochs_done
+from .runs import adopt, epochs_done
 from .train import source_fingerprint
 
 # %% ../nbs/417_train_torch.ipynb #0b26802e

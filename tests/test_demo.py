@@ -15,10 +15,10 @@ from conftest import ROOT
 
 from rsnape_kit.demo import SIZES
 from rsnape_kit.dicom import scan
-from rsnape_kit.labels import EXAM_LABELS, SERIES, SLICE, STUDY, exam_id
-from rsnape_kit.runs import complete
+from rsnape_kit.labels import EXAM_LABELS, SERIES, SLICE, STUDY
+from rsnape_kit.replacing import complete
 from rsnape_kit.submission import check_submission
-from rsnape_kit.tables import read_csv
+from rsnape_kit.tables import read_csv, sample_submission, slice_index
 
 CT = Path(os.environ.get("RSNAPE_CT", ROOT.parent / "shared" / "data"))
 SERIES_OF = {"lidc1": "lidc_small/LIDC-IDRI-0001", "lidc2": "lidc_small/LIDC-IDRI-0002",  # the second without contrast
@@ -83,8 +83,7 @@ def real(tmp_path):
     with pytest.warns(UserWarning, match="no ImagePositionPatient"):
         table = scan(tmp_path / "test")
     table[[STUDY, SERIES, SLICE]].to_csv(tmp_path / "test.csv", index=False)
-    ids = [exam_id(study, label) for study in table[STUDY].unique() for label in EXAM_LABELS] + list(table[SLICE])
-    pd.DataFrame({"id": ids, "label": .5}).to_csv(tmp_path / "sample_submission.csv", index=False)
+    sample_submission(slice_index(table)).to_csv(tmp_path / "sample_submission.csv", index=False)
     return tmp_path
 
 

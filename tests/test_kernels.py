@@ -13,10 +13,10 @@ from rsnape_kit.folds import folds
 from rsnape_kit.kaggle import HEADER
 from rsnape_kit.kernels import export_kernels
 from rsnape_kit.labels import AUX_LABELS, EXAM_LABELS, IMAGE_LABEL, SLICE, STUDY
-from rsnape_kit.predictions import Predictions
 from rsnape_kit.prior import prior
 from rsnape_kit.runs import RunConfig, open_run
 from rsnape_kit.simulate import simulate_model, simulate_truth
+from rsnape_kit.tables import sample_submission, slice_index
 
 COMPETITION = "rsna-str-pulmonary-embolism-detection"
 
@@ -28,8 +28,7 @@ def competition(folder):
     train[list(EXAM_LABELS + AUX_LABELS)] = 0
     train["negative_exam_for_pe"] = (train[STUDY] == "a2").astype(int)
     test = pd.DataFrame({STUDY: ["c1", "c2", "c1"], SLICE: ["d1", "d2", "d3"]})
-    empty = Predictions(pd.DataFrame(.5, ["c1", "c2"], EXAM_LABELS),
-                        pd.Series(.5, pd.MultiIndex.from_frame(test))).to_submission().sample(frac=1, random_state=0)
+    empty = sample_submission(slice_index(test)).sample(frac=1, random_state=0)
     for name, table in (("train", train), ("test", test), ("sample_submission", empty)):
         table.to_csv(folder / f"{name}.csv", index=False)
     return empty

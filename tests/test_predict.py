@@ -19,6 +19,7 @@ from rsnape_kit.infer_torch import infer as infer_torch
 from rsnape_kit.labels import EXAM_LABELS, STUDY
 from rsnape_kit.phantom import make_competition
 from rsnape_kit.predict import plan, predict, run_work
+from rsnape_kit.processes import child_environ
 from rsnape_kit.store import DicomSource, SliceStore, build_store
 
 
@@ -216,8 +217,7 @@ threading.Thread(target=end, daemon=True).start()
 predict([{str(runs['petaformer'][0])!r}], pd.read_parquet({str(tmp_path / 'slices.parquet')!r}),
         out={str(tmp_path / 'answers')!r}, tta=200, progress=False)
 """
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run([sys.executable, "-c", code], env=environ, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], env=child_environ(), timeout=120)
     assert done.returncode == -9
     job = str(tmp_path / "answers" / "torch-0.job")
     for _ in range(600):
