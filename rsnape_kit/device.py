@@ -120,7 +120,9 @@ def with_pixels(
     side, lead = batches.feed.source.size, batches.rows(0).shape[1:]
     inputs = {"stored": keras.Input((*lead, side, side), dtype="int16", name="stored"),
               "jobs": keras.Input((*lead, JOB), dtype="int32", name="jobs")}
-    return keras.Model(inputs, network(PixelLayer(batches.pixels, batches.channels)(inputs)))
+    model = keras.Model(inputs, network(PixelLayer(batches.pixels, batches.channels)(inputs)))
+    model.dtype_policy = network.dtype_policy  # by which compile() knows that losses in float16 must be scaled
+    return model
 
 # %% ../nbs/210_device.ipynb #b03fcbec
 def on_tpu() -> bool:

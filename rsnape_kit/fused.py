@@ -170,6 +170,8 @@ def fused(
         target = out[at + row0 * size * stride:]
         if len(ends) == 3 and stride == 3:
             _window3(values, factors, target)
+        elif stride == 1:
+            _window(values, factors[0, 0], factors[0, 1], factors[0, 2], target)
         else:
             for c in range(len(ends)):
                 _window(values, factors[c, 0], factors[c, 1], factors[c, 2], seen)

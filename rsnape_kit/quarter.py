@@ -24,11 +24,14 @@ def _sum_of_four(
     out,  # int16 [S, S], filled
 ):
     "Clamp, then sum 2x2 blocks."
+    line = np.empty(values.shape[1], np.int16)
+    pairs, more = line.view(np.int32), np.int32(add)
     for r in range(out.shape[0]):
-        top, bottom = values[2 * r], values[2 * r + 1]
-        for c in range(out.shape[1]):
-            out[r, c] = np.int16(min(max(top[2 * c], low), high) + min(max(top[2 * c + 1], low), high)
-                                 + min(max(bottom[2 * c], low), high) + min(max(bottom[2 * c + 1], low), high) + add)
+        top, bottom, into = values[2 * r], values[2 * r + 1], out[r]
+        for c in range(line.size):
+            line[c] = np.int16(min(max(top[c], low), high) + min(max(bottom[c], low), high))
+        for c in range(pairs.size):
+            into[c] = np.int16(np.int32(pairs[c] + (pairs[c] >> 16)) + more)
 
 # %% ../nbs/107_quarter.ipynb #ddacc5bc
 def _overlap(

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from .batches import ImageBatches, StudyBatches
 from .config import PHASES_B1, Phase, TrainConfig, build_model, compile_model  # noqa: F401 (this module's too)
+from .device import on_tpu, with_pixels
 from .fitting import OutOfTime, fit_phases
 from .infer import make_looks, predict_batches
 from .labels import EXAM_LABELS, EXAM_WEIGHTS, IMAGE_LABEL, IMAGE_WEIGHT, SLICE, STUDY
@@ -84,10 +85,12 @@ def training_batches(
     config: TrainConfig,
     source,  # SliceStore or the like
     truth: Predictions,  # of the training studies
+    device: bool = False,  # slices and jobs, for `with_pixels`, instead of pixels
 ):  # batches with names
     "What a run trains on."
     settings = {"batch": config.batch, "pixels": config.pixels, "mask": config.mask, "affine": config.affine,
-                "seed": config.seed, "shuffle": True, "weights": config.loss == "metric", "balanced": config.balanced}
+                "seed": config.seed, "shuffle": True, "weights": config.loss == "metric", "balanced": config.balanced,
+                "device": device}
     if config.is_volume:
         return _Named(StudyBatches(source, truth, frames=config.frames, **settings))
     return _Named(ImageBatches(source, truth, **settings))
@@ -153,6 +156,7 @@ def train(
     hours: float | None = None,  # wall-clock budget; a session of Kaggle has 12 (TPU 9)
     backend: str | None = None,  # 'tensorflow' or 'jax'
     devices: int | None = None,  # default: all
+    pixels_on_device: bool | None = None,  # mask, map and windows there too, the same to the bit; default: on a TPU
     progress: bool = True,
 ) -> Path:  # the run's folder; with oof/ if it is finished
     "Train a fold, or go on training it."
@@ -166,21 +170,23 @@ def train(
             raise ValueError(f"batches of {config.batch} cannot be shared by {used} devices; choose a multiple")
         try:
             _train(run, config, source, truth.select(folds.train(fold)), truth.select(folds.valid(fold)), weights, tta,
-                   started + 3600 * hours if hours else math.inf, progress)
+                   started + 3600 * hours if hours else math.inf, progress,
+                   on_tpu() if pixels_on_device is None else pixels_on_device)
         except OutOfTime as stop:
             print(f"{run}: {stop}. {epochs_done(run)} epochs are kept; call train again with the same settings to go on, "
                   "here or where this folder is attached")
     return run
 
 
-def _train(run, config, source, seen, held_out, weights, tta, deadline, progress):
-    network = compile_model(build_model(config, seen, weights), config)
+def _train(run, config, source, seen, held_out, weights, tta, deadline, progress, on_device):
+    network, batches = build_model(config, seen, weights), training_batches(config, source, seen, on_device)
+    fitted = compile_model(with_pixels(network, batches.batches) if on_device else network, config)
     if config.first and not epochs_done(run):
         teach_slices(network, config, source, seen, progress)
     looks = make_looks(config, source, held_out.exams.index, passes=1)
     scale = study_weight(seen) if config.is_volume else 1.
-    fit_phases(network, training_batches(config, source, seen), run, config.phases,
-               validate=lambda model: scores(held_out, predict_batches(model, looks), config.loss),
+    fit_phases(fitted, batches, run, config.phases,
+               validate=lambda _: scores(held_out, predict_batches(network, looks), config.loss),
                ready=lambda batch: weight_answers(config.loss, batch, scale, config.smoothing, config.emphasis),
                seed=config.seed, steps=config.steps, every=config.validate, deadline=deadline, progress=progress)
     if not (run / "oof").exists():
