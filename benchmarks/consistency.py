@@ -3,17 +3,24 @@
 Made-up calibrated models at the competition's prevalence. Each repair is compared in the loss it is expected to add
 (by the predictions themselves and the exactly expected q) and the loss it adds in truth; then its time, in turns,
 beside a plain loop over the studies that tries all 44 answers and beside the usual repair with groupby.
+
+    python benchmarks/consistency.py                       # made-up models
+    python benchmarks/consistency.py --demos demo demo-1   # trained ones: folders that `rsnape demo` has filled
 """
 import argparse
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from rsnape_kit.breakdown import resample, study_losses
 from rsnape_kit.consistency import MARGIN, expected_cost, make_consistent, study_q, violations
+from rsnape_kit.ensemble import Ensemble, nested_blend
 from rsnape_kit.hierarchy import allowed_answers
 from rsnape_kit.labels import CHRONICITY, EXAM_LABELS, EXAM_WEIGHTS, IMAGE_WEIGHT, LOCATIONS, NOT_POSITIVE, RV_LV, STUDY
 from rsnape_kit.metric import competition_loss
+from rsnape_kit.predict import load_folds, load_oofs, plan
 from rsnape_kit.predictions import Predictions
 from rsnape_kit.qhat import fit_q
 from rsnape_kit.simulate import simulate_model, simulate_truth
@@ -87,23 +94,67 @@ def loop(pred: Predictions, q: pd.Series) -> Predictions:
     return Predictions(pd.DataFrame(exams, pred.exams.index, EXAM_LABELS), pd.Series(images, pred.images.index))
 
 
-def costs(studies: int, slices: tuple, skill: float, seed: int) -> pd.DataFrame:
-    "Contradictory studies, expected and realised cost of each repair of one made-up test set."
-    oof_truth, truth = simulate_truth(studies, slices, seed), simulate_truth(studies, slices, seed + 1000)
-    oof, _ = simulate_model(oof_truth, skill, seed)
-    pred, q = simulate_model(truth, skill, seed)
-    counts = pred.images.groupby(level=0, sort=False).size()
-    weights = studies + IMAGE_WEIGHT * (counts * study_q(truth)).sum()
-    repaired = {"exact, q exactly as expected": make_consistent(pred, q),
-                "exact, q fitted on OOF": make_consistent(pred, fit_q(oof, oof_truth)),
-                "exact, q = mean of images": make_consistent(pred),
-                "clip, side by negative_exam": clip(pred, False), "clip, side by image maximum": clip(pred, True)}
+def repairs(pred: Predictions, q) -> dict:  # name -> Predictions
+    "All repairs but those that need to know more than a user can."
+    made = {"exact, q fitted on OOF": make_consistent(pred, q), "exact, q = mean of images": make_consistent(pred),
+            "clip, side by negative_exam": clip(pred, False), "clip, side by image maximum": clip(pred, True)}
+    assert all(violations(to).empty for to in made.values())
+    return made
+
+
+def costs(truth: Predictions, pred: Predictions, made: dict, q) -> pd.DataFrame:
+    "Contradictory studies, expected and realised cost of each repair of one set of predictions."
+    counts = pred.images.groupby(level=0, sort=False).size().reindex(truth.exams.index)
+    weights = len(truth.exams) + IMAGE_WEIGHT * (counts * study_q(truth)).sum()
     before, contradictory = competition_loss(truth, pred), violations(pred)[STUDY].nunique()
-    assert all(violations(to).empty for to in repaired.values())
     return pd.DataFrame({name: {
         "contradictory before": contradictory, "loss before": before,
         "expected cost": expected_cost(pred, to, q).sum() / weights,
-        "realised cost": competition_loss(truth, to) - before} for name, to in repaired.items()}).T
+        "realised cost": competition_loss(truth, to) - before} for name, to in made.items()}).T
+
+
+def simulated(studies: int, slices: tuple, skill: float, seed: int) -> pd.DataFrame:
+    "The costs for a made-up model."
+    oof_truth, truth = simulate_truth(studies, slices, seed), simulate_truth(studies, slices, seed + 1000)
+    oof, _ = simulate_model(oof_truth, skill, seed)
+    pred, q = simulate_model(truth, skill, seed)
+    made = {"exact, q exactly as expected": make_consistent(pred, q)} | repairs(pred, fit_q(oof, oof_truth))
+    return costs(truth, pred, made, q)
+
+
+def demo_blends(folder: Path) -> dict:  # what -> (truth, blend, q)
+    "What a demo's ensemble says of the studies it learned from, nested by fold, and of those held out."
+    ensemble, runs = Ensemble.load(folder / "ensemble.json"), sorted((folder / "runs").iterdir())
+    truth = Predictions.from_train_csv(folder / "competition" / "train.csv")
+    test = pd.read_parquet(folder / "test.parquet")
+    _, oof = nested_blend(load_oofs(runs), truth, load_folds(runs), calibrated=bool(ensemble.calibrations))
+    said = ensemble.blend(plan(runs, test, folder / "answers", tta=1).gather(), test)
+    held_out = Predictions.from_train_csv(folder / "competition" / "truth" / "test.csv").align(said)
+    return {"out of fold": (truth.align(oof), oof, ensemble.q), "held out": (held_out, said, ensemble.q)}
+
+
+def together(preds: list) -> Predictions:
+    "Predictions of several competitions as one."
+    return Predictions(pd.concat([pred.exams for pred in preds]), pd.concat([pred.images for pred in preds]))
+
+
+def on_demos(folders: list):
+    "The costs for trained models, over all demos, and how sure the difference to the exact repair is."
+    blends = [demo_blends(Path(folder)) for folder in folders]
+    for what in blends[0]:
+        truths, preds, fits = zip(*(blend[what] for blend in blends))
+        made = [repairs(pred, q) for pred, q in zip(preds, fits)]
+        made = {name: together([each[name] for each in made]) for name in made[0]}
+        truth, pred, q = together(truths), together(preds), pd.concat([q(pred) for pred, q in zip(preds, fits)])
+        table, draws = costs(truth, pred, made, q), resample(len(truth.exams))
+        exact = study_losses(truth, made["exact, q fitted on OOF"]).total(draws)
+        more = {name: study_losses(truth, to).total(draws) - exact for name, to in made.items()}
+        table["more than exact"] = table["realised cost"] - table["realised cost"].iloc[0]
+        table["at least"], table["at most"] = (pd.Series({name: np.quantile(d, level) for name, d in more.items()})
+                                               for level in (.05, .95))
+        print(f"\n{what}: {len(truth.exams)} studies of {len(folders)} demos, loss {table['loss before'].iloc[0]:.4f}, "
+              f"{table['contradictory before'].iloc[0]:.0f} contradict themselves")
+        print(table.drop(columns=["contradictory before", "loss before"]).round(5).to_string())
 
 
 def in_turns(functions: dict, repeat: int) -> pd.DataFrame:
@@ -124,10 +175,13 @@ def main():
     parser.add_argument("--seeds", type=int, default=4, help="test sets to average over")
     parser.add_argument("--skills", type=float, nargs="+", default=[.7, 1., 1.3])
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--demos", nargs="+", help="folders of finished demos: nothing is made up or timed then")
     args = parser.parse_args()
+    if args.demos:
+        return on_demos(args.demos)
     slices = (min(63, args.median_slices), args.median_slices, max(1083, args.median_slices))
     for skill in args.skills:
-        tables = [costs(args.studies, slices, skill, seed) for seed in range(1, args.seeds + 1)]
+        tables = [simulated(args.studies, slices, skill, seed) for seed in range(1, args.seeds + 1)]
         mean = sum(tables) / len(tables)
         print(f"\nskill {skill}: loss {mean['loss before'].iloc[0]:.4f}, {mean['contradictory before'].iloc[0]:.0f} of "
               f"{args.studies} studies contradict themselves; mean of {args.seeds} test sets")
