@@ -100,7 +100,8 @@ def _as_sampled(table: pd.DataFrame, ids: pd.Series, fill: dict) -> pd.DataFrame
     said = table.set_index("id")["label"]
     lacks = ~ids.isin(said.index).to_numpy()
     values = said.reindex(ids)
-    values[lacks] = parse_ids(ids[lacks])["label"].map(fill).to_numpy()
+    if lacks.any():
+        values[lacks] = parse_ids(ids[lacks])["label"].map(fill).to_numpy()
     return values.rename_axis("id").reset_index()
 
 
