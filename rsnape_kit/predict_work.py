@@ -158,9 +158,10 @@ def _check_numbers(pred, lost):
     "Raise where a model that answers has no number."
     said = pred.exams[list(EXAM_LABELS)].notna().to_numpy()
     gaps = pred.images.isna().to_numpy() & ~lost
-    if gaps.any() or (said.any() and not said.all()):
-        raise ValueError(f"the model has no number (NaN) for {gaps.sum()} of {len(gaps)} slices and for {(~said).sum()} of "
-                         f"{said.size} exam labels; are its weights sound?")
+    if gaps.any():
+        raise ValueError(f"the model has no number (NaN) for {gaps.sum()} of {len(gaps)} slices; are its weights sound?")
+    if said.any() and not said.all():
+        raise ValueError(f"the model has no number (NaN) for {(~said).sum()} of {said.size} exam labels; are its weights sound?")
 
 
 def _note_filled(job: Job, name: str, study):
