@@ -60,6 +60,8 @@ _binary = np.array([vr == "US" for *_, vr, _ in FIELDS])
 NUMBER = {name: int(c) for (name, *_, count), c in zip(FIELDS, _columns) if count}
 NUMBERS = int(_counts.sum())
 _last_wanted = 0x00281053  # a scan has seen all it wants beyond this one
+_may_lack = "charset", "frames", "lut", "pixels"  # every CT slice has the others (PS3.3 C.8.2.1)
+_needed = np.array([name not in _may_lack for name in FIELD])
 
 # %% ../nbs/101_header.ipynb #91f8d11a
 _short = "AE AS AT CS DA DS DT FL FD IS LO LT PN SH SL SS ST TM UI UL US".split()
@@ -109,6 +111,14 @@ def _element(buf, pos, size, implicit):
 
 # %% ../nbs/101_header.ipynb #18ac2666
 @compiled
+def _enough(at):
+    "Are all fields there that a scan wants and every CT slice has?"
+    for k in range(at.size):
+        if _needed[k] and at[k] < 0:
+            return False
+    return True
+
+@compiled
 def walk(
     buf,  # uint8 [n], the beginning of a file
     size,  # how many bytes of it count
@@ -140,7 +150,7 @@ def walk(
             return UNUSUAL
         last = tag
         if early and tag > _last_wanted:
-            return FOUND
+            return FOUND if _enough(at) else UNUSUAL
         vr, n, value = _element(buf, pos, size, implicit)
         if n == -3:
             return MORE

@@ -39,6 +39,10 @@ _keywords = {"thickness": "SliceThickness", "instance": "InstanceNumber", "corne
              "stored": "BitsStored", "signed": "PixelRepresentation", "intercept": "RescaleIntercept",
              "slope": "RescaleSlope"}
 
+def _text(value):
+    "A text as it stands in the file, which pydicom parts at backslashes."
+    return value if isinstance(value, str) else "\\".join(map(str, value))
+
 def _ask_pydicom(path):
     "(texts, numbers, '') of one header, or (four empty texts, NaNs, what is wrong)."
     import pydicom
@@ -46,7 +50,7 @@ def _ask_pydicom(path):
     numbers = np.full(NUMBERS, np.nan)
     try:
         ds = pydicom.dcmread(path, stop_before_pixels=True)
-        texts = [str(ds.get(f"{name}InstanceUID", "")) for name in ("Study", "Series", "SOP")]
+        texts = [_text(ds.get(f"{name}InstanceUID") or "") for name in ("Study", "Series", "SOP")]
         texts.append(str(ds.file_meta.get("TransferSyntaxUID", "")))
     except Exception as error:  # whatever a damaged file makes pydicom raise
         return ("",) * 4, numbers, f"{type(error).__name__}: {error}"
@@ -85,7 +89,7 @@ def _batch(paths, bufs, numbers, status, size):
     walk_many(bufs, got, at, length, numbers, status)
     raw, start = bufs.reshape(-1).data, at[:, _which] + np.arange(len(paths))[:, None] * bufs.shape[1]
     once = {}  # a series' ids are in all its files: one string each will do
-    text = [[str(raw[a:b], "latin-1").rstrip("\0 ") for a, b in zip(begin, end)] if good else None
+    text = [[str(raw[a:b], "latin-1").rstrip("\0 ").strip() for a, b in zip(begin, end)] if good else None
             for good, begin, end in zip((status == FOUND).tolist(), start.tolist(), (start + length[:, _which]).tolist())]
     return [four and [once.setdefault(t, t) for t in four] for four in text]
 
