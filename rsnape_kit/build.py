@@ -9,6 +9,7 @@ __all__ = ['STUDIES', 'INDEX', 'study_hash', 'groups', 'fingerprint', 'make_shar
 import hashlib
 import json
 import os
+import warnings
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from .dicom import FILLED
 from .shard import read_footer, write_shard
 from .source import DicomSource
 
@@ -192,9 +194,13 @@ def _index(out, paths, meta, table):
     index = pd.concat(tables, ignore_index=True) if tables else table.iloc[:0].assign(
         start=0, bytes=0, crc32=0, shard="")
     index = index.sort_values(["StudyInstanceUID", "SeriesInstanceUID", "order"], ignore_index=True, kind="stable")
-    columns = ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "path", "problem"]
+    columns = ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "path", "problem", "shard"]
     index.loc[index.problem != "", columns].to_csv(out / "problems.csv", index=False)
     temporary = out / f"{INDEX}.tmp"
     index.attrs = meta
     index.to_parquet(temporary, compression="zstd", index=False)
     os.replace(temporary, out / INDEX)
+    filled = index.problem.str.contains(FILLED, regex=False).sum()
+    if filled:
+        warnings.warn(f"{out}: {filled} of {len(index)} slices were unreadable and are filled, see problems.csv there; "
+                      "once they can be read, delete the shards it names for them and build again", stacklevel=3)

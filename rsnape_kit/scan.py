@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .header import FIELD, FIELDS, FOUND, MORE, NUMBER, NUMBERS, walk_many
+from .header import FIELD, FIELDS, FOUND, MORE, NUMBER, NUMBERS, file_fault, walk_many
 from .order import CORNER, ORIENTATION, arrange
 
 # %% ../nbs/105_scan.ipynb #45774ed7
@@ -53,7 +53,7 @@ def _ask_pydicom(path):
         texts = [_text(ds.get(f"{name}InstanceUID") or "") for name in ("Study", "Series", "SOP")]
         texts.append(str(ds.file_meta.get("TransferSyntaxUID", "")))
     except Exception as error:  # whatever a damaged file makes pydicom raise
-        return ("",) * 4, numbers, f"{type(error).__name__}: {error}"
+        return ("",) * 4, numbers, file_fault(path, error).args[1]
     for name, keyword in _keywords.items():
         try:
             values = np.ravel(np.asarray(ds.get(keyword, []), float))

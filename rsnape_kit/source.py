@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from .dicom import read_or_fill, read_slice, scan
+from .dicom import FILLED, read_or_fill, read_slice, scan
 from .quarter import AIR, is_exact, stored_to_quarter_hu
 
 # %% ../nbs/108_source.ipynb #95145c03
@@ -56,7 +56,7 @@ class DicomSource:
         if not -8192 <= lowest <= 0:
             raise ValueError(f"lowest={lowest}: expected HU in [-8192, 0], four of which fit in int16")
         table = table.reset_index(drop=True) if hasattr(table, "columns") else scan(table)
-        own = ~table["problem"].str.contains("filled ", regex=False)
+        own = ~table["problem"].str.contains(FILLED, regex=False)
         self.table = table.assign(exact=is_exact(table["rows"], table["columns"], size) & own)
         self.size, self.on_error, self.lowest, self.reader = size, on_error, lowest, reader
         self._rows, self._bad, self._lock = None, {}, threading.Lock()

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .header import DicomError
+from .header import DicomError, file_fault
 from .hu import to_hu
 from .jpeg import CODECS, decode
 from .labels import AUX_LABELS, EXAM_LABELS, IMAGE_LABEL
@@ -50,7 +50,7 @@ def _example(path, labels=None):
         values = decode(ds, codec)[0] if codec else ds.pixel_array
         tags = {tag: str(ds.get(tag, "")).encode() for tag in TAGS}
     except Exception as error:  # whatever a damaged file makes pydicom or a decoder raise
-        raise DicomError(path, f"{type(error).__name__}: {error}") from error
+        raise file_fault(path, error) from error
     tags["image"] = values.astype(values.dtype.str.replace(">", "<")).tobytes()
     feature = {k: train.Feature(bytes_list=train.BytesList(value=[v])) for k, v in tags.items()}
     for label in LABELS if labels is not None else ():
@@ -94,17 +94,19 @@ def _places(path):
             pos += 16 + count
     return places
 
+def _record(path, start, count):
+    "The bytes of one example."
+    try:
+        with open(path, "rb") as file:
+            return os.pread(file.fileno(), count, start)
+    except OSError as error:
+        raise file_fault(path, error) from error
+
 def _parse(path, start, count):
     "The features of one record: dict of bytes and ints."
-    fd = os.open(path, os.O_RDONLY)
+    raw, Example = _record(path, start, count), _tensorflow().train.Example
     try:
-        raw = os.pread(fd, count, start)
-    finally:
-        os.close(fd)
-    try:
-        feature = _tensorflow().train.Example.FromString(raw).features.feature
-    except ImportError:
-        raise
+        feature = Example.FromString(raw).features.feature
     except Exception as error:  # protobuf's DecodeError, whose home differs between versions
         raise DicomError(path, f"the record at byte {start:,} is no tf.train.Example: {error}") from error
     return {k: (v.bytes_list.value or v.int64_list.value or [b""])[0] for k, v in feature.items()}

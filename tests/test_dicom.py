@@ -1,5 +1,7 @@
 "Reading one slice: whatever the file, the array that pydicom gives, or a DicomError."
+import errno
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -8,9 +10,9 @@ import numpy as np
 import pydicom
 import pytest
 from ct_files import ENCODERS, NATIVE, SYNTAXES, ct_file, reference, stored_values
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLosslessSV1, RLELossless
 
-from rsnape_kit.dicom import DicomError, read_hu
+from rsnape_kit.dicom import DicomError, read_hu, scan
 from rsnape_kit.jpeg import CODECS
 
 BUNDLED = Path(pydicom.__file__).parent / "data" / "test_files"
@@ -113,6 +115,36 @@ def test_one_picture_in_many_syntaxes():
     plain = read_hu(BUNDLED / "MR_small.dcm")
     for name in ("RLE", "bigendian", "expb", "implicit", "jp2klossless", "jpeg_ls_lossless", "padded"):
         np.testing.assert_array_equal(read_hu(BUNDLED / f"MR_small_{name}.dcm"), plain)
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.EMFILE, "Too many files"), OSError(errno.ENOMEM, ""), MemoryError()])
+def test_what_this_machine_lacks_is_no_file_s_fault(tmp_path, monkeypatch, fault):
+    plain = ct_file(tmp_path / "plain.dcm", stored_values((512, 512), bits=12))
+    packed = ct_file(tmp_path / "packed.dcm", stored_values((8, 8), bits=12), JPEGLosslessSV1, bits=12)
+    with monkeypatch.context() as patch, pytest.raises(ImportError, match="pip install imagecodecs"):
+        patch.setitem(sys.modules, "imagecodecs", None)
+        read_hu(packed)
+
+    def fails(*_, **__):
+        raise fault
+    for path in (plain, packed):
+        with monkeypatch.context() as patch, pytest.raises(type(fault)) as error:
+            patch.setattr(os, "open", fails)
+            read_hu(path)
+        assert error.value is fault
+    with monkeypatch.context() as patch, pytest.raises(type(fault)):
+        patch.setattr(os, "open", fails)
+        patch.setattr(pydicom, "dcmread", fails)
+        scan(tmp_path)
+
+
+def test_a_claim_of_gigabytes_costs_none(tmp_path):
+    path = ct_file(tmp_path / "vast.dcm", stored_values((8, 8)), RLELossless)
+    ds = pydicom.dcmread(path)
+    ds.Rows = ds.Columns = 65535
+    ds.save_as(path)
+    with pytest.raises(DicomError, match="65535x65535 pixels, which no CT slice has"):
+        read_hu(path)
 
 
 def test_scratch_is_used_and_never_shared(tmp_path):

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from ct_files import NATIVE, ct_file, reference, stored_values
+from pydicom.uid import JPEGLosslessSV1
 
 from rsnape_kit import build
 from rsnape_kit.dicom import DicomError, scan
@@ -24,14 +26,14 @@ def quiet():
     ct_files.quiet()
 
 
-def competition(root, studies=6, slices=8, shape=(64, 64)):
+def competition(root, studies=6, slices=8, shape=(64, 64), syntaxes=NATIVE[:2]):
     "A folder in the competition's layout."
     for s in range(studies):
         for i in range(slices):
             study, series, name = f"{s:012x}", f"{s:03x}aaaaaaaaa", f"{s:03x}{i:09x}"
             path = root / study / series / f"{name}.dcm"
             path.parent.mkdir(parents=True, exist_ok=True)
-            ct_file(path, stored_values(shape, bits=12, seed=100 * s + i), NATIVE[i % 2], bits=12,
+            ct_file(path, stored_values(shape, bits=12, seed=100 * s + i), syntaxes[i % len(syntaxes)], bits=12,
                     StudyInstanceUID=study, SeriesInstanceUID=series, SOPInstanceUID=name,
                     ImagePositionPatient=[-150, -150, 1.5 * (slices - i)])
     return root
@@ -277,6 +279,34 @@ def test_faults_are_filled_marked_and_listed(tmp_path):
         for i, values in zip(list(range(10)) * 4, pool.map(direct.__getitem__, list(range(10)) * 4)):
             np.testing.assert_array_equal(values, store[i])
     assert direct.table.problem.tolist() == store.table.problem.tolist()
+
+
+def test_what_this_machine_lacks_ends_a_build_and_is_not_kept_as_air(tmp_path, monkeypatch):
+    root = competition(tmp_path / "train", studies=2, slices=3, syntaxes=[JPEGLosslessSV1])
+    with monkeypatch.context() as patch, pytest.raises(ImportError, match="pip install imagecodecs"):
+        patch.setitem(sys.modules, "imagecodecs", None)
+        build_store(root, tmp_path / "out", size=32)
+    assert not shards(tmp_path / "out") and not list((tmp_path / "out").glob("*.tmp"))
+    store = SliceStore(build_store(root, tmp_path / "out", size=32))
+    assert not store.table.problem.any() and store[:].std() > 0
+
+
+def test_slices_that_were_filled_are_said_and_can_be_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "STUDIES", 1)
+    root = competition(tmp_path / "train", studies=2, slices=3)
+    expected, table = shards(build_store(root, tmp_path / "expected", size=32)), scan(root)
+    first = root / table.StudyInstanceUID[0]
+    first.rename(tmp_path / "away")
+    out = tmp_path / "out"
+    with pytest.warns(UserWarning, match="out: 3 of 6 slices .* filled, see problems.csv .* build again"):
+        build_store(table, out, size=32)
+    (tmp_path / "away").rename(first)
+    (shard,) = set(pd.read_csv(out / "problems.csv").shard)
+    (out / shard).unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_store(table, out, size=32)
+    assert shards(out) == expected
 
 
 def test_labels_beside_the_pixels(tmp_path):
