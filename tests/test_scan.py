@@ -110,6 +110,23 @@ def test_one_position_missing_is_filled_in(tmp_path):
     assert table.problem.tolist() == ["", "", "position from InstanceNumber", "", ""]
 
 
+def test_a_series_without_orientation_is_taken_as_axial(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table = scan(series(tmp_path / "s", [50, 45, 40, 35], orientation=None))
+    assert marks(table) == [3, 2, 1, 0] and table.position.tolist() == [35, 40, 45, 50]
+    assert set(table.problem) == {"orientation unknown, taken as axial"}
+    assert not table.flip_rows.any() and not table.flip_columns.any()
+
+
+@pytest.mark.parametrize("other", [PRONE, [-1, 0, 0, 0, 1, 0], [1, 0, 0, 0, -1, 0]])
+def test_a_patient_who_turns_over_is_said(tmp_path, other):
+    series(tmp_path, range(3), uid="1.1")
+    series(tmp_path, range(3, 5), orientation=other, names=["a", "b"], uid="1.1")
+    problems = scan(tmp_path).problem
+    assert problems.str.contains("mixed orientation").tolist() == [False] * 3 + [True] * 2
+
+
 def test_flags(tmp_path):
     series(tmp_path / "a", [0, 1, 2, 2, 3], uid="1.1")
     series(tmp_path / "b", range(5), uid="1.2", orientation=CORONAL)
