@@ -21,15 +21,36 @@ def list_files(
     root,  # a folder
 ):
     "Sorted list of the paths of all files below a folder."
-    found, folders = [], [os.fspath(root)]
+    found, folders, seen = [], [os.fspath(root)], set()
     while folders:
-        with os.scandir(folders.pop()) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    folders.append(entry.path)
-                elif not entry.name.startswith("."):
-                    found.append(entry.path)
+        folder = folders.pop()
+        if (real := os.path.realpath(folder)) in seen:
+            continue
+        seen.add(real)
+        with os.scandir(folder) as entries:
+            entries = sorted(entries, key=lambda entry: entry.name)
+        folders += [entry.path for entry in entries if entry.is_dir()]
+        found += [entry.path for entry in entries if not entry.name.startswith(".") and _is_file(entry)]
     return sorted(found)
+
+def _is_file(entry):
+    "A file, or a link to nothing."
+    return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+
+# %% ../nbs/105_scan.ipynb #a404ba75
+def _kind(path):
+    "A file's folder and extension."
+    extension = os.path.splitext(path)[1].lower()
+    return os.path.dirname(path), extension if extension[1:2].isalpha() else ""
+
+def _strays(table):
+    "bool [n]: which files are of no kind that slices have."
+    rubbish = table.problem.str.startswith("InvalidDicomError")
+    suspect = rubbish & ~table.path.str.lower().str.endswith(".dcm")
+    if suspect.any():
+        kind = table.path.map(_kind)
+        suspect &= ~kind.isin(kind[~rubbish])
+    return suspect
 
 # %% ../nbs/105_scan.ipynb #b376a21d
 _texts = ("study", "series", "image", "syntax")
@@ -174,5 +195,8 @@ def scan(
         if own:
             own.shutdown(cancel_futures=True)
     table = pd.concat(tables, ignore_index=True)
-    stray = table.problem.str.startswith("InvalidDicomError") & ~table.path.str.lower().str.endswith(".dcm")
-    return arrange(_adopt(table[~stray].reset_index(drop=True)))
+    table = table[~_strays(table)].reset_index(drop=True)
+    if table.empty:
+        raise FileNotFoundError(f"{len(paths)} files below {os.fspath(root)!r}, none of them DICOM; "
+                                "give a folder of DICOM series")
+    return arrange(_adopt(table))

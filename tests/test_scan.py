@@ -1,5 +1,6 @@
 "A folder's slices: all of them, in the order they lie in the patient, whatever the files are called and numbered."
 import itertools
+import os
 import shutil
 import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -166,6 +167,36 @@ def test_broken_files_keep_a_row(tmp_path):
     stack = read_series(mine, on_error="fill")
     assert stack[:, 1, 1].tolist() == [100 - 1024 + i for i in (0, 1, 1, 3, 4, 4, 4)]
     assert "filled from 1.7.1" in mine.problem[2] and "filled from 1.7.4" in mine.problem[6]
+
+
+def test_damaged_files_without_extension_keep_a_row(tmp_path):
+    folder = series(tmp_path / "study" / "series", range(4), uid="1.7")
+    for i in range(4):
+        (folder / f"{i}.dcm").rename(folder / f"1.7.{i}")
+    (folder / "1.7.1").write_bytes(b"")
+    (folder / "1.7.2").write_bytes(b"no DICOM at all" * 100)
+    (folder / "notes.txt").write_text("stray files are no slices")
+    (tmp_path / "README").write_text("nor is this, where there are no others of its kind")
+    table = scan(tmp_path)
+    assert table["rows"].tolist() == [8, 8, 0, 0] and table.problem.map(bool).tolist() == [False, False, True, True]
+    assert [path[-5:] for path in table.path] == ["1.7.0", "1.7.3", "1.7.1", "1.7.2"]
+
+
+def test_pipes_and_circles(tmp_path):
+    series(tmp_path / "a", range(3))
+    (tmp_path / "a/up").symlink_to("..")
+    (tmp_path / "again").symlink_to("a")
+    os.mkfifo(tmp_path / "a/pipe.dcm")
+    (tmp_path / "a/lost.dcm").symlink_to("nowhere/at/all")
+    table = scan(tmp_path)
+    assert table.SOPInstanceUID.tolist() == ["1.5.0", "1.5.1", "1.5.2", "lost"]
+    assert table.problem.tolist() == ["", "", "", "No such file or directory"]
+
+
+def test_a_folder_of_other_files(tmp_path):
+    (tmp_path / "train.csv").write_text("StudyInstanceUID,label")
+    with pytest.raises(FileNotFoundError, match="1 files below .*, none of them DICOM"):
+        scan(tmp_path)
 
 
 def test_table_equals_pydicom(tmp_path):
