@@ -146,6 +146,7 @@ def _rows(paths):
     for where, text in (
         (np.isnan(one["slope"]) != np.isnan(one["intercept"]), "only one of RescaleSlope and RescaleIntercept"),
         (short, "file shorter than its pixels"),
+        ((area > 0) & ((one["frames"] > 1) | (one["samples"] != 1)), "not one grey plane"),
         (area == 0, "not an image"),
     ):
         problem[where & (problem == "")] = text

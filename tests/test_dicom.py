@@ -10,7 +10,15 @@ import numpy as np
 import pydicom
 import pytest
 from ct_files import ENCODERS, NATIVE, SYNTAXES, ct_file, reference, stored_values
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLosslessSV1, RLELossless
+from pydicom.encaps import encapsulate
+from pydicom.uid import (
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+)
 
 from rsnape_kit.dicom import DicomError, read_hu, scan
 from rsnape_kit.jpeg import CODECS
@@ -77,6 +85,40 @@ def test_refused(tmp_path, tags, cause):
     with pytest.raises(DicomError, match=cause) as error:
         read_hu(path)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("table", [True, False])
+@pytest.mark.parametrize("syntax", ENCODERS, ids=lambda uid: uid.name.split("(")[-1].strip(")").replace(" ", "_"))
+def test_several_frames_are_no_slice(tmp_path, syntax, table):
+    values = stored_values((8, 8), bits=12)
+    path = ct_file(tmp_path / "many.dcm", values, syntax, bits=12)
+    ds = pydicom.dcmread(path)
+    ds.NumberOfFrames = 3
+    ds.PixelData = encapsulate([bytes(ENCODERS[syntax](values // k, 12)) for k in (1, 2, 3)], has_bot=table)
+    ds.save_as(path)
+    with pytest.raises(DicomError, match="not one grey plane, but 3 frames"):
+        read_hu(path)
+    assert scan(tmp_path).problem.tolist() == ["not one grey plane"]
+
+
+def test_several_plain_frames_and_colours_are_said_by_a_scan(tmp_path):
+    ct_file(tmp_path / "frames.dcm", stored_values((8, 8)), NumberOfFrames=2, Rows=4)
+    ct_file(tmp_path / "colour.dcm", stored_values((8, 9)), SamplesPerPixel=3, Columns=3, PlanarConfiguration=0)
+    assert scan(tmp_path).problem.str.count("not one grey plane").tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("extended", [True, False], ids=["sign_extended", "masked"])
+@pytest.mark.parametrize("syntax", [JPEGLSLossless, JPEG2000Lossless, JPEGLosslessSV1])
+def test_twelve_signed_bits_in_a_stream_of_sixteen(tmp_path, syntax, extended):
+    values = stored_values((16, 16), signed=True, bits=12)
+    path, plain = (ct_file(tmp_path / name, values, bits=12) for name in ("packed.dcm", "plain.dcm"))
+    words = values.view(np.uint16) if extended else values.view(np.uint16) & np.uint16(0xFFF)
+    ds = pydicom.dcmread(path)
+    ds.PixelData = encapsulate([bytes(ENCODERS[syntax](words, 16))])
+    ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
+    ds.file_meta.TransferSyntaxUID = syntax
+    ds.save_as(path)
+    np.testing.assert_array_equal(read_hu(path, -32768), reference(plain, -32768))
 
 
 def test_missing_and_folder(tmp_path):
