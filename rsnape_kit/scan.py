@@ -156,7 +156,7 @@ def _rows(paths):
         "spacing_y": one["spacing"], "spacing_x": numbers[:, NUMBER["spacing"] + 1],
         "thickness": one["thickness"], "instance": one["instance"],
         **{name: np.where(np.isnan(one[name]), default, one[name]) for name, default in (("slope", 1.0), ("intercept", 0.0))},
-        "signed": one["signed"] == 1, "bits": bits,
+        "signed": one["signed"] == 1, "bits": bits, "file_bytes": size,
     }
     for names, field in ((CORNER, "corner"), (ORIENTATION, "orientation")):
         table |= dict(zip(names, numbers[:, NUMBER[field]:NUMBER[field] + len(names)].T))

@@ -1,4 +1,5 @@
 "The store: lossless, the same to the byte whoever makes it, and whole after kill -9 at any moment."
+import errno
 import os
 import signal
 import subprocess
@@ -75,9 +76,10 @@ def test_codecs_hold_the_same_slices_and_open_as_one(tmp_path):
     raw[first.start:first.start + first.bytes] = bytes(first.bytes)  # not even a chunk
     shard.write_bytes(raw)
     damaged = SliceStore(paths[1])
-    with pytest.raises(ValueError, match="slice 0 is damaged.*build the shard again"):
+    with pytest.raises(ValueError, match="slice 0 is damaged.*delete it and build"):
         damaged[:]
-    assert damaged.verify() == [0]
+    with pytest.warns(UserWarning, match=f"{shard.name}: 1 slices are damaged; copy the shard again, or delete it"):
+        assert damaged.verify() == [0]
     with pytest.raises(ValueError, match="choose one of tiles, blosc2"):
         build_store(root, tmp_path / "zip", codec="zip")
 
@@ -145,6 +147,14 @@ def test_parts_on_many_mounts(tmp_path, monkeypatch):
     full = build_store(root, tmp_path / "full", size=512)
     with pytest.raises(ValueError, match="parts of one size"):
         SliceStore(moved, full)
+    padded = build_store(root, tmp_path / "padded", part=(1, 3), keep_padding=True)
+    with pytest.raises(ValueError, match="parts of one lowest"):
+        SliceStore(moved, padded)
+    study = scan(root).query("StudyInstanceUID == @study")
+    halves = [build_store(half, tmp_path / name) for name, half in
+              {"low": study.iloc[:2], "high": study.iloc[2:].assign(order=[5, 6])}.items()]
+    with pytest.raises(ValueError, match="is in more than one of"):
+        SliceStore(*halves)
 
 
 CHILD = """
@@ -216,6 +226,99 @@ def test_half_written_files_are_not_trusted(tmp_path):
     (out / build.INDEX).unlink()
     with pytest.raises(FileNotFoundError, match="build it again, it resumes"):
         SliceStore(out)
+
+
+def test_a_damaged_shard_is_made_anew_once_it_is_deleted(tmp_path):
+    root = competition(tmp_path / "train")
+    out = build_store(root, tmp_path / "out", size=64)
+    (shard, raw), = shards(out).items()
+    (out / shard).write_bytes(raw[:300] + bytes([raw[300] ^ 1]) + raw[301:])
+    build_store(root, out, size=64)
+    with pytest.raises(ValueError, match=f"{shard}.* delete it and build the store again"):
+        SliceStore(out)[:]
+    (out / shard).unlink()
+    build_store(root, out, size=64)
+    assert shards(out) == {shard: raw}
+
+
+def test_only_memory_that_fits_is_filled(tmp_path):
+    root = competition(tmp_path / "train", studies=1, slices=3)
+    for source in (SliceStore(build_store(root, tmp_path / "out", size=32)), DicomSource(root, 32)):
+        for out in (np.empty((2, 32, 32), np.int16), np.empty((3, 16, 16), np.int16), np.empty((3, 32, 32), np.uint16),
+                    np.empty((3, 32, 32, 2), np.int16)[..., 0]):
+            with pytest.raises(ValueError, match="expected int16"):
+                source.read([0, 1, 2], out)
+
+
+def test_too_many_files_are_no_damage(tmp_path, monkeypatch):
+    store = SliceStore(build_store(competition(tmp_path / "train"), tmp_path / "out", size=64))
+
+    def fails(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+    monkeypatch.setattr("builtins.open", fails)
+    with pytest.raises(OSError, match="Too many open files"):
+        store[0]
+
+
+def test_a_finished_store_is_not_touched(tmp_path):
+    "It may lie on a read-only mount: opening it and building it again write nothing."
+    root = competition(tmp_path / "train")
+    out = build_store(root, tmp_path / "out", size=64)
+    before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    inside = out.stat().st_mtime_ns  # which a file made and removed again would change
+    build_store(root, out, size=64)
+    assert len(SliceStore(out)) == 48
+    assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before and out.stat().st_mtime_ns == inside
+
+
+def test_two_builds_at_a_time(tmp_path):
+    "A child holds the folder; a build says so. The child is killed, and the build goes on."
+    root, out = competition(tmp_path / "train"), tmp_path / "out"
+    code = f"import time; from pathlib import Path; from rsnape_kit.build import _alone\n" \
+           f"with _alone(Path({os.fspath(out)!r})):\n print('holds', flush=True); time.sleep(600)"
+    out.mkdir()
+    (out / "0000-0000000000000000.slices.00.tmp").touch()
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+                             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    try:
+        assert child.stdout.readline() == "holds\n"
+        with pytest.raises(RuntimeError, match="out is being built by another process; wait for it"):
+            build_store(root, out, size=64)
+        assert list(out.glob("*.tmp"))
+    finally:
+        child.kill()
+        child.wait()
+    build_store(root, out, size=64)
+    assert not list(out.glob("*.tmp")) and len(SliceStore(out)) == 48
+
+
+def test_what_a_store_is_made_of_decides_what_it_is(tmp_path):
+    root = competition(tmp_path / "train", studies=1, slices=3)
+    os.symlink("/gone/slice.dcm", root / "000000000000/000aaaaaaaaa/lost.dcm")
+    out = build_store(root, tmp_path / "out", size=64)
+    (tmp_path / "train").rename(tmp_path / "elsewhere")
+    assert shards(build_store(tmp_path / "elsewhere", out, size=64))  # a lost file's place is not part of it
+    with open(scan(tmp_path / "elsewhere").path[0], "ab") as file:
+        file.write(bytes(64))
+    with pytest.raises(ValueError, match="shards of other slices or settings"):
+        build_store(tmp_path / "elsewhere", out, size=64)
+    source = DicomSource(tmp_path / "elsewhere", 64)
+    with pytest.raises(ValueError, match="keep_padding is for the source to decide"):
+        build_store(source, tmp_path / "padded", size=64, keep_padding=True)
+    with pytest.raises(ValueError, match="size=0"):
+        build_store(tmp_path / "elsewhere", tmp_path / "none", size=0)
+
+
+def test_tables_that_were_csv_files_and_names_in_no_alphabet(tmp_path):
+    root = competition(tmp_path / "train", studies=1, slices=3)
+    first = scan(root).path[0]
+    os.rename(first, os.fsencode(os.path.dirname(first)) + b"/odd\xff\xfe.dcm")
+    store = SliceStore(build_store(root, tmp_path / "out", size=64))
+    assert [p for p in store.table.path if p.endswith("/odd\\udcff\\udcfe.dcm")]
+    scan(root).iloc[1:].to_csv(tmp_path / "table.csv", index=False, errors="ignore")
+    ids = dict.fromkeys(["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"], str)
+    again = DicomSource(pd.read_csv(tmp_path / "table.csv", dtype=ids), 64)
+    assert again[:].std() > 0 and set(again.table.problem) == {""}
 
 
 def test_another_build_is_not_mixed_in(tmp_path):
