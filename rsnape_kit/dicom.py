@@ -32,16 +32,14 @@ def read_slice(
 
 # %% ../nbs/106_dicom.ipynb #295e05a5
 def nearest(
-    rows,  # list of rows of the slices table, as named tuples; a series' rows are next to each other
+    rows,  # list of rows of the slices table, as named tuples, in any order
     i,  # the row to replace
 ) -> list:  # of row numbers
     "The other rows of the same series, nearest first; of two as near the one below."
-    series, low, high = rows[i].SeriesInstanceUID, i, i
-    while low > 0 and rows[low - 1].SeriesInstanceUID == series:
-        low -= 1
-    while high + 1 < len(rows) and rows[high + 1].SeriesInstanceUID == series:
-        high += 1
-    return sorted((j for j in range(low, high + 1) if j != i), key=lambda j: (abs(j - i), j))
+    here = rows[i]
+    others = [j for j, row in enumerate(rows) if row.SeriesInstanceUID == here.SeriesInstanceUID
+              and row.StudyInstanceUID == here.StudyInstanceUID and j != i]
+    return sorted(others, key=lambda j: (abs(rows[j].order - here.order), rows[j].order))
 
 # %% ../nbs/106_dicom.ipynb #306233d9
 FILLED = "filled "  # how the note on a slice that is not its own begins, in the table's problem column
@@ -74,14 +72,14 @@ def _note(table, notes):
     with pd.option_context("mode.chained_assignment", None):
         for i, note in notes.items():
             was = table["problem"].iat[i]
-            table.loc[table.index[i], "problem"] = f"{was}; {note}" if was else note
+            table.iloc[i, table.columns.get_loc("problem")] = f"{was}; {note}" if was else note
 
 def read_series(
     rows,  # DataFrame: rows of the slices table that make one stack; 'fill' writes into its problem column
     on_error="raise",  # 'raise' DicomError at the first unreadable slice, or 'fill' it from its nearest neighbour
     lowest=-1024,  # HU; everything below is raised to it
 ) -> np.ndarray:  # int16 [Z, H, W]
-    "A series in HU, feet first, columns to the patient's left, rows to the back."
+    "A series in HU, in the order of its rows (a scan's begin at the feet), columns to the left, rows to the back."
     if on_error not in ("raise", "fill"):
         raise ValueError(f"on_error={on_error!r}: choose 'raise' or 'fill'")
     shapes = rows.loc[rows["rows"] > 0, ["rows", "columns"]].value_counts()

@@ -17,7 +17,7 @@ from ct_files import NATIVE, ct_file, reference, stored_values
 from pydicom.uid import JPEGLosslessSV1
 
 from rsnape_kit import build
-from rsnape_kit.dicom import DicomError, scan
+from rsnape_kit.dicom import DicomError, read_series, scan
 from rsnape_kit.shard import CODECS, read_footer
 from rsnape_kit.store import DicomSource, SliceStore, build_store, to_quarter_hu
 
@@ -410,6 +410,18 @@ def test_slices_that_were_filled_are_said_and_can_be_tried_again(tmp_path, monke
         warnings.simplefilter("error")
         build_store(table, out, size=32)
     assert shards(out) == expected
+
+
+def test_a_neighbour_is_found_wherever_its_row_is(tmp_path):
+    table = scan(competition(tmp_path / "train", studies=2, slices=4))
+    os.truncate(table.path[1], 3000)
+    mixed = DicomSource(table.iloc[[0, 4, 1, 5, 2, 6, 3, 7]], 32)
+    np.testing.assert_array_equal(mixed[2], mixed[0])
+    assert f"filled from {table.SOPInstanceUID[0]}" in mixed.table.problem[2]
+    twice = table.iloc[[1, 2, 3, 0, 1]]  # rows with one index
+    stack = read_series(twice, on_error="fill")
+    np.testing.assert_array_equal(stack[[0, 4]], stack[[3, 3]])
+    assert twice.problem.str.count("filled").tolist() == [1, 0, 0, 0, 1]
 
 
 def test_labels_beside_the_pixels(tmp_path):
