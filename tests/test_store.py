@@ -110,7 +110,7 @@ def test_same_bytes_on_any_executor_from_any_order(tmp_path, monkeypatch):
     with ThreadPoolExecutor(3) as threads, ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
         assert shards(build_store(shuffled, tmp_path / "threads", executor=threads)) == expected
         assert shards(build_store(root, tmp_path / "processes", executor=processes)) == expected
-    monkeypatch.setattr(build, "_pool", lambda *_: ProcessPoolExecutor(1, mp_context=get_context("spawn")))
+    monkeypatch.setattr(build, "pool_for", lambda *_: ProcessPoolExecutor(1, mp_context=get_context("spawn")))
     assert shards(build_store(root, tmp_path / "own")) == expected
 
 
@@ -207,7 +207,7 @@ def test_a_script_without_main_is_told_what_to_do(tmp_path):
     (tmp_path / "script.py").write_text(
         "from rsnape_kit import build\n"
         "from concurrent.futures import ProcessPoolExecutor\nfrom multiprocessing import get_context\n"
-        "build._pool = lambda *_: ProcessPoolExecutor(1, mp_context=get_context('spawn'))\n"
+        "build.pool_for = lambda *_: ProcessPoolExecutor(1, mp_context=get_context('spawn'))\n"
         f"build.build_store({os.fspath(tmp_path / 'train')!r}, {os.fspath(tmp_path / 'out')!r}, size=32)\n")
     done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
@@ -274,8 +274,8 @@ def test_a_finished_store_is_not_touched(tmp_path):
 def test_two_builds_at_a_time(tmp_path):
     "A child holds the folder; a build says so. The child is killed, and the build goes on."
     root, out = competition(tmp_path / "train"), tmp_path / "out"
-    code = f"import time; from pathlib import Path; from rsnape_kit.build import _alone\n" \
-           f"with _alone(Path({os.fspath(out)!r})):\n print('holds', flush=True); time.sleep(600)"
+    code = f"import time; from pathlib import Path; from rsnape_kit.pool import alone\n" \
+           f"with alone(Path({os.fspath(out)!r})):\n print('holds', flush=True); time.sleep(600)"
     out.mkdir()
     (out / "0000-0000000000000000.slices.00.tmp").touch()
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
