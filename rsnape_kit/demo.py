@@ -85,7 +85,7 @@ def clot_slice(
     full: int = 256,  # of the DICOM
 ) -> tuple:  # the slice with most of the clot, counted from the feet; float [size, size], the share of clot in each pixel
     "Where to look for a study's clot."
-    voxels = np.load(clots / f"{study}.npz")["voxels"]
+    voxels = np.load(clots / f"{study}.npz")["voxels"].astype(int)
     k = int(np.bincount(voxels[:, 0]).argmax())
     rows, columns = (voxels[voxels[:, 0] == k, 1:] * size // full).T
     cover = np.zeros((size, size))
