@@ -51,7 +51,7 @@ def _store(args):
 def _kernels(args):
     from rsnape_kit.kernels import export_kernels
 
-    print(*export_kernels(args.owner, folds=args.folds, trained=args.trained), sep="\n")
+    print(*export_kernels(args.owner, folds=args.folds, trained=args.trained, resume=args.resume), sep="\n")
 
 
 def _bundle(args):
@@ -173,7 +173,8 @@ def _add_kaggle(command):
     bundle = ("--bundle", {"help": "folder of the bundle that is attached, to check its modules too"})
     command(_kernels, "export nbs/kernels into kernels/ with complete metadata", owner,
             ("--folds", {"type": int, "help": "write a training kernel for each of so many folds, and one for each part of the store"}),
-            ("--trained", {"action": "store_true", "help": "let the submission read what the blend and the trainings made"}))
+            ("--trained", {"action": "store_true", "help": "let the submission read what the blend and the trainings made"}),
+            ("--resume", {"action": "store_true", "help": "let what prepares and trains go on from its own last output"}))
     command(_bundle, "make the dataset that kernels attach: the package and what Kaggle's image lacks",
             ("--out", {"default": "build/bundle", "help": "folder to make (default build/bundle)"}),
             ("--target", {"choices": ("gpu", "tpu"), "default": "gpu", "help": "Kaggle's image (default gpu)"}),
