@@ -57,7 +57,8 @@ def _kernels(args):
 def _bundle(args):
     from rsnape_kit.bundle import make_bundle
 
-    print(make_bundle(args.out, target=args.target, owner=args.owner, runs=args.runs))
+    out = args.out or ("build/bundle" if args.target == "gpu" else f"build/bundle-{args.target}")
+    print(make_bundle(out, target=args.target, owner=args.owner, runs=args.runs))
 
 
 def _check(args):
@@ -176,7 +177,7 @@ def _add_kaggle(command):
             ("--trained", {"action": "store_true", "help": "let the submission read what the blend and the trainings made"}),
             ("--resume", {"action": "store_true", "help": "let what prepares and trains go on from its own last output"}))
     command(_bundle, "make the dataset that kernels attach: the package and what Kaggle's image lacks",
-            ("--out", {"default": "build/bundle", "help": "folder to make (default build/bundle)"}),
+            ("--out", {"help": "folder to make (default build/bundle, or build/bundle-tpu)"}),
             ("--target", {"choices": ("gpu", "tpu"), "default": "gpu", "help": "Kaggle's image (default gpu)"}),
             ("--runs", {"nargs": "*", "default": (), "help": "folders of trained runs to bring along"}), owner)
     command(_check, "all that would make a kernel fail on Kaggle", folder, bundle)

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
+from rsnape_kit.cli import main, parser
 from rsnape_kit.ensemble import Ensemble, fit_ensemble
 from rsnape_kit.folds import folds
 from rsnape_kit.kaggle import HEADER
@@ -156,6 +157,23 @@ def test_the_kernel_that_push_sends_is_there():
     assert json.loads((ROOT / metadata["code_file"]).read_text())["metadata"]["kernelspec"]["language"] == "python"
     assert metadata["enable_internet"] is False  # the client's default is true
     assert metadata["id"].split("/")[1] == metadata["title"].lower().replace(" ", "-")
+
+
+def test_the_readmes_commands_are_ones_that_the_library_takes(monkeypatch):
+    "From clone to submission, and through training."
+    section = (ROOT / "README.md").read_text().partition("## To Kaggle")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```sh\n(.*?)```", section, re.S)
+    commands = [line.split() for line in re.findall(r"\brsnape ([^#&;\n]+)", "".join(blocks))]
+    assert len(commands) == 5 + 9
+    for command in commands:
+        parser().parse_args(command)
+    made = []
+    monkeypatch.setattr("rsnape_kit.bundle.make_bundle", lambda out, **settings: made.append(out))
+    for command in commands:
+        if command[0] == "bundle":
+            main(command)
+    assert made == ["build/bundle", "build/bundle-tpu"]
+    assert [["push", out] in commands for out in made] == [True, True]
 
 
 def test_exported_kernels_are_in_step_with_their_notebooks(tmp_path):
