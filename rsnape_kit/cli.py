@@ -51,13 +51,14 @@ def _store(args):
 def _kernels(args):
     from rsnape_kit.kernels import export_kernels
 
-    print(*export_kernels(args.owner, folds=args.folds, trained=args.trained), sep="\n")
+    print(*export_kernels(args.owner, folds=args.folds, trained=args.trained, resume=args.resume), sep="\n")
 
 
 def _bundle(args):
     from rsnape_kit.bundle import make_bundle
 
-    print(make_bundle(args.out, target=args.target, owner=args.owner, runs=args.runs))
+    out = args.out or ("build/bundle" if args.target == "gpu" else f"build/bundle-{args.target}")
+    print(make_bundle(out, target=args.target, owner=args.owner, runs=args.runs))
 
 
 def _check(args):
@@ -188,9 +189,10 @@ def _add_kaggle(command):
     bundle = ("--bundle", {"help": "folder of the bundle that is attached, to check its modules too"})
     command(_kernels, "export nbs/kernels into kernels/ with complete metadata", owner,
             ("--folds", {"type": int, "help": "write a training kernel for each of so many folds, and one for each part of the store"}),
-            ("--trained", {"action": "store_true", "help": "let the submission read what the blend and the trainings made"}))
+            ("--trained", {"action": "store_true", "help": "let the submission read what the blend and the trainings made"}),
+            ("--resume", {"action": "store_true", "help": "let what prepares and trains go on from its own last output"}))
     command(_bundle, "make the dataset that kernels attach: the package and what Kaggle's image lacks",
-            ("--out", {"default": "build/bundle", "help": "folder to make (default build/bundle)"}),
+            ("--out", {"help": "folder to make (default build/bundle, or build/bundle-tpu)"}),
             ("--target", {"choices": ("gpu", "tpu"), "default": "gpu", "help": "Kaggle's image (default gpu)"}),
             ("--runs", {"nargs": "*", "default": (), "help": "folders of trained runs to bring along"}), owner)
     command(_check, "all that would make a kernel fail on Kaggle", folder, bundle)

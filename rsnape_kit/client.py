@@ -8,6 +8,7 @@ __all__ = ['KaggleError', 'refuse', 'client', 'ask', 'Pushed']
 # %% ../nbs/709_client.ipynb #7c2db3ae
 import os
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 
 from .dataset import METADATA
 
@@ -30,12 +31,22 @@ def client():
         raise KaggleError(f"Kaggle's client is needed ({error}): pip install kaggle==2.2.4 six") from error
 
     class Client(KaggleApi):
-        def upload_files(self, request, resources, folder, *rest, **options):
-            super().upload_files(request, resources, folder, *rest, **options)
+        def upload_files(self, request, resources, folder, blob_type, notes, *rest, **options):
+            with TemporaryDirectory() as notes._temp_dir:
+                super().upload_files(request, resources, folder, blob_type, notes, *rest, **options)
             entries = [name for name in os.listdir(folder) if name != METADATA]
             if len(request.files) != len(entries):
                 raise KaggleError(f"{len(entries) - len(request.files)} of {len(entries)} entries of {folder} were not uploaded "
-                                  "(see above); nothing was published. Try again: what did arrive is not sent twice")
+                                  "(see above); nothing was published. Try again")
+
+        def newest_version(self, name):
+            from kagglesdk.kernels.types.kernels_api_service import ApiGetKernelRequest
+
+            request = ApiGetKernelRequest()
+            request.user_name, _, request.kernel_slug = name.partition("/")
+            with self.build_kaggle_client() as kaggle:
+                found = kaggle.kernels.kernels_api_client.get_kernel(request).metadata
+            return getattr(found, "current_version_number", 0)
 
     api = Client()
     try:
@@ -57,7 +68,7 @@ def ask(what: str, call, *arguments, **options):
         text = getattr(error.response, "text", "")[:500]
         hint = {401: "; is the API token valid?", 403: "; is it yours, is the name right, are the rules accepted?"}.get(status, "")
         raise KaggleError(f"{what} failed: {error} {text}{hint}") from error
-    except ValueError as error:  # the client's own checks
+    except (ValueError, TypeError, AttributeError, KeyError) as error:  # the client's own checks, or an answer it cannot read
         raise KaggleError(f"{what} failed: {error}") from error
 
 # %% ../nbs/709_client.ipynb #f13221b7
@@ -65,7 +76,7 @@ def ask(what: str, call, *arguments, **options):
 class Pushed:
     "What Kaggle has made."
     url: str
-    version: int | None  # None where Kaggle does not say
+    version: int
 
     def __str__(self):
-        return f"{self.url} version {self.version or 'unknown'}"
+        return f"{self.url} version {self.version}"

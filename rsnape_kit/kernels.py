@@ -7,12 +7,14 @@ __all__ = ['BUNDLES', 'PARTS', 'FOLDS', 'SHAPE', 'KERNELS', 'SPLIT', 'ROOT', 'Ke
            'pushed', 'export_kernel', 'export_kernels']
 
 # %% ../nbs/708_kernels.ipynb #c3851158
+import ast
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import rsnape_kit
+from .code import parse
 from .dataset import OWNER, read_json
 from .kaggle import COMPETITION
 from .preflight import KERNEL, slug_of
@@ -61,6 +63,7 @@ def kernel_metadata(
     variant: str | None = None,  # tells copies of one notebook apart; default: the first of `copies`
     folds: int = FOLDS,  # that are trained
     trained: bool = False,  # let the submission read what the blend and the trainings made
+    resume: bool = False,  # let what prepares and trains read its own last output, to go on from there
 ) -> dict:
     "Everything that kernel-metadata.json can say, said."
     if name not in KERNELS:
@@ -68,12 +71,13 @@ def kernel_metadata(
     kernel, title = KERNELS[name], _title(name, next(iter(copies(name))) if variant is None else variant)
     reads = ("blend", *_TRAININGS) if trained and name == "submit" else kernel.reads
     shape = {"machine_shape": SHAPE[kernel.accelerator]} if kernel.accelerator in SHAPE else {}
+    itself = [f"{owner}/{slug_of(title)}"] if resume and name in ("prepare", *_TRAININGS) else []
     return {
         "id": f"{owner}/{slug_of(title)}", "title": title, "code_file": f"{name}.ipynb", "language": "python",
         "kernel_type": "notebook", "is_private": True, "enable_gpu": kernel.accelerator == "gpu",
         "enable_tpu": kernel.accelerator == "tpu", "enable_internet": False, **shape,
         "dataset_sources": [f"{owner}/{BUNDLES['tpu' if kernel.accelerator == 'tpu' else 'gpu']}"], "competition_sources": [COMPETITION],
-        "kernel_sources": [f"{owner}/{slug_of(_title(read, copy))}" for read in reads for copy in copies(read, folds)],
+        "kernel_sources": [f"{owner}/{slug_of(_title(read, copy))}" for read in reads for copy in copies(read, folds)] + itself,
         "model_sources": [],
     }
 
@@ -86,12 +90,17 @@ def with_values(
     code: str,  # source of a notebook's code cells
     values: dict,  # parameter -> value
 ) -> str:
-    "Code whose lines `NAME = ...` have other values."
+    "Code whose lines `NAME = ...` have other values, the comments behind them kept."
     for name, value in values.items():
-        parts = re.split(rf"^{name} = [^#\n]*?(?=\s*(?:#|$))", code, flags=re.M)
-        if len(parts) != 2:
-            raise ValueError(f"{len(parts) - 1} lines set {name}, one was expected: parameters stand as NAME = value on a line")
-        code = f"{name} = {value!r}".join(parts)
+        spots = [node.value for node in parse(code).body if isinstance(node, ast.Assign)
+                 and [getattr(target, "id", None) for target in node.targets] == [name]]
+        if len(spots) != 1:
+            raise ValueError(f"{len(spots)} lines set {name}, one was expected: parameters stand as NAME = value on a line")
+        lines, (spot,) = code.split("\n"), spots
+        before = lines[spot.lineno - 1].encode()[:spot.col_offset].decode()  # offsets are of UTF-8
+        behind = lines[spot.end_lineno - 1].encode()[spot.end_col_offset:].decode()
+        lines[spot.lineno - 1:spot.end_lineno] = [f"{before}{value!r}{behind}"]
+        code = "\n".join(lines)
     return code
 
 
@@ -150,10 +159,11 @@ def export_kernels(
     root: Path = ROOT,
     folds: int | None = None,  # write the copies for all parts and so many folds too; default: the first of each only
     trained: bool = False,  # let the submission read what the blend and the trainings made
+    resume: bool = False,  # let what prepares and trains read its own last output
 ) -> list:  # folders to push
     "Every kernel, and the submission's metadata once more at the top of the repository."
     names = sorted(path.stem for path in Path(root, "nbs", "kernels").glob("*.ipynb"))
-    settings = {"folds": folds or FOLDS, "trained": trained}
+    settings = {"folds": folds or FOLDS, "trained": trained, "resume": resume}
     folders = [export_kernel(name, owner, root, variant, **settings)
                for name in names for variant in (copies(name, folds) if folds else [None])]
     if "submit" in names:

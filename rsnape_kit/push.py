@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .check import check_kernel
 from .client import KaggleError, Pushed, ask, client, refuse
-from .dataset import METADATA, check_dataset, read_json
+from .dataset import METADATA, check_dataset, name_faults, read_json
 from .kaggle import COMPETITION, MANIFEST
 from .preflight import KERNEL
 
@@ -21,7 +21,7 @@ READY, FAILED = "ready", ("failed", "deleted")  # states of a dataset's version
 
 
 def _state(api, name: str) -> tuple:
-    "State and version of a dataset; nothing and 0 where there is none."
+    "State and version of a dataset; nothing and 0 where there is none, None for a version that Kaggle does not tell."
     from requests import HTTPError
 
     try:
@@ -36,18 +36,19 @@ def _state(api, name: str) -> tuple:
         return status, None
 
 
-def _wait_ready(api, name: str, before: int | None, seconds: float, poll: float) -> int | None:
+def _wait_ready(api, name: str, before: int, seconds: float, poll: float) -> int:
     "Until Kaggle has unpacked a new version."
-    deadline, status = time.monotonic() + seconds, ""
-    while time.monotonic() < deadline:
+    deadline = time.monotonic() + seconds
+    while True:
         status, version = ask(f"asking for {name}", _state, api, name)
         if status in FAILED:
             raise KaggleError(f"Kaggle could not make the dataset {name}: its state is {status}. See its page for the reason")
-        if status == READY and (version is None or version != before):
+        if status == READY and (version or 0) > before:
             return version
+        if time.monotonic() > deadline:
+            raise KaggleError(f"{name} has no version after {before or 'none'} that is {READY} ({status or 'not there'}, version "
+                              f"{version}) after {seconds:.0f} s; look at its page before you push a kernel that reads it")
         time.sleep(poll)
-    raise KaggleError(f"the dataset {name} is {status or 'not there'} after {seconds:.0f} s, not {READY}; look at its page before "
-                      "you push a kernel that reads it")
 
 
 def push_bundle(
@@ -64,6 +65,8 @@ def push_bundle(
     notes = notes or f"{manifest.get('version', '')} {manifest.get('commit') or ''}".strip() or "new version"
     api = client()
     status, before = ask(f"asking for {name}", _state, api, name)
+    if before is None:
+        raise KaggleError(f"Kaggle does not say which version {name} has now, so a new one could not be told from it: try again")
     if status:
         made = ask(f"a version of {name}", api.dataset_create_version, str(folder), notes, dir_mode="zip")
     else:
@@ -95,7 +98,9 @@ def push(
     if dropped:
         raise KaggleError(f"{made.url} was started without {' and '.join(dropped)}, which Kaggle did not find: stop it there, "
                           f"correct {folder / KERNEL} and push again")
-    pushed = Pushed(made.url, made.version_number or None)
+    if not made.url or not made.version_number:
+        raise KaggleError(f"Kaggle gave the kernel {folder} no {'version' if made.url else 'address'}: see on its page whether it runs")
+    pushed = Pushed(made.url, made.version_number)
     print(f"kernel started: {pushed}")
     return pushed
 
@@ -111,20 +116,21 @@ def wait_kernel(
 ):
     "Until a kernel's last run has finished well."
     api, deadline = api or client(), time.monotonic() + wait
-    while time.monotonic() < deadline:
+    while True:
         answer = ask(f"asking for {name}", api.kernels_status, name)
         status = answer.status.name.lower()
         if status == "complete":
             return
         if status not in RUNNING:
             raise KaggleError(f"the kernel {name} ended as {status}: {answer.failure_message or 'see its log'}")
+        if time.monotonic() > deadline:
+            raise KaggleError(f"the kernel {name} is still {status} after {wait:.0f} s; submit it when it is done")
         time.sleep(poll)
-    raise KaggleError(f"the kernel {name} is still {status} after {wait:.0f} s; submit it when it is done")
 
 
 def submit_kernel(
     folder,  # of the kernel, with kernel-metadata.json
-    version: int | None = None,  # as push tells it; None for the newest
+    version: int | None = None,  # as push tells it; default: the newest, which is asked for
     message: str = "rsnape_kit",  # shown beside the score
     competition: str = COMPETITION,
     wait: float = 12 * 3600,  # seconds until the run must be finished
@@ -132,10 +138,16 @@ def submit_kernel(
 ) -> str:  # Kaggle's answer
     "Enter the submission.csv that a kernel's run wrote in the competition."
     meta, said = read_json(Path(folder, KERNEL))
-    refuse(said, f"the submission of {folder}")
+    name = meta.get("id")
+    refuse(said or name_faults(name, f"id in {Path(folder, KERNEL)}"), f"the submission of {folder}")
     api = client()
-    wait_kernel(meta["id"], wait, poll, api)
-    answer = ask(f"submitting {meta['id']}", api.competition_submit_code, "submission.csv", message, competition,
-                  meta["id"], version, quiet=True)
-    print(answer.message)
-    return answer.message
+    wait_kernel(name, wait, poll, api)
+    version = version or ask(f"asking for {name}", api.newest_version, name)
+    if not version:
+        raise KaggleError(f"Kaggle does not say which version of {name} is its newest: name one (option --version)")
+    answer = ask(f"submitting {name}", api.competition_submit_code, "submission.csv", message, competition, name, version, quiet=True)
+    said = getattr(answer, "message", "") or "nothing"
+    if "success" not in said.lower():
+        raise KaggleError(f"Kaggle did not confirm version {version} of {name}, it said: {said}. See "
+                          f"https://www.kaggle.com/competitions/{competition}/submissions")
+    return f"version {version} of {name}: {said}"
