@@ -9,7 +9,9 @@ __all__ = ['STUDIES', 'INDEX', 'study_hash', 'groups', 'fingerprint', 'make_shar
 import hashlib
 import json
 import os
+import warnings
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from .dicom import FILLED
 from .shard import read_footer, write_shard
 from .source import DicomSource
 
@@ -57,8 +60,8 @@ def fingerprint(
     return hashlib.blake2b(rows.tobytes() + json.dumps([meta, list(table)]).encode(), digest_size=8).hexdigest()
 
 def _short(path):
-    "The last three parts of a path: study, series and slice in the competition's layout."
-    return "/".join(Path(path).parts[-3:])
+    "The last three parts of a path: study, series and slice in the competition's layout, in UTF-8 whatever they are in."
+    return "/".join(Path(path).parts[-3:]).encode("utf-8", "backslashreplace").decode()
 
 def make_shard(
     source,  # pixel source of one shard's slices
@@ -114,16 +117,15 @@ def _pool(slices, shards):
 
 # %% ../nbs/111_build.ipynb #82744669
 def _plan(source, out, part, meta):
-    "(rows of each shard, files they make, whether each is there already)."
+    "(rows of each shard, files they make, how many slices of each are there already, whether all is done)."
     rows = groups(source.table, part)
     paths = [out / f"{k:04d}-{fingerprint(source.table.iloc[r], meta)}.slices" for k, r in enumerate(rows)]
     strange = sorted(set(out.glob("*.slices")) - set(paths))
     if strange:
         raise ValueError(f"{out} holds {len(strange)} shards of other slices or settings, {strange[0].name} for one; "
                          "choose another folder or delete them")
-    for left in out.glob("*.slices.*.tmp"):  # of a build that was killed
-        left.unlink()
-    return rows, paths, [_complete(path) for path in paths]
+    there = [_complete(path) for path in paths]
+    return rows, paths, there, all(there) and _settings(out) == meta
 
 def _complete(path):
     "Is this shard there, whole?"
@@ -131,6 +133,23 @@ def _complete(path):
         return len(read_footer(path)[0])
     except ValueError:
         return 0
+
+@contextmanager
+def _alone(out):
+    "While this holds, no other build works in the folder. The lock is the folder's own and ends with its process."
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        import fcntl
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise RuntimeError(f"{out} is being built by another process; wait for it or end it, then build again") from None
+    except (ImportError, OSError):  # a system or a disk without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(folder)
 
 # %% ../nbs/111_build.ipynb #c096cc60
 def build_store(
@@ -146,6 +165,8 @@ def build_store(
     "Make a store of quarter-HU slices, or go on making it."
     if isinstance(source, (str, os.PathLike, pd.DataFrame)):
         source = DicomSource(source, size, lowest=-8192 if keep_padding else -1024)
+    elif keep_padding and getattr(source, "lowest", -1024) != -8192:
+        raise ValueError("keep_padding is for the source to decide: make it with lowest=-8192, or give a folder or a table")
     if source.size != size:
         raise ValueError(f"the source gives {source.size} pixels a side, the store shall have {size}")
     if labels is not None:
@@ -154,14 +175,24 @@ def build_store(
     out, meta = Path(out), {"size": size, "lowest": getattr(source, "lowest", -1024), "part": list(part),
                             "codec": codec}
     out.mkdir(parents=True, exist_ok=True)
-    rows, paths, there = _plan(source, out, part, meta)
-    todo = [(r, path) for r, path, n in zip(rows, paths, there) if not n]
+    with _alone(out):
+        rows, paths, there, done = _plan(source, out, part, meta)
+        if not done:
+            (out / INDEX).unlink(missing_ok=True)  # which says that a store is complete
+            for left in out.glob("*.slices.*.tmp"):  # of a build that was killed
+                left.unlink()
+            todo = [(r, path) for r, path, n in zip(rows, paths, there) if not n]
+            _make(source, todo, sum(there), meta, out.name, executor)
+            _index(out, paths, meta, source.table)
+    _say_filled(out)
+    return out
+
+def _make(source, todo, there, meta, name, executor):
+    "Make the shards (rows, path) of `todo`; `there` slices are there already."
     left = sum(len(r) for r, _ in todo)
-    if todo:  # an index says that a store is complete
-        (out / INDEX).unlink(missing_ok=True)
     pool = executor or _pool(left, len(todo))
     try:
-        with tqdm(total=left + sum(there), initial=sum(there), unit=" slices", desc=out.name) as bar:
+        with tqdm(total=left + there, initial=there, unit=" slices", desc=name) as bar:
             _run(((make_shard, source.take(r), path, meta) for r, path in todo), pool, bar.update)
     except BrokenExecutor as error:
         raise RuntimeError("a process of the build ended. If this is a script, keep its main part under "
@@ -170,8 +201,6 @@ def build_store(
     finally:
         if executor is None:
             pool.shutdown(cancel_futures=True)
-    _index(out, paths, meta, source.table)
-    return out
 
 def _with_labels(table, labels):
     "The slices table with label columns, NaN where a slice has none."
@@ -192,9 +221,21 @@ def _index(out, paths, meta, table):
     index = pd.concat(tables, ignore_index=True) if tables else table.iloc[:0].assign(
         start=0, bytes=0, crc32=0, shard="")
     index = index.sort_values(["StudyInstanceUID", "SeriesInstanceUID", "order"], ignore_index=True, kind="stable")
-    columns = ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "path", "problem"]
+    columns = ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "path", "problem", "shard"]
     index.loc[index.problem != "", columns].to_csv(out / "problems.csv", index=False)
     temporary = out / f"{INDEX}.tmp"
     index.attrs = meta
     index.to_parquet(temporary, compression="zstd", index=False)
     os.replace(temporary, out / INDEX)
+
+def _settings(out):
+    "The settings of a finished store, None where there is none."
+    return pd.read_parquet(out / INDEX, columns=["problem"]).attrs if (out / INDEX).exists() else None
+
+def _say_filled(out):
+    "Warn of slices that are not their own, and say how to try them again."
+    problem = pd.read_parquet(out / INDEX, columns=["problem"]).problem
+    filled = problem.astype(str).str.contains(FILLED, regex=False).sum()
+    if filled:
+        warnings.warn(f"{out}: {filled} of {len(problem)} slices were unreadable and are filled, see problems.csv there; "
+                      "once they can be read, delete the shards it names for them and build again", stacklevel=3)

@@ -14,7 +14,7 @@ from math import isnan
 import numpy as np
 
 from .compiled import compiled
-from .header import FIELD, FIELDS, FOUND, NUMBER, NUMBERS, DicomError, parse, walk
+from .header import FIELD, FIELDS, FOUND, NUMBER, NUMBERS, file_fault, parse, walk
 from .jpeg import CODECS, decode
 
 # %% ../nbs/103_hu.ipynb #0062ca03
@@ -161,6 +161,8 @@ def _plain(
     return pixels, slope, intercept, int(n[_stored])
 
 # %% ../nbs/103_hu.ipynb #467777df
+_most = 1 << 26  # pixels; a damaged header that claims more must not cost the memory for them
+
 def _careful(
     path,  # the file
     lowest,  # HU; everything below is raised to it
@@ -172,6 +174,8 @@ def _careful(
     ds = pydicom.dcmread(path)
     if "PixelData" not in ds:
         raise ValueError("no pixel data")
+    if "Rows" in ds and "Columns" in ds and ds.Rows * ds.Columns > _most:
+        raise ValueError(f"{ds.Rows}x{ds.Columns} pixels, which no CT slice has")
     if ("RescaleSlope" in ds) != ("RescaleIntercept" in ds):
         raise ValueError("only one of RescaleSlope and RescaleIntercept, so its HU are unknown")
     codec, lut = CODECS.get(ds.file_meta.TransferSyntaxUID), "ModalityLUTSequence" in ds
@@ -205,7 +209,5 @@ def read_hu(
             os.close(fd)
         values, slope, intercept, bits = plain or _careful(path, lowest)
         return finish(values, slope, intercept, lowest, bits)
-    except OSError as error:
-        raise DicomError(path, error.strerror or error) from error
     except Exception as error:  # whatever a damaged file makes pydicom or a decoder raise
-        raise DicomError(path, f"{type(error).__name__}: {error}") from error
+        raise file_fault(path, error) from error

@@ -41,6 +41,8 @@ def decode(
         raise ImportError("compressed with JPEG, which needs imagecodecs: pip install imagecodecs") from None
     from pydicom.encaps import get_frame
 
+    if (getattr(ds, "NumberOfFrames", None) or 1) > 1:
+        raise ValueError(f"not one grey plane, but {ds.NumberOfFrames} frames")
     frame = get_frame(ds.PixelData, 0, number_of_frames=1)
     if not frame.rstrip(b"\0").endswith(b"\xff\xd9"):
         raise ValueError("its JPEG stream is cut short: no end marker")
@@ -51,7 +53,7 @@ def decode(
     if values.shape != (rows, columns) or ds.SamplesPerPixel != 1 or ds.BitsAllocated not in (8, 16):
         raise ValueError(f"not one grey plane of 8 or 16 bits, but {values.shape}, {ds.BitsAllocated} bits")
     values = values.astype(np.int16 if values.dtype.kind == "i" else np.uint16)
-    bits = ds.BitsStored if codec == "jpeg8" else precision
+    bits = ds.BitsStored if codec == "jpeg8" else min(precision, ds.BitsStored)
     if not 1 <= bits <= 16 or ds.PixelRepresentation not in (0, 1):
         raise ValueError(f"{bits} bits stored, PixelRepresentation {ds.PixelRepresentation}")
     return values.view(np.int16 if ds.PixelRepresentation else np.uint16), bits

@@ -71,8 +71,8 @@ def order_of(
 # %% ../nbs/104_order.ipynb #7effc222
 def oddities(
     position,  # float [n], sorted, mm
-    normal,  # float [n, 3], the slices' own normals
-    main,  # float [3], the series' normal
+    orientation,  # float [n, 6], the slices' own, NaN where missing
+    main,  # float [6], the series' orientation
     size,  # int [n], equal for slices of equal size
 ):
     "Dict of text to bool [n]: which slices it is true of."
@@ -80,10 +80,12 @@ def oddities(
     usual = np.median(step[step > .001]) if (step > .001).any() else np.nan
     same, first = step <= .001, np.zeros(1, bool)
     values, counts = np.unique(size, return_counts=True)
+    normal = normals(orientation)
+    along = [orientation[:, k:k + 3] @ main[k:k + 3] < .99 * (main[k:k + 3] @ main[k:k + 3]) for k in (0, 3)]
     return {
         "duplicate position": np.append(same, first) | np.append(first, same),
         "gap before": np.append(first, step > 1.5 * usual),
-        "mixed orientation": normal @ main < .99,
+        "mixed orientation": (normal @ normals(main[None])[0] < .99) | along[0] | along[1],
         "not axial": np.abs(normal[:, 2]) < .8,
         "mixed size": size != values[counts.argmax()],
         "position unknown": np.isnan(position),
@@ -92,14 +94,17 @@ def oddities(
 # %% ../nbs/104_order.ipynb #5e8e26c1
 CORNER = ["corner_x", "corner_y", "corner_z"]
 ORIENTATION = ["row_x", "row_y", "row_z", "column_x", "column_y", "column_z"]
+_axial = np.array([1., 0, 0, 0, 1, 0])
 
 def _main(
     orientation,  # float [n, 6], NaN where missing
 ):
-    "float [6]: the orientation that most slices of the series have."
+    "float [6]: the orientation that most slices of the series have; axial where none has any."
     known = orientation[~np.isnan(orientation).any(1)]
-    if len(known) == 0 or np.abs(known - known[0]).max() < .01:
-        return known.mean(0) if len(known) else np.full(6, np.nan)
+    if len(known) == 0:
+        return _axial
+    if np.abs(known - known[0]).max() < .01:
+        return known.mean(0)
     kinds, counts = np.unique(known.round(2), axis=0, return_counts=True)
     return known[np.abs(known - kinds[counts.argmax()]).max(1) < .02].mean(0)
 
@@ -114,8 +119,8 @@ def arrange(
     "The slices table: sorted by study, series and place, with position, order, flips and problems."
     table = table.sort_values(["StudyInstanceUID", "SeriesInstanceUID", "path"], ignore_index=True)
     series = table.StudyInstanceUID + "/" + table.SeriesInstanceUID
-    corner, orientation = table[CORNER].to_numpy(float), table[ORIENTATION].to_numpy(float)
-    normal, instance, names = normals(orientation), table.instance.to_numpy(float), table.path.to_numpy()
+    corner, own = table[CORNER].to_numpy(float), table[ORIENTATION].to_numpy(float)
+    orientation, instance, names = own.copy(), table.instance.to_numpy(float), table.path.to_numpy()
     size, good = table["rows"].to_numpy() * 65536 + table["columns"].to_numpy(), table["rows"].to_numpy() > 0
     position, notes, places = np.full(len(table), np.nan), np.full(len(table), "", object), []
     starts = np.flatnonzero(np.append(True, (series[1:].to_numpy() != series[:-1].to_numpy()))) if len(table) else []
@@ -125,13 +130,13 @@ def arrange(
         here = here[good[here]]
         main = _main(orientation[here])
         orientation[here] = np.where(np.isnan(orientation[here]), main, orientation[here])
-        axis = normals(main[None])[0]
-        position[here], guessed = positions(corner[here], axis, instance[here])
+        position[here], guessed = positions(corner[here], normals(main[None])[0], instance[here])
         if len(here):
             place = order_of(position[here], instance[here], names[here], table.SeriesInstanceUID[start])
             here, guessed = here[place], guessed[place]
-            odd = oddities(position[here], normal[here], axis, size[here]) | {
-                "position from InstanceNumber": guessed, "rotated in plane": np.abs(orientation[here, 0]) < .7}
+            odd = oddities(position[here], own[here], main, size[here]) | {
+                "position from InstanceNumber": guessed, "rotated in plane": np.abs(orientation[here, 0]) < .7,
+                "orientation unknown, taken as axial": np.full(len(here), main is _axial)}
             for text, where in odd.items():
                 if where.any():
                     notes[here[where]] = _join(notes[here[where]], np.full(where.sum(), text))

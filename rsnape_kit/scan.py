@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .header import FIELD, FIELDS, FOUND, MORE, NUMBER, NUMBERS, walk_many
+from .header import FIELD, FIELDS, FOUND, MORE, NUMBER, NUMBERS, file_fault, walk_many
 from .order import CORNER, ORIENTATION, arrange
 
 # %% ../nbs/105_scan.ipynb #45774ed7
@@ -21,15 +21,36 @@ def list_files(
     root,  # a folder
 ):
     "Sorted list of the paths of all files below a folder."
-    found, folders = [], [os.fspath(root)]
+    found, folders, seen = [], [os.fspath(root)], set()
     while folders:
-        with os.scandir(folders.pop()) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    folders.append(entry.path)
-                elif not entry.name.startswith("."):
-                    found.append(entry.path)
+        folder = folders.pop()
+        if (real := os.path.realpath(folder)) in seen:
+            continue
+        seen.add(real)
+        with os.scandir(folder) as entries:
+            entries = sorted(entries, key=lambda entry: entry.name)
+        folders += [entry.path for entry in entries if entry.is_dir()]
+        found += [entry.path for entry in entries if not entry.name.startswith(".") and _is_file(entry)]
     return sorted(found)
+
+def _is_file(entry):
+    "A file, or a link to nothing."
+    return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+
+# %% ../nbs/105_scan.ipynb #a404ba75
+def _kind(path):
+    "A file's folder and extension."
+    extension = os.path.splitext(path)[1].lower()
+    return os.path.dirname(path), extension if extension[1:2].isalpha() else ""
+
+def _strays(table):
+    "bool [n]: which files are of no kind that slices have."
+    rubbish = table.problem.str.startswith("InvalidDicomError")
+    suspect = rubbish & ~table.path.str.lower().str.endswith(".dcm")
+    if suspect.any():
+        kind = table.path.map(_kind)
+        suspect &= ~kind.isin(kind[~rubbish])
+    return suspect
 
 # %% ../nbs/105_scan.ipynb #b376a21d
 _texts = ("study", "series", "image", "syntax")
@@ -39,6 +60,10 @@ _keywords = {"thickness": "SliceThickness", "instance": "InstanceNumber", "corne
              "stored": "BitsStored", "signed": "PixelRepresentation", "intercept": "RescaleIntercept",
              "slope": "RescaleSlope"}
 
+def _text(value):
+    "A text as it stands in the file, which pydicom parts at backslashes."
+    return value if isinstance(value, str) else "\\".join(map(str, value))
+
 def _ask_pydicom(path):
     "(texts, numbers, '') of one header, or (four empty texts, NaNs, what is wrong)."
     import pydicom
@@ -46,10 +71,10 @@ def _ask_pydicom(path):
     numbers = np.full(NUMBERS, np.nan)
     try:
         ds = pydicom.dcmread(path, stop_before_pixels=True)
-        texts = [str(ds.get(f"{name}InstanceUID", "")) for name in ("Study", "Series", "SOP")]
+        texts = [_text(ds.get(f"{name}InstanceUID") or "") for name in ("Study", "Series", "SOP")]
         texts.append(str(ds.file_meta.get("TransferSyntaxUID", "")))
     except Exception as error:  # whatever a damaged file makes pydicom raise
-        return ("",) * 4, numbers, f"{type(error).__name__}: {error}"
+        return ("",) * 4, numbers, file_fault(path, error).args[1]
     for name, keyword in _keywords.items():
         try:
             values = np.ravel(np.asarray(ds.get(keyword, []), float))
@@ -85,7 +110,7 @@ def _batch(paths, bufs, numbers, status, size):
     walk_many(bufs, got, at, length, numbers, status)
     raw, start = bufs.reshape(-1).data, at[:, _which] + np.arange(len(paths))[:, None] * bufs.shape[1]
     once = {}  # a series' ids are in all its files: one string each will do
-    text = [[str(raw[a:b], "latin-1").rstrip("\0 ") for a, b in zip(begin, end)] if good else None
+    text = [[str(raw[a:b], "latin-1").rstrip("\0 ").strip() for a, b in zip(begin, end)] if good else None
             for good, begin, end in zip((status == FOUND).tolist(), start.tolist(), (start + length[:, _which]).tolist())]
     return [four and [once.setdefault(t, t) for t in four] for four in text]
 
@@ -121,6 +146,7 @@ def _rows(paths):
     for where, text in (
         (np.isnan(one["slope"]) != np.isnan(one["intercept"]), "only one of RescaleSlope and RescaleIntercept"),
         (short, "file shorter than its pixels"),
+        ((area > 0) & ((one["frames"] > 1) | (one["samples"] != 1)), "not one grey plane"),
         (area == 0, "not an image"),
     ):
         problem[where & (problem == "")] = text
@@ -130,7 +156,7 @@ def _rows(paths):
         "spacing_y": one["spacing"], "spacing_x": numbers[:, NUMBER["spacing"] + 1],
         "thickness": one["thickness"], "instance": one["instance"],
         **{name: np.where(np.isnan(one[name]), default, one[name]) for name, default in (("slope", 1.0), ("intercept", 0.0))},
-        "signed": one["signed"] == 1, "bits": bits,
+        "signed": one["signed"] == 1, "bits": bits, "file_bytes": size,
     }
     for names, field in ((CORNER, "corner"), (ORIENTATION, "orientation")):
         table |= dict(zip(names, numbers[:, NUMBER[field]:NUMBER[field] + len(names)].T))
@@ -170,5 +196,8 @@ def scan(
         if own:
             own.shutdown(cancel_futures=True)
     table = pd.concat(tables, ignore_index=True)
-    stray = table.problem.str.startswith("InvalidDicomError") & ~table.path.str.lower().str.endswith(".dcm")
-    return arrange(_adopt(table[~stray].reset_index(drop=True)))
+    table = table[~_strays(table)].reset_index(drop=True)
+    if table.empty:
+        raise FileNotFoundError(f"{len(paths)} files below {os.fspath(root)!r}, none of them DICOM; "
+                                "give a folder of DICOM series")
+    return arrange(_adopt(table))

@@ -57,7 +57,8 @@ def check_version(
     with open(path, "rb") as file:
         begins = file.read(len(_magic))
     if begins != _magic:
-        raise ValueError(f"{path}: begins with {begins}, not {_magic}: made by another version; build the store again")
+        raise ValueError(f"{path}: begins with {begins}, not {_magic}: made by another version; delete it and "
+                         "build the store again")
 
 def _footer(table, meta):
     "A table and a small dict as parquet bytes."
@@ -80,9 +81,9 @@ def read_footer(
             raw = file.read(length)
         good = magic == _magic and zlib.crc32(raw) == check
     except (struct.error, ValueError, OSError) as error:
-        raise ValueError(f"{path}: not a complete shard ({error}); build the store again, it resumes") from None
+        raise ValueError(f"{path}: not a complete shard ({error}); delete it and build the store again") from None
     if not good:
-        raise ValueError(f"{path}: not a complete shard; build the store again, it resumes")
+        raise ValueError(f"{path}: not a complete shard; delete it and build the store again")
     arrow = pq.read_table(io.BytesIO(raw))
     return arrow.to_pandas(), json.loads(arrow.schema.metadata[b"rsnape_kit"])
 

@@ -8,7 +8,9 @@ __all__ = ['SliceStore', 'build_store', 'to_quarter_hu', 'DicomSource']
 # %% ../nbs/112_store.ipynb #e8a98532
 import mmap
 import os
+import warnings
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +19,13 @@ import pandas as pd
 from .build import INDEX, build_store
 from .quarter import to_quarter_hu
 from .shard import check_version, codec
-from .source import DicomSource, row_numbers
+from .source import DicomSource, memory, row_numbers
 
 _all_ = ["build_store", "to_quarter_hu", "DicomSource"]
 
 # %% ../nbs/112_store.ipynb #3b7579d0
 def _open(path):
-    "The index of one finished store, its size and codec beside; its shards' paths and sizes checked."
+    "(index of one finished store, its shards' paths and codec beside; its settings); the shards' sizes are checked."
     path = Path(path)
     if not (path / INDEX).exists():
         what = "is not there" if not path.exists() else "holds no finished store; build it again, it resumes"
@@ -34,22 +36,29 @@ def _open(path):
         if found <= end:
             raise FileNotFoundError(f"{path / shard} has {found:,} bytes, more than {end:,} expected; copy it again")
         check_version(path / shard)
-    return index.assign(shard=os.fspath(path) + os.sep + index["shard"], codec=index.attrs["codec"]), index.attrs["size"]
+    return index.assign(shard=os.fspath(path) + os.sep + index["shard"], codec=index.attrs["codec"]), index.attrs
+
+def _common(parts, setting):
+    "What a setting is in all parts."
+    found = {settings[setting] for _, settings in parts}
+    if len(found) != 1:
+        raise ValueError(f"parts of one {setting}, please; these have {sorted(found)}" if found else "give a store's folder")
+    return found.pop()
 
 def _join(paths):
     "(table of all parts in order, size)."
     parts = [_open(path) for path in paths]
-    sizes = {size for _, size in parts}
-    if len(sizes) != 1:
-        raise ValueError(f"parts of one size, please; these have {sorted(sizes)}" if sizes else "give a store's folder")
+    size, _ = _common(parts, "size"), _common(parts, "lowest")
+    studies = pd.Series([study for index, _ in parts for study in index.StudyInstanceUID.unique()], dtype=object)
+    if studies.duplicated().any():
+        raise ValueError(f"study {studies[studies.duplicated().argmax()]} is in more than one of {list(map(str, paths))}")
     table = pd.concat([index for index, _ in parts if len(index)] or [parts[0][0]], ignore_index=True)
     table = table.sort_values(["StudyInstanceUID", "SeriesInstanceUID", "order"], ignore_index=True, kind="stable")
-    twice = table.duplicated(["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "order"])
-    if twice.any():
-        raise ValueError(f"study {table.StudyInstanceUID[twice.argmax()]} is in more than one of {list(map(str, paths))}")
-    return table, sizes.pop()
+    return table, size
 
 # %% ../nbs/112_store.ipynb #7673d9da
+_MEND = "copy the shard again, or delete it and build the store again"
+
 class SliceStore:
     "Finished stores as one pixel source: `store[rows]` gives int16 [n, S, S] in quarter HU."
     def __init__(
@@ -92,13 +101,13 @@ class SliceStore:
         out=None,  # int16 [n, S, S] to fill, which spares the operating system fresh pages
     ) -> np.ndarray:  # int16 [n, S, S], quarter HU
         "Slices by number, the fast way."
-        out = np.empty((len(rows), self.size, self.size), np.int16) if out is None else out
+        out = memory(len(rows), self.size, out)
         for i, into in zip(rows, out):
+            chunk = self._chunk(i)
             try:
-                self._decompress[self._shard[i]](self._chunk(i), into)
-            except (OSError, RuntimeError, ValueError) as error:
-                raise ValueError(f"{self._shards[self._shard[i]]}: slice {i} is damaged ({error}); copy or build the "
-                                 "shard again") from error
+                self._decompress[self._shard[i]](chunk, into)
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(f"{self._shards[self._shard[i]]}: slice {i} is damaged ({error}); {_MEND}") from error
         return out
 
     def study(
@@ -113,8 +122,11 @@ class SliceStore:
         return self._studies[study]
 
     def verify(self) -> list:  # of row numbers
-        "Read every slice and compare its checksum; the rows that are damaged."
-        return [i for i in range(len(self)) if zlib.crc32(self._chunk(i)) != self._crc32[i]]
+        "Read every slice and compare its checksum; the rows that are damaged, with a warning that names their shards."
+        bad = [i for i in range(len(self)) if zlib.crc32(self._chunk(i)) != self._crc32[i]]
+        for shard, n in Counter(self._shards[self._shard[i]] for i in bad).items():
+            warnings.warn(f"{shard}: {n} slices are damaged; {_MEND}", stacklevel=2)
+        return bad
 
     def __reduce__(self):
         return SliceStore, tuple(self.paths)
