@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -12,7 +13,7 @@ from conftest import ROOT
 from rsnape_kit.cli import main, parser
 from rsnape_kit.ensemble import Ensemble, fit_ensemble
 from rsnape_kit.folds import folds
-from rsnape_kit.kaggle import HEADER
+from rsnape_kit.kaggle import HEADER, PYTHON, sha256
 from rsnape_kit.kernels import KERNELS, copies, export_kernels, pushed
 from rsnape_kit.labels import AUX_LABELS, EXAM_LABELS, IMAGE_LABEL, SLICE, STUDY
 from rsnape_kit.phantom import make_competition
@@ -139,17 +140,53 @@ def test_child_processes_see_what_the_header_attached(tmp_path):
     assert f"42 {kit}/rsnape_kit/__init__.py" in result.stdout.splitlines()
 
 
+def bundled(folder, target):
+    "The package with a manifest of its one file, as a bundle has it of all."
+    shutil.copytree(ROOT / "rsnape_kit", folder / "rsnape_kit")
+    files = {"rsnape_kit/__init__.py": sha256(folder / "rsnape_kit" / "__init__.py")}
+    (folder / "manifest.json").write_text(json.dumps({"python": PYTHON, "target": target, "files": files}))
+    return folder
+
+
+def test_the_bundle_that_is_imported_is_the_one_that_is_checked_and_passed_on(tmp_path):
+    competition(tmp_path / "input" / COMPETITION)
+    (tmp_path / "working").mkdir()
+    kits = [bundled(tmp_path / "input" / name, "gpu") for name in ("a-kit", "b-kit", "c-kit")]
+    show = "import os, rsnape_kit; print(rsnape_kit.__file__); print(os.environ['PYTHONPATH'].split(':')[0])"
+    result = run_kernel(tmp_path, then=show)
+    assert result.returncode == 0, result.stderr
+    imported, passed_on = map(Path, result.stdout.splitlines()[-2:])
+    assert imported.parents[1] == passed_on in kits
+    for kit in kits:
+        if kit != passed_on:
+            (kit / "rsnape_kit" / "__init__.py").write_text("raise ImportError('another')")
+    assert run_kernel(tmp_path).returncode == 0
+    (passed_on / "rsnape_kit" / "prior.py").unlink()
+    manifest = (passed_on / "manifest.json")
+    manifest.write_text(manifest.read_text().replace("__init__", "prior"))
+    assert "rsnape_kit/prior.py" in run_kernel(tmp_path).stderr
+
+
+def test_a_bundle_for_the_other_image_is_refused_on_a_tpu(tmp_path):
+    competition(tmp_path / "input" / COMPETITION)
+    (tmp_path / "working").mkdir()
+    bundled(tmp_path / "input" / "rsnape-kit", "gpu")
+    tpu = {"KAGGLE_KERNEL_RUN_TYPE": "Batch", "ISTPUVM": "1"}
+    assert "this session has a TPU: attach the one made with --target tpu" in run_kernel(tmp_path, environ=tpu).stderr
+
+
 def test_every_kernel_begins_with_the_header():
     for path in (ROOT / "nbs" / "kernels").glob("*.ipynb"):
         first = next(cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code")
         assert "".join(first["source"]).removeprefix("#| eval: false\n").strip() == HEADER.strip(), path
 
 
-def run_kernel(kaggle, name="submit", then="import rsnape_kit; print(rsnape_kit.__file__)", values=()):
+def run_kernel(kaggle, name="submit", then="import rsnape_kit; print(rsnape_kit.__file__)", values=(),
+               environ=()):
     "A kernel's cells as one script, /kaggle moved to a folder, then a line of ours."
     code = source(name, **dict(values)).replace("/kaggle/", f"{kaggle}/")
     return subprocess.run([sys.executable, "-c", code + "\n" + then], cwd=kaggle, capture_output=True, text=True,
-                          env={"PATH": "/usr/bin:/bin", "RSNAPE_KAGGLE": str(kaggle)})
+                          env={"PATH": "/usr/bin:/bin", "RSNAPE_KAGGLE": str(kaggle), **dict(environ)})
 
 
 def test_the_kernel_that_push_sends_is_there():
