@@ -34,6 +34,7 @@ def _scan(args):
     from rsnape_kit.dicom import scan
 
     table = scan(args.folder)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     table.to_parquet(args.out)
     odd = table.problem[table.problem != ""]
     print(f"{len(table)} slices of {table.StudyInstanceUID.nunique()} studies in {args.out}")
@@ -43,27 +44,27 @@ def _scan(args):
 def _store(args):
     from rsnape_kit.store import SliceStore, build_store
 
-    i, n = (int(number) for number in args.part.split("/"))
-    build_store(args.folder, args.out, size=args.size, part=(i, n))
+    build_store(args.folder, args.out, size=args.size, part=args.part)
     print(SliceStore(args.out))
 
 # %% ../nbs/802_cli.ipynb #604b1904
 def _kernels(args):
     from rsnape_kit.kernels import export_kernels
 
-    print(*export_kernels(args.owner), sep="\n")
+    print(*export_kernels(args.owner, folds=args.folds, trained=args.trained, resume=args.resume), sep="\n")
 
 
 def _bundle(args):
     from rsnape_kit.bundle import make_bundle
 
-    print(make_bundle(args.out, target=args.target, owner=args.owner, runs=args.runs))
+    out = args.out or ("build/bundle" if args.target == "gpu" else f"build/bundle-{args.target}")
+    print(make_bundle(out, target=args.target, owner=args.owner, runs=args.runs))
 
 
 def _check(args):
     from rsnape_kit.bundle import check_kernel
 
-    faults = check_kernel(args.folder, args.bundle)
+    faults = check_kernel(args.folder, args.bundle, allow=args.allow)
     sys.exit("\n".join(faults) if faults else print(f"{args.folder}: nothing to mend"))
 
 
@@ -71,7 +72,7 @@ def _push(args):
     from rsnape_kit.bundle import push, push_bundle
 
     is_dataset = Path(args.folder, "dataset-metadata.json").exists()
-    print(push_bundle(args.folder) if is_dataset else push(args.folder, args.bundle))
+    print(push_bundle(args.folder) if is_dataset else push(args.folder, args.bundle, args.allow))
 
 
 def _submit(args):
@@ -99,6 +100,21 @@ def _rehearse(args):
     sys.exit(0 if result.ok else f"rsnape: {result.problem}")
 
 # %% ../nbs/802_cli.ipynb #f5c7c38e
+def _count(text: str) -> int:
+    "A whole number of at least 1."
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return int(text)
+
+
+def _part(text: str) -> tuple:
+    "Part i of n, written i/n."
+    i, _, n = text.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected i/n with i from 0 to n - 1, such as 0/8")
+    return int(i), int(n)
+
+
 def parser() -> argparse.ArgumentParser:
     "All commands and their arguments."
     top = argparse.ArgumentParser("rsnape", description="Detect pulmonary embolism in chest CT: from DICOM to submission.")
@@ -119,16 +135,16 @@ def parser() -> argparse.ArgumentParser:
             ("--at-once", {"type": int, "help": "trainings at a time (default: one a core, at most three)"}), difficulty, seed)
     command(_phantom, "write a made-up competition in the real one's layout",
             ("out", {"help": "folder to make"}),
-            ("--studies", {"type": int, "default": 24, "help": "training studies (default 24)"}),
-            ("--test-studies", {"type": int, "default": 8, "help": "default 8"}),
-            ("--slices", {"type": int, "help": "a study (default: as found)"}), difficulty, seed)
+            ("--studies", {"type": _count, "default": 24, "help": "training studies (default 24)"}),
+            ("--test-studies", {"type": _count, "default": 8, "help": "default 8"}),
+            ("--slices", {"type": _count, "help": "a study (default: as found)"}), difficulty, seed)
     command(_scan, "list the slices of a DICOM folder, in order, with what is odd about them",
             ("folder", {"help": "DICOM at any depth"}),
             ("--out", {"default": "slices.parquet", "help": "table to write (default slices.parquet)"}))
     command(_store, "turn a DICOM folder into a slice store; run again to go on",
             ("folder", {"help": "DICOM at any depth"}), ("out", {"help": "store to make"}),
             ("--size", {"type": int, "default": 256, "choices": (256, 512), "help": "pixels a side (default 256)"}),
-            ("--part", {"default": "0/1", "help": "part i of n, counted from 0, as i/n (default 0/1: all)"}))
+            ("--part", {"type": _part, "default": "0/1", "help": "part i of n, counted from 0, as i/n (default 0/1: all)"}))
     _add_models(command)
     _add_kaggle(command)
     return top
@@ -145,10 +161,10 @@ def _add_models(command):
             ("model", {"help": "efficientnet, resnet3d, efficientnet3d or petaformer"}),
             ("--store", store | {"required": True}), train_csv,
             ("--fold", {"type": int, "default": 0, "help": "the fold to hold out (default 0)"}),
-            ("--folds", {"type": int, "default": 5, "help": "default 5"}),
+            ("--folds", {"type": _count, "default": 5, "help": "default 5"}),
             ("--recipe", {"choices": ("full", "demo", "quick"), "default": "full",
                           "help": "settings to begin with (default full: the solution's own)"}),
-            ("--set", {"action": "append", "default": [], "metavar": "NAME=VALUE", "help": "a setting, such as net.width=.5"}),
+            ("--set", {"action": "append", "default": [], "metavar": "NAME=VALUE", "help": "a setting, such as batch=64, network.width=.5, or net.width=.5 of petaformer"}),
             ("--seed", {"type": int, "default": 0, "help": "default 0"}),
             ("--out", {"default": "runs", "help": "where run folders are made (default runs)"}),
             ("--earlier", {"nargs": "*", "default": [], "help": "where earlier sessions' runs may be"}),
@@ -171,13 +187,17 @@ def _add_kaggle(command):
     owner = ("--owner", {"default": "OWNER", "help": "your Kaggle user name"})
     folder = ("folder", {"nargs": "?", "default": ".", "help": "with the metadata (default: this one)"})
     bundle = ("--bundle", {"help": "folder of the bundle that is attached, to check its modules too"})
-    command(_kernels, "export nbs/kernels into kernels/ with complete metadata", owner)
+    allow = ("--allow", {"action": "append", "default": [], "metavar": "TEXT", "help": "let faults with this text through"})
+    command(_kernels, "export nbs/kernels into kernels/ with complete metadata", owner,
+            ("--folds", {"type": int, "help": "write a training kernel for each of so many folds, and one for each part of the store"}),
+            ("--trained", {"action": "store_true", "help": "let the submission read what the blend and the trainings made"}),
+            ("--resume", {"action": "store_true", "help": "let what prepares and trains go on from its own last output"}))
     command(_bundle, "make the dataset that kernels attach: the package and what Kaggle's image lacks",
-            ("--out", {"default": "build/bundle", "help": "folder to make (default build/bundle)"}),
+            ("--out", {"help": "folder to make (default build/bundle, or build/bundle-tpu)"}),
             ("--target", {"choices": ("gpu", "tpu"), "default": "gpu", "help": "Kaggle's image (default gpu)"}),
             ("--runs", {"nargs": "*", "default": (), "help": "folders of trained runs to bring along"}), owner)
-    command(_check, "all that would make a kernel fail on Kaggle", folder, bundle)
-    command(_push, "push a kernel, or a bundle as a dataset, and wait", folder, bundle)
+    command(_check, "all that would make a kernel fail on Kaggle", folder, bundle, allow)
+    command(_push, "push a kernel, or a bundle as a dataset, and wait", folder, bundle, allow)
     command(_submit, "enter a kernel's submission.csv in the competition", folder,
             ("--version", {"type": int, "help": "of the kernel (default: the newest)"}),
             ("--message", {"default": "rsnape_kit", "help": "shown beside the score"}))
@@ -192,7 +212,7 @@ def main(arguments=None):
     args = parser().parse_args(arguments)
     try:
         args.run(args)
-    except (ValueError, OSError, RuntimeError) as error:  # what the library says in plain words needs no traceback
+    except (ValueError, OSError, RuntimeError, ImportError) as error:  # what the library says in plain words needs no traceback
         sys.exit(f"rsnape: {error}")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; run the same command again to go on")

@@ -7,6 +7,8 @@ __all__ = ['slice_index', 'positions', 'read_csv', 'read_train', 'split_train', 
            'split_submission']
 
 # %% ../nbs/001_tables.ipynb #f36b4cc3
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -50,6 +52,8 @@ def read_csv(
     path,  # a csv of the competition: train.csv, test.csv, sample_submission.csv
 ) -> pd.DataFrame:
     "Read a csv, its ids as text: some of 12 hexadecimal digits are all figures, and may begin with 0."
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is not there; the competition's folder has train.csv, test.csv and sample_submission.csv")
     text = dict.fromkeys((STUDY, SERIES, SLICE, "id"), pa.string())
     return csv.read_csv(path, convert_options=csv.ConvertOptions(column_types=text)).to_pandas()
 
