@@ -213,7 +213,8 @@ def parts(name: str, whole, made, step):
     "Say what the CPU time of a slice through fit is spent on; what is neither making nor stepping is handing over."
     whole, made, step = (1e6 * np.median(spent[:, 0]) for spent in (whole, made, step))
     print(f"  {name}: of {whole:,.0f} us a slice {made:,.0f} make the batches, {step:,.0f} are fit's own step, "
-          f"{whole - made - step:,.0f} the rest, which is copying to the backend and queues", flush=True)
+          f"{whole - made - step:,.0f} the rest: copying to the backend, queues, two batches that fit looks at first",
+          flush=True)
 
 
 class Repeated:

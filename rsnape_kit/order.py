@@ -80,13 +80,12 @@ def oddities(
     usual = np.median(step[step > .001]) if (step > .001).any() else np.nan
     same, first = step <= .001, np.zeros(1, bool)
     values, counts = np.unique(size, return_counts=True)
-    normal = normals(orientation)
     along = [orientation[:, k:k + 3] @ main[k:k + 3] < .99 * (main[k:k + 3] @ main[k:k + 3]) for k in (0, 3)]
     return {
         "duplicate position": np.append(same, first) | np.append(first, same),
         "gap before": np.append(first, step > 1.5 * usual),
-        "mixed orientation": (normal @ normals(main[None])[0] < .99) | along[0] | along[1],
-        "not axial": np.abs(normal[:, 2]) < .8,
+        "mixed orientation": along[0] | along[1],
+        "not axial": np.abs(normals(orientation)[:, 2]) < .8,
         "mixed size": size != values[counts.argmax()],
         "position unknown": np.isnan(position),
     }
@@ -120,6 +119,7 @@ def arrange(
     table = table.sort_values(["StudyInstanceUID", "SeriesInstanceUID", "path"], ignore_index=True)
     series = table.StudyInstanceUID + "/" + table.SeriesInstanceUID
     corner, own = table[CORNER].to_numpy(float), table[ORIENTATION].to_numpy(float)
+    own[np.isnan(normals(own)).any(1)] = np.nan  # directions without length, or along each other
     orientation, instance, names = own.copy(), table.instance.to_numpy(float), table.path.to_numpy()
     size, good = table["rows"].to_numpy() * 65536 + table["columns"].to_numpy(), table["rows"].to_numpy() > 0
     position, notes, places = np.full(len(table), np.nan), np.full(len(table), "", object), []

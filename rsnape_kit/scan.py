@@ -29,13 +29,16 @@ def list_files(
         seen.add(real)
         with os.scandir(folder) as entries:
             entries = sorted(entries, key=lambda entry: entry.name)
-        folders += [entry.path for entry in entries if entry.is_dir()]
-        found += [entry.path for entry in entries if not entry.name.startswith(".") and _is_file(entry)]
+        folders += [entry.path for entry in entries if _is(entry, "dir")]
+        found += [entry.path for entry in entries if not entry.name.startswith(".") and _is(entry, "file")]
     return sorted(found)
 
-def _is_file(entry):
-    "A file, or a link to nothing."
-    return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+def _is(entry, kind):
+    "Is this a folder ('dir') or a file, or a link to one? A link to nothing counts as a file."
+    if not entry.is_symlink():
+        return entry.is_dir() if kind == "dir" else entry.is_file()
+    folder, nothing = os.path.isdir(entry.path), not os.path.exists(entry.path)
+    return folder if kind == "dir" else nothing or os.path.isfile(entry.path)
 
 # %% ../nbs/105_scan.ipynb #a404ba75
 def _kind(path):

@@ -120,6 +120,12 @@ def test_a_series_without_orientation_is_taken_as_axial(tmp_path):
     assert not table.flip_rows.any() and not table.flip_columns.any()
 
 
+@pytest.mark.parametrize("orientation", [[0] * 6, [1, 0, 0, 1, 0, 0]], ids=["none", "parallel"])
+def test_an_orientation_that_is_none_is_unknown(tmp_path, orientation):
+    table = scan(series(tmp_path, [2, 1, 0], orientation=orientation))
+    assert marks(table) == [2, 1, 0] and set(table.problem) == {"orientation unknown, taken as axial"}
+
+
 @pytest.mark.parametrize("other", [PRONE, [-1, 0, 0, 0, 1, 0], [1, 0, 0, 0, -1, 0]])
 def test_a_patient_who_turns_over_is_said(tmp_path, other):
     series(tmp_path, range(3), uid="1.1")
@@ -138,6 +144,9 @@ def test_flags(tmp_path):
             ImagePositionPatient=[0, 0, 9], ImageOrientationPatient=CORONAL)
     problems = {uid: part.problem.tolist() for uid, part in scan(tmp_path).groupby("SeriesInstanceUID")}
     assert problems["1.1"] == ["", "", "duplicate position", "duplicate position", ""]
+    noise = series(tmp_path / "noise", range(4), orientation=["1", "0", "0", "0", "0.0001", "-1"], uid="1.6")
+    series(noise, range(4), orientation=["1", "0", "0", "0", "-0.0001", "-1"], uid="1.6", names="abcd")
+    assert not scan(noise).problem.str.contains("mixed orientation").any()
     assert set(problems["1.2"]) == {"duplicate position; not axial"}  # heights along z do not part coronal slices
     assert problems["1.3"] == [""] * 5 + ["mixed size"]
     assert sorted(problems["1.4"])[-1].startswith(("gap before; mixed orientation", "mixed orientation"))
