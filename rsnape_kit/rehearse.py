@@ -26,24 +26,27 @@ LAYOUTS = {"old": ("{slug}", "{slug}"), "new": ("datasets/me/{slug}", "competiti
 SANDBOX = """
 set -e
 mount -t tmpfs -o size=64m tmpfs "$ROOT"
-for path in /*; do
-  name="${path#/}"
-  if [ "$name" = kaggle ] || [ "$name" = proc ]; then continue
-  elif [ -L "$path" ]; then cp -P "$path" "$ROOT/$name"
-  elif [ -d "$path" ]; then mkdir "$ROOT/$name"; mount --rbind "$path" "$ROOT/$name"
+show() {  # a folder, and where it shall be seen, read-only
+  mkdir -p "$ROOT$2"
+  mount --rbind "$1" "$ROOT$2"
+  mount -o remount,bind,ro "$ROOT$2" 2>/dev/null || mount -o remount,bind,ro,nosuid,nodev "$ROOT$2"
+}
+for path in /bin /etc /lib* /nix /sbin /usr; do
+  if [ -L "$path" ]; then cp -P "$path" "$ROOT$path"
+  elif [ -d "$path" ]; then show "$path" "$path"
   fi
 done
-mkdir -p "$ROOT/proc" "$ROOT/kaggle"
+mkdir "$ROOT/dev" "$ROOT/proc" "$ROOT/sys"
+mount --rbind /dev "$ROOT/dev"
+mount --rbind /sys "$ROOT/sys"
 mount -t proc proc "$ROOT/proc" 2>/dev/null || mount --rbind /proc "$ROOT/proc"
-mkdir -p "$ROOT/kaggle/input" "$ROOT/kaggle/working" "$ROOT/kaggle/temp"
-mount -t tmpfs -o "size=$WORKING" tmpfs "$ROOT/kaggle/working"
-mount -t tmpfs -o "size=$WORKING" tmpfs "$ROOT/kaggle/temp"
-while [ $# -gt 0 ]; do
-  mkdir -p "$ROOT/kaggle/input/$2"
-  mount --bind "$1" "$ROOT/kaggle/input/$2"
-  mount -o remount,bind,ro "$ROOT/kaggle/input/$2" || mount -o remount,bind,ro,nosuid,nodev "$ROOT/kaggle/input/$2"
-  shift 2
+for path in /tmp /kaggle/working /kaggle/temp; do
+  mkdir -p "$ROOT$path"
+  mount -t tmpfs -o "size=$WORKING" tmpfs "$ROOT$path"
 done
+mkdir -p "$ROOT/kaggle/input" "$ROOT/kaggle/src"
+cp "$SCRIPT" "$ROOT/kaggle/src/kernel.py"
+while [ $# -gt 0 ]; do show "$1" "$2"; shift 2; done
 mount -o remount,bind,ro "$ROOT"
 ip link set lo up 2>/dev/null || true
 set +e
@@ -90,12 +93,22 @@ def _run(command: list, told: dict, seconds: float) -> tuple:
     "Log, problem and duration of the sandbox; everything in it ends with it."
     start = time.monotonic()
     try:
-        result = subprocess.run(command, env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **told}, text=True, timeout=seconds,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        result = subprocess.run(command, env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **told}, text=True, errors="replace",
+                                timeout=seconds, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     except subprocess.TimeoutExpired as error:
-        return (error.stdout or b"").decode(), f"not done after {seconds:.0f} s", time.monotonic() - start
+        return (error.stdout or b"").decode(errors="replace"), f"not done after {seconds:.0f} s", time.monotonic() - start
     problem = f"the kernel failed: {last_line(result.stdout)}" if result.returncode else ""
     return result.stdout, problem, time.monotonic() - start
+
+
+_HOMES = "import os, sys; own = sys.prefix != sys.base_prefix; print(sys.executable if own else os.path.realpath(sys.executable), " \
+         "sys.prefix, sys.base_prefix, sep='\\n')"
+
+
+def _python(python) -> tuple:  # the interpreter itself, and the folders that it needs besides the system's
+    done = subprocess.run([str(python), "-c", _HOMES], text=True, capture_output=True, check=True)
+    executable, *homes = done.stdout.split("\n")[:3]
+    return executable, sorted({home for home in homes if not f"{home}/".startswith("/usr/")})
 
 
 def _faults(submission: Path, competition: Path) -> str:
@@ -122,8 +135,10 @@ def rehearse(
     if not command:
         raise RuntimeError(why_not())
     dataset, contest = LAYOUTS[layout]
-    mounts = {dataset.format(slug="rsnape-kit"): bundle, contest.format(slug=COMPETITION): competition}
-    mounts |= {dataset.format(slug=slug): folder for slug, folder in (inputs or {}).items()}
+    inputs = {contest.format(slug=COMPETITION): competition} | {
+        dataset.format(slug=slug): folder for slug, folder in {"rsnape-kit": bundle, **(inputs or {})}.items()}
+    executable, homes = _python(python)
+    mounts = {home: home for home in homes} | {f"/kaggle/input/{where}": folder for where, folder in inputs.items()}
     meta = read_json(Path(kernel, KERNEL))[0]
     with tempfile.TemporaryDirectory() as made:
         root, written, script = Path(made, "root"), Path(out or Path(made, "out")), Path(made, "kernel.py")
@@ -131,9 +146,10 @@ def rehearse(
         written.mkdir(parents=True, exist_ok=True)
         script.write_text(read_code(Path(kernel, meta["code_file"])))
         # no file for the main module, as in a notebook
-        code = f"exec(compile(open({str(script)!r}).read(), 'kernel.py', 'exec'))"
-        told = {"ROOT": str(root), "OUT": str(written.resolve()), "PYTHON": str(python), "WORKING": working, "CODE": code}
-        pairs = [word for where, folder in mounts.items() for word in (str(Path(folder).resolve()), where)]
+        code = "exec(compile(open('/kaggle/src/kernel.py').read(), 'kernel.py', 'exec'))"
+        told = {"ROOT": str(root), "OUT": str(written.resolve()), "PYTHON": executable, "WORKING": working, "CODE": code,
+                "SCRIPT": str(script)}
+        pairs = [word for where, folder in mounts.items() for word in (str(Path(folder).resolve()), str(where))]
         log, status, took = _run([*command, "bash", "-c", SANDBOX, "sandbox", *pairs], told, seconds)
         file = written / "submission.csv"
         problem = status or _faults(file, Path(competition))
