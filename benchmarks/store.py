@@ -43,6 +43,34 @@ def build(table, folder, codec="tiles"):
     return build_store(table, folder, codec=codec)
 
 
+def ordinary(paths):
+    "pydicom's ordinary path to HU."
+    def run():
+        for path in paths:
+            ds = pydicom.dcmread(path)
+            apply_modality_lut(ds.pixel_array, ds)
+    return run
+
+
+def read_packed(store, rows):
+    "read() of the bytes in which these slices are packed, the least any reader can do."
+    files = [os.open(path, os.O_RDONLY) for path in store._shards]
+
+    def run():
+        for i in rows:
+            os.pread(files[store._shard[i]], store._bytes[i], store._start[i])
+    return run
+
+
+def read_files(paths):
+    "read() of whole files."
+    def run():
+        for path in paths:
+            with open(path, "rb") as file:
+                file.read()
+    return run
+
+
 def usual_build(paths, path):
     with open(path, "wb") as file:
         for name in paths:
@@ -76,9 +104,10 @@ def measure(root, folder, rounds):
         "build_store": lambda: build(few, folder / "store"),
         "build_store, blosc2": lambda: build(few, folder / "store", "blosc2"),
         "pydicom + JPEG": lambda: usual_build(paths, folder / "usual"),
+        "read() of the files": read_files(few.path),
     }, rounds)
-    counts = {"build_store": len(few), "build_store, blosc2": len(few), "pydicom + JPEG": len(paths)}
-    made_up.table("Making a store, one core", seconds, counts, ["pydicom + JPEG"])
+    counts = dict.fromkeys(seconds, len(few)) | {"pydicom + JPEG": len(paths)}
+    made_up.table("Making a store, one core", seconds, counts, ["pydicom + JPEG", "read() of the files"])
 
     store, rng = SliceStore(build_store(table, folder / "all")), np.random.default_rng(0)
     blosc2 = SliceStore(build(table, folder / "blosc2", "blosc2"))
@@ -93,10 +122,14 @@ def measure(root, folder, rounds):
         "random slices, blosc2": read_rows(blosc2, rows.reshape(-1, 1), out[:1]),
         "whole studies": read_rows(store, studies),
         "copying decoded slices": lambda: [np.copyto(out, block) for _ in range(16)],
+        "read() of the packed bytes": read_packed(store, rows.ravel()),
         "random slices, from DICOM": read_rows(source, rows[:4], out),
+        "pydicom + apply_modality_lut": ordinary(table.path.iloc[rows[0]]),
     }, rounds)
-    counts = dict.fromkeys(seconds, rows.size) | {"whole studies": len(store), "random slices, from DICOM": 256}
-    made_up.table("Reading", seconds, counts, ["random slices, from DICOM", "copying decoded slices"])
+    counts = dict.fromkeys(seconds, rows.size) | {"whole studies": len(store), "random slices, from DICOM": 256,
+                                                  "pydicom + apply_modality_lut": 64}
+    made_up.table("Reading", seconds, counts, ["pydicom + apply_modality_lut", "random slices, from DICOM",
+                                               "copying decoded slices", "read() of the packed bytes"])
 
     small, large = (peak(table.iloc[:n], folder) for n in (50, len(table)))
     print(f"\nPeak memory of a build: {small:.0f} MB for 50 slices, {large:.0f} MB for {len(table)}")

@@ -11,7 +11,7 @@ import numpy as np
 from .batching import Batches
 from .folds import Folds, folds  # noqa: F401 (part of this module's names)
 from .known import Known
-from .labels import EXAM_LABELS
+from .labels import AUX_LABELS, EXAM_LABELS
 from .metric import sample_weights
 from .sampling import Luck, balanced_order, epoch_order, pick_frames, pick_groups, turns
 
@@ -46,6 +46,10 @@ class ImageBatches(Batches):
         super().__init__(source, truth, studies, **settings)
 
     @property
+    def varies(self) -> bool:
+        return self.balanced or super().varies
+
+    @property
     def chosen(self) -> np.ndarray:  # int: the rows in use
         return np.flatnonzero(self.known.study >= 0)
 
@@ -54,15 +58,16 @@ class ImageBatches(Batches):
         if self.balanced:
             positive = known.image[rows] == 1
             some = np.bincount(known.study[rows], positive)[known.study[rows]] > 0
-            order = balanced_order(positive, some, self.seed, epoch)
-            mine = slice(i, len(order) - len(order) % of, of)
-            self.again, order = turns(order)[mine], order[mine]
+            drawn = balanced_order(positive, some, self.seed, epoch)
+            mine = slice(i, len(drawn) - len(drawn) % of, of)
+            self.again, order = turns(drawn)[mine], drawn[mine]
         else:
             self.again, order = None, epoch_order(len(rows), self.seed, epoch, self.shuffle, self.shard)
         self.mean = known.weight[rows].mean()
         if self.weights and not self.mean > 0:
             raise ValueError("no slice has a weight: the metric counts images of studies with an embolus only")
-        self.weight = class_weights(known, .5) if self.balanced else known.weight
+        shown = positive[drawn].mean() if self.balanced else None
+        self.weight = class_weights(known, shown) if self.balanced else known.weight
         return rows[order]
 
     def _chosen(self, i: int) -> tuple:
@@ -86,7 +91,9 @@ class _StudyWise(Batches):
         balanced: bool = False,  # weigh slices by class
         **settings,  # see Batches
     ):
-        self.labels = list(labels)
+        self.labels, unknown = list(labels), [label for label in labels if label not in EXAM_LABELS + AUX_LABELS]
+        if unknown:
+            raise ValueError(f"labels {', '.join(map(repr, unknown))}: expected some of {', '.join(EXAM_LABELS + AUX_LABELS)}")
         super().__init__(source, truth, studies, batch=batch, **settings)
         if truth is not None:
             self.exams = self.known.exams[self.labels].to_numpy(np.float32)
@@ -101,7 +108,11 @@ class _StudyWise(Batches):
             return (y,)
         shown = self._slots(study) / known.count[study]
         spread = (self.weight[rows].T / shown.astype(np.float32)).T
-        return y, {"exams": self.exam_weights[study], "images": spread}
+        return y, {"exams": (self.exam_weights[study].T / self.parts[study].astype(np.float32)).T, "images": spread}
+
+    @property
+    def parts(self) -> np.ndarray:  # int [studies]: items that a study is dealt into; each is asked for the exam's labels
+        return np.ones(len(self.known.studies), int)
 
 # %% ../nbs/209_batches.ipynb #f452e2e5
 class StudyBatches(_StudyWise):
@@ -121,13 +132,17 @@ class StudyBatches(_StudyWise):
         super().__init__(source, truth, studies, **settings)
 
     @property
+    def varies(self) -> bool:
+        return self.random_frames or super().varies
+
+    @property
     def items(self) -> int:
         return len(self.known.studies)
 
     def _chosen(self, i: int) -> tuple:
         studies, known = self.order[self._part(i)], self.known
         luck = Luck(self.seed, self.epoch, stream=4)
-        rows = [known.first[s] + pick_frames(known.count[s], self.frames, luck.at(known.first[s]) if self.random_frames else None)
+        rows = [known.first[s] + pick_frames(known.count[s], self.frames, luck.at(known.study_name[s]) if self.random_frames else None)
                 for s in studies]
         return np.stack(rows), known.first[studies], None
 

@@ -19,41 +19,48 @@ from .labels import SLICE
 from .loaders import keras_dataset, torch_loader
 from .masks import WIDTH, SideMask, fill_values
 from .pixels import Pixels, make_jobs
-from .sampling import Luck, epoch_order
+from .sampling import Luck, check_shard, epoch_order
 from .windows import PE
 
 # %% ../nbs/208_batching.ipynb #bb57254c
 def look_matrices(
     table: pd.DataFrame,  # slices table: rows, columns, spacing_y, spacing_x
     millimetres: float,  # side of the central square
+    used=None,  # bool [n], the slices that matter; default: all
 ) -> np.ndarray:  # float64 [n, 3, 3]
     "The crop of each slice."
+    absent = [name for name in ("spacing_y", "spacing_x", "rows", "columns") if name not in table]
+    if absent:
+        raise ValueError(f"the slices table has no {', '.join(absent)}: a crop of {millimetres} mm needs them; "
+                         "crop=None takes whole images")
+    used = np.ones(len(table), bool) if used is None else used
     sides = np.stack([table["spacing_y"] * table["rows"], table["spacing_x"] * table["columns"]]).astype(float)
     bad = ~(np.isfinite(sides) & (sides > 0)).all(0)
-    if bad.all():
+    if bad[used].all():
         raise ValueError(f"no slice has a pixel spacing: a crop of {millimetres} mm needs it; crop=None takes whole images")
-    if bad.any():
-        warnings.warn(f"{bad.sum()} slices have no pixel spacing, first {table[SLICE].iloc[bad.argmax()]}; they are cropped "
-                      "like the median of the others", stacklevel=2)
-        sides[:, bad] = np.median(sides[:, ~bad], 1, keepdims=True)
+    if (bad & used).any():
+        warnings.warn(f"{(bad & used).sum()} slices have no pixel spacing, first {table[SLICE].iloc[(bad & used).argmax()]}; "
+                      "they are cropped like the median of the others", stacklevel=2)
+    sides[:, bad] = np.median(sides[:, ~bad & used], 1, keepdims=True)
     return crop_matrix(millimetres, *sides)
 
 # %% ../nbs/208_batching.ipynb #b588bd9a
 def write_jobs(
     batches,  # Batches
     rows: np.ndarray,  # int [b, ...]
-    lucky: np.ndarray,  # int [b]
+    lucky: np.ndarray,  # int [b], the row of the slice that is drawn for, or any row of the study
     again: np.ndarray | None,  # int [b], the same thing's earlier appearances
 ) -> np.ndarray:  # int32 [rows.size, 9]
     "Maps, hidden sides and fills of a batch's slices."
-    flat, each = rows.reshape(-1), rows[0].size
+    flat, each, known = rows.reshape(-1), rows[0].size, batches.known
     matrices, hide = np.broadcast_to(np.eye(3), (len(rows), 3, 3)), np.zeros((len(rows), 2), bool)
     if batches.affine is not None or batches.mask is not None:
-        normals, uniforms = Luck(batches.seed, batches.epoch, stream=3).draw(lucky, again)
+        names = known.slice_name[lucky] if rows.ndim == 1 else known.study_name[known.study[lucky]]
+        normals, uniforms = Luck(batches.seed, batches.epoch, stream=3).draw(names, again)
         if batches.affine is not None:
             matrices = batches.affine.matrices(normals)
         if batches.mask is not None:
-            hide = batches.mask.choose(uniforms, *batches.known.sides[lucky].T)
+            hide = batches.mask.choose(uniforms, *known.sides[lucky].T)
     matrices = np.repeat(matrices, each, 0)
     if batches.look is not None:
         matrices = batches.look[flat] @ matrices
@@ -129,13 +136,16 @@ class Batches(_Given):
     ):
         if truth is None and (weights or mask is not None):
             raise ValueError("weights and masks come from the labels: give the truth")
+        for name, value, least in (("batch", batch, 1), ("seed", seed, 0)):
+            if not isinstance(value, int | np.integer) or value < least:
+                raise ValueError(f"{name} {value!r}: expected a whole number of at least {least}")
         self.feed, self.known = Feed(source, workers), know(source.table, truth, studies)
         self.pixels = pixels or (Pixels((PE,)) if self.channels else Pixels())
         self.batch, self.mask, self.affine, self.seed, self.shuffle = batch, mask, affine, seed, shuffle
-        self.shard, self.weights, self.device, self.labelled = shard, weights, device, truth is not None
+        self.shard, self.weights, self.device, self.labelled = check_shard(shard), weights, device, truth is not None
         intercept = source.table.get("intercept", np.full(len(source.table), -1024.))
         self.fill = fill_values(intercept, self.pixels.fill)
-        self.look = None if self.pixels.crop is None else look_matrices(source.table, self.pixels.crop)
+        self.look = None if self.pixels.crop is None else look_matrices(source.table, self.pixels.crop, self.known.study >= 0)
         self.set_epoch(0)
         if shuffle and not len(self):
             raise ValueError(f"{len(self.order)} to train on, but batches of {batch}: give more studies or a smaller batch")
@@ -146,6 +156,11 @@ class Batches(_Given):
     ):
         "Order, luck and frames of an epoch."
         self.epoch, self.order = epoch, self._order(epoch)
+
+    @property
+    def varies(self) -> bool:
+        "Whether epochs differ: `.keras()` and `.torch()` go on to the next one then."
+        return self.shuffle or self.affine is not None or self.mask is not None
 
     def _order(self, epoch: int) -> np.ndarray:
         return epoch_order(self.items, self.seed, epoch, self.shuffle, self.shard)

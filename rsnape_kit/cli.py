@@ -51,19 +51,20 @@ def _store(args):
 def _kernels(args):
     from rsnape_kit.kernels import export_kernels
 
-    print(*export_kernels(args.owner, folds=args.folds, trained=args.trained), sep="\n")
+    print(*export_kernels(args.owner, folds=args.folds, trained=args.trained, resume=args.resume), sep="\n")
 
 
 def _bundle(args):
     from rsnape_kit.bundle import make_bundle
 
-    print(make_bundle(args.out, target=args.target, owner=args.owner, runs=args.runs))
+    out = args.out or ("build/bundle" if args.target == "gpu" else f"build/bundle-{args.target}")
+    print(make_bundle(out, target=args.target, owner=args.owner, runs=args.runs))
 
 
 def _check(args):
     from rsnape_kit.bundle import check_kernel
 
-    faults = check_kernel(args.folder, args.bundle)
+    faults = check_kernel(args.folder, args.bundle, allow=args.allow)
     sys.exit("\n".join(faults) if faults else print(f"{args.folder}: nothing to mend"))
 
 
@@ -71,7 +72,7 @@ def _push(args):
     from rsnape_kit.bundle import push, push_bundle
 
     is_dataset = Path(args.folder, "dataset-metadata.json").exists()
-    print(push_bundle(args.folder) if is_dataset else push(args.folder, args.bundle))
+    print(push_bundle(args.folder) if is_dataset else push(args.folder, args.bundle, args.allow))
 
 
 def _submit(args):
@@ -187,15 +188,17 @@ def _add_kaggle(command):
     owner = ("--owner", {"default": "OWNER", "help": "your Kaggle user name"})
     folder = ("folder", {"nargs": "?", "default": ".", "help": "with the metadata (default: this one)"})
     bundle = ("--bundle", {"help": "folder of the bundle that is attached, to check its modules too"})
+    allow = ("--allow", {"action": "append", "default": [], "metavar": "TEXT", "help": "let faults with this text through"})
     command(_kernels, "export nbs/kernels into kernels/ with complete metadata", owner,
             ("--folds", {"type": int, "help": "write a training kernel for each of so many folds, and one for each part of the store"}),
-            ("--trained", {"action": "store_true", "help": "let the submission read what the blend and the trainings made"}))
+            ("--trained", {"action": "store_true", "help": "let the submission read what the blend and the trainings made"}),
+            ("--resume", {"action": "store_true", "help": "let what prepares and trains go on from its own last output"}))
     command(_bundle, "make the dataset that kernels attach: the package and what Kaggle's image lacks",
-            ("--out", {"default": "build/bundle", "help": "folder to make (default build/bundle)"}),
+            ("--out", {"help": "folder to make (default build/bundle, or build/bundle-tpu)"}),
             ("--target", {"choices": ("gpu", "tpu"), "default": "gpu", "help": "Kaggle's image (default gpu)"}),
             ("--runs", {"nargs": "*", "default": (), "help": "folders of trained runs to bring along"}), owner)
-    command(_check, "all that would make a kernel fail on Kaggle", folder, bundle)
-    command(_push, "push a kernel, or a bundle as a dataset, and wait", folder, bundle)
+    command(_check, "all that would make a kernel fail on Kaggle", folder, bundle, allow)
+    command(_push, "push a kernel, or a bundle as a dataset, and wait", folder, bundle, allow)
     command(_submit, "enter a kernel's submission.csv in the competition", folder,
             ("--version", {"type": int, "help": "of the kernel (default: the newest)"}),
             ("--message", {"default": "rsnape_kit", "help": "shown beside the score"}))

@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from .labels import SLICE
 from .pixels import Pixels, render
 
 # %% ../nbs/205_feed.ipynb #110611b7
@@ -82,7 +83,11 @@ class Feed:
         if self.direct:
             self.source.read((row,), out[None])
         else:
-            np.copyto(out, self.source[row])
+            stored = self.source[row]
+            if np.shape(stored) != out.shape:
+                named = self.source.table.iloc[row].get(SLICE, "of no name")
+                raise ValueError(f"slice {named}, row {row} of the source, has shape {np.shape(stored)}: expected {out.shape}")
+            np.copyto(out, stored)
 
     def _spread(self, task, n: int):
         "task(start, stop) over pieces of n, in all threads; the first error is raised."

@@ -9,6 +9,7 @@ __all__ = ['Folds', 'strata', 'folds']
 import hashlib
 import json
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,7 +92,12 @@ def folds(
     if not 2 <= n <= len(studies):
         raise ValueError(f"{n} folds of {len(studies)} studies: expected at least 2 folds and a study for each")
     kinds = None if truth is None else strata(truth.select(studies).exams, n)
-    if kinds is None or pd.Series(kinds).value_counts().min() < n:
+    rare = kinds is not None and pd.Series(kinds).value_counts().min() < n
+    if rare:
+        least = pd.Series(kinds).value_counts()
+        warnings.warn(f"{least.index[-1]}: {least.iloc[-1]} of {len(studies)} studies, fewer than {n} folds; "
+                      "the split is at random, not stratified", stacklevel=2)
+    if kinds is None or rare:
         parts = KFold(n, shuffle=True, random_state=seed).split(studies)
     else:
         parts = StratifiedKFold(n, shuffle=True, random_state=seed).split(studies, kinds)

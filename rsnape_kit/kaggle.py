@@ -36,22 +36,23 @@ def attached(
 
 
 def find_attached(
-    holds: str,  # a path that only the wanted mount has, e.g. 'rsnape_kit/__init__.py'
+    holds: tuple,  # paths that the wanted mount has, e.g. 'rsnape_kit/__init__.py'
     what: str,  # what to call it in an error
     kaggle: Path = KAGGLE,
-) -> Path:  # the mount's folder; the first by name if several fit
-    "The attached folder that holds a certain file."
-    found = [mount for mount in attached(kaggle) if (mount / holds).exists()]
+    name: str = "",  # of the mount to prefer if several fit
+) -> Path:  # the mount's folder; otherwise the first by name
+    "The attached folder that holds certain files."
+    found = [mount for mount in attached(kaggle) if all((mount / path).exists() for path in holds)]
     if not found:
         names = [str(mount.relative_to(Path(kaggle, "input"))) for mount in attached(kaggle)] or ["nothing"]
-        raise FileNotFoundError(f"{what} is not attached: no folder below {Path(kaggle, 'input')} holds {holds}. "
+        raise FileNotFoundError(f"{what} is not attached: no folder below {Path(kaggle, 'input')} holds {' and '.join(holds)}. "
                                 f"Add it with 'Add input' or in kernel-metadata.json; attached: {', '.join(names)}")
-    return found[0]
+    return next((mount for mount in found if mount.name == name), found[0])
 
 # %% ../nbs/700_kaggle.ipynb #b013ad58
 def competition_dir(kaggle: Path = KAGGLE) -> Path:
     "The competition's folder: train.csv, test.csv, sample_submission.csv, train/ and test/."
-    return find_attached("sample_submission.csv", f"the competition {COMPETITION}", kaggle)
+    return find_attached(("sample_submission.csv", "test.csv"), f"the competition {COMPETITION}", kaggle, COMPETITION)
 
 
 def find_bundle(
@@ -59,7 +60,7 @@ def find_bundle(
     kaggle: Path = KAGGLE,
 ) -> Path:
     "The folder of the attached dataset that holds the package."
-    return find_attached(f"{name}/__init__.py", f"the dataset with {name}", kaggle)
+    return find_attached((f"{name}/__init__.py",), f"the dataset with {name}", kaggle)
 
 # %% ../nbs/700_kaggle.ipynb #fa184893
 PUBLIC_TEST_SLICES = 146_853  # competition page, data tab
@@ -72,7 +73,7 @@ def is_rerun(
     environ=os.environ,
 ) -> bool:  # True also when in doubt: then everything is predicted
     "Whether this is the scored run on the hidden test set, or any other set than the public one."
-    if environ.get("KAGGLE_IS_COMPETITION_RERUN"):
+    if environ.get("KAGGLE_IS_COMPETITION_RERUN", "").lower() not in ("", "0", "false"):
         return True
     with open(competition_dir(kaggle) / "test.csv", "rb") as file:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b"")) - 1 != PUBLIC_TEST_SLICES
@@ -138,8 +139,10 @@ def session(
     "What runs here: read from files and variables, loading nothing."
     accelerator, devices = _accelerator(environ)
     kind = environ.get("KAGGLE_KERNEL_RUN_TYPE", "local").lower()
-    if kind != "local" and any((mount / "test.csv").exists() for mount in attached(kaggle)) and is_rerun(kaggle, environ):
-        kind = "rerun"
+    try:
+        kind = "rerun" if kind != "local" and is_rerun(kaggle, environ) else kind
+    except FileNotFoundError:  # without the competition nothing is scored
+        pass
     limit = None if kind == "local" else LIMITS.get(kind, LIMITS.get(accelerator, LIMITS["other"]))
     return Session(kind, accelerator, devices, len(os.sched_getaffinity(0)), _memory_gib(),
                    _backend(accelerator, environ), _session_start(), limit)
@@ -156,13 +159,18 @@ def sha256(path) -> str:
 
 def verify(
     bundle: Path,  # folder with the package and, if it was made as a bundle, a manifest
+    accelerator: str = "",  # of the session: cpu, gpu or tpu; TPU sessions have an image of their own
 ):
-    "Raise if the bundle is not whole or not for this Python; a folder without a manifest only warns."
+    "Raise if the bundle is not whole or not for this Python or image; a folder without a manifest only warns."
     if not (bundle / MANIFEST).exists():
         return warnings.warn(f"{bundle} has no {MANIFEST}: what it holds cannot be checked", stacklevel=2)
     manifest = json.loads((bundle / MANIFEST).read_text())
     if manifest["python"] != PYTHON:
         raise ImportError(f"the bundle {bundle} is for Python {manifest['python']}, this is {PYTHON}")
+    if accelerator == "tpu" and manifest.get("target") == "gpu":
+        raise ImportError(f"the bundle {bundle} is for the gpu image, this session has a TPU: attach the one made with --target tpu")
+    if accelerator in ("cpu", "gpu") and manifest.get("target") == "tpu":
+        warnings.warn(f"the bundle {bundle} is for the image of TPU sessions, this session has none", stacklevel=2)
     wrong = [name for name, digest in manifest["files"].items()
              if not (bundle / name).is_file() or sha256(bundle / name) != digest]
     if wrong:
@@ -180,15 +188,14 @@ def attach(
     kaggle: Path = KAGGLE,
     environ=os.environ,
 ) -> Session:
-    "Make the attached bundle importable, here and in child processes."
-    bundle = find_bundle(kaggle=kaggle)
-    verify(bundle)
+    "Make the bundle that this is imported from importable in whole, here and in child processes."
+    bundle, here = Path(__file__).absolute().parents[1], session(kaggle, environ)
+    verify(bundle, here.accelerator if here.kind != "local" else "")
     folders = [str(bundle), str(bundle / "site")]
     sys.path[:0] = [folder for folder in folders if folder not in sys.path]
     inherited = environ.get("PYTHONPATH", "").split(os.pathsep)
     environ["PYTHONPATH"] = os.pathsep.join([*folders, *(path for path in inherited if path not in ("", *folders))])
     environ.setdefault("NUMBA_CACHE_DIR", str(Path(kaggle, "temp", "numba")))  # the bundle is read-only
-    here = session(kaggle, environ)
     environ.setdefault("KERAS_BACKEND", here.backend)
     print(here)
     return here

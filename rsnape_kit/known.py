@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from .labels import STUDY
+from .labels import SLICE, STUDY
 from .metric import sample_weights
+from .sampling import names as names_of
 from .tables import positions, slice_index
 
 # %% ../nbs/206_known.ipynb #72de3497
@@ -23,6 +24,8 @@ class Known:
     studies: pd.Index  # StudyInstanceUIDs that are asked for
     first: np.ndarray  # int [studies], each one's first row; rows of a study run feet to head
     count: np.ndarray  # int [studies], its rows
+    slice_name: np.ndarray  # uint64 [n], by which a slice draws its luck
+    study_name: np.ndarray  # uint64 [studies], likewise
     image: np.ndarray  # float32 [n], the slice's label, NaN if there is no truth
     weight: np.ndarray  # float32 [n], the metric's weight of the slice
     sides: np.ndarray  # float [n, 2], leftsided_pe and rightsided_pe of its study, or NaN
@@ -42,6 +45,8 @@ def know(
         names, studies = pd.Index(names), pd.Index(truth.exams.index if studies is None else studies)
         truth = truth.select(names[names.isin(studies)].intersection(truth.exams.index, sort=False))
     wanted = pd.Index(names if studies is None else studies)
+    if truth is not None and not len(wanted):
+        raise ValueError("studies is empty: give at least one StudyInstanceUID that has a truth, or None for all")
     missing = wanted.difference(names if truth is None else truth.exams.index)
     if len(missing):
         raise ValueError(f"study {missing[0]!r} is not in the source{'' if truth is None else ' or has no truth'}; "
@@ -49,7 +54,9 @@ def know(
     used = pd.Index(names)[pd.Index(names).isin(wanted)]
     study = used.get_indexer(names)[code]
     codes = pd.Index(names).get_indexer(used)
-    return Known(study, used, np.searchsorted(code, codes), np.bincount(code)[codes], *_labels(table, truth, study))
+    study_names = names_of(names)
+    return Known(study, used, np.searchsorted(code, codes), np.bincount(code)[codes],
+                 names_of(table[SLICE], study_names[code]), study_names[codes], *_labels(table, truth, study))
 
 
 def _labels(table: pd.DataFrame, truth, study: np.ndarray) -> tuple:

@@ -7,6 +7,7 @@ __all__ = ['keras_dataset', 'torch_loader']
 
 # %% ../nbs/207_loaders.ipynb #acaf1162
 import importlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -19,14 +20,31 @@ def _need(module: str, install: str):
 
 
 def _next_epoch(batches):
-    if getattr(batches, "shuffle", True):
+    if getattr(batches, "varies", True):
         batches.set_epoch(batches.epoch + 1)
+
+# %% ../nbs/207_loaders.ipynb #e9841302
+class _Ahead:
+    "Batches by number, and the next few in the making."
+
+    def __init__(self, batches, workers: int, most: int):
+        self.batches, self.most, self.pool, self.coming = batches, most, ThreadPoolExecutor(workers), {}
+
+    def __getitem__(self, i: int):
+        epoch = self.batches.epoch
+        wanted = [(epoch, k) for k in range(i, min(i + 1 + self.most, len(self.batches)))]
+        for old in set(self.coming) - set(wanted):
+            self.coming.pop(old).cancel()
+        for key in wanted:
+            if key not in self.coming:
+                self.coming[key] = self.pool.submit(self.batches.__getitem__, key[1])
+        return self.coming.pop(wanted[0]).result()
 
 # %% ../nbs/207_loaders.ipynb #6036b083
 def keras_dataset(
     batches,  # with a length, [i], epoch and set_epoch
     workers: int = 1,  # more: batches are also made side by side, in so many threads
-    max_queue_size: int = 4,  # batches to hold ready then
+    max_queue_size: int = 4,  # batches to make ahead then
 ):  # keras.utils.PyDataset
     "Wrap batches for fit, evaluate and predict."
     keras = _need("keras", "pip install 'rsnape-kit[keras]' and TensorFlow or JAX, or use .torch()")
@@ -36,19 +54,22 @@ def keras_dataset(
             return len(batches)
 
         def __getitem__(self, i):
-            ready = batches[i]
+            ready = ahead[i]
+            self.all_given |= i == len(batches) - 1
             return ready if isinstance(ready, tuple) else (ready,)
 
         def on_epoch_begin(self):
             self.begun = True
 
         def on_epoch_end(self):
-            if self.begun:
-                self.begun = always
+            if self.begun and self.all_given:
                 _next_epoch(batches)
+            self.begun, self.all_given = always, False
 
-    always = Batches.begun = not hasattr(keras.utils.PyDataset, "on_epoch_begin")  # older Keras ends epochs only
-    return Batches(workers=workers, use_multiprocessing=False, max_queue_size=max_queue_size)
+    always = not hasattr(keras.utils.PyDataset, "on_epoch_begin")  # older Keras ends epochs only
+    Batches.begun, Batches.all_given = always, False
+    ahead = batches if workers == 1 else _Ahead(batches, workers, max_queue_size)
+    return Batches(workers=1, use_multiprocessing=False)
 
 # %% ../nbs/207_loaders.ipynb #3400d14a
 def _to_torch(value, torch, image: bool = False):
@@ -74,10 +95,14 @@ def torch_loader(
             return len(batches)
 
         def __iter__(self):
-            for ready in batches:
-                x, *rest = ready if isinstance(ready, tuple) else (ready,)
-                x, rest = _to_torch(x, torch, image=True), [_to_torch(part, torch) for part in rest]
-                yield (x, *rest) if rest else x
-            _next_epoch(batches)
+            epoch = batches.epoch
+            try:
+                for ready in batches:
+                    x, *rest = ready if isinstance(ready, tuple) else (ready,)
+                    x, rest = _to_torch(x, torch, image=True), [_to_torch(part, torch) for part in rest]
+                    yield (x, *rest) if rest else x
+            finally:
+                if batches.epoch == epoch:
+                    _next_epoch(batches)
 
     return torch.utils.data.DataLoader(Batches(), batch_size=None, **settings)

@@ -14,7 +14,7 @@ import numpy as np
 from .affine import MODES, fixed_point, warp
 from .compiled import numba, warn_once
 from .fused import fused
-from .masks import WIDTH, hidden_columns
+from .masks import FILLS, WIDTH, hidden_columns
 from .windows import PE_WINDOWS, SCALES, Window, apply_factors, scale_factors
 
 # %% ../nbs/204_pixels.ipynb #bede3d79
@@ -29,10 +29,17 @@ class Pixels:
     fill: str = "air"  # hidden pixels: 'air', or 'zero': a stored 0, as the original
 
     def __post_init__(self):
+        if not isinstance(self.windows, tuple | list) or not self.windows:
+            raise ValueError(f"windows {self.windows!r}: expected a tuple of one Window or more, e.g. (PE,)")
         windows = tuple(window if isinstance(window, Window) else Window(**window) for window in self.windows)
         object.__setattr__(self, "windows", windows)
-        if not windows or self.scale not in SCALES or self.mode not in MODES or self.size % 2 or self.size < 2:
-            raise ValueError(f"{self}: expected windows, scale of {SCALES}, mode of {MODES} and an even size")
+        for name, known in (("scale", SCALES), ("mode", MODES), ("fill", FILLS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(known)}")
+        if not isinstance(self.size, int | np.integer) or self.size % 2 or self.size < 2:
+            raise ValueError(f"size {self.size!r}: expected an even whole number of pixels")
+        if self.crop is not None and not 0 < self.crop < np.inf:
+            raise ValueError(f"crop {self.crop!r}: expected millimetres above 0, or None for the whole field")
 
     @cached_property
     def ends(self) -> np.ndarray:  # int32 [C, 2], quarter-HU
@@ -86,6 +93,8 @@ def render(
     end = at + (pixels.size**2 - 1) * stride + channels
     if stored.dtype != np.int16 or stored.ndim != 2 or stored.shape[0] != stored.shape[1] or stored.shape[0] % 2:
         raise ValueError(f"{stored.dtype} of shape {stored.shape}: expected a square slice of int16 with an even side")
+    if not (stored.flags.c_contiguous and stored.flags.writeable):
+        raise ValueError("the slice is not C-contiguous, or read-only: expected one that may be overwritten, e.g. stored.copy()")
     if at < 0 or stride < channels or end > out.size:
         raise ValueError(f"a slice at bytes {at} to {end} of a batch of {out.size}")
     if numba is not None:

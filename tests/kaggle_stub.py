@@ -81,6 +81,10 @@ class Stub:
         url = f"https://www.kaggle.com/code/{body['slug']}"
         return 200, {"ref": "/" + body["slug"], "url": url, "versionNumber": len(self.sent("SaveKernel"))}
 
+    def GetKernel(self, body):
+        newest = len(self.sent("SaveKernel"))
+        return 200, {"metadata": {"slug": body["kernelSlug"], "currentVersionNumber": newest}, "blob": {}}
+
     def GetKernelSessionStatus(self, body):
         return 200, {"status": self.kernel_states.pop(0) if len(self.kernel_states) > 1 else self.kernel_states[0],
                      "failureMessage": "Out of memory" if self.kernel_states[0] == "ERROR" else ""}

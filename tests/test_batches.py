@@ -144,8 +144,63 @@ def test_keras_on_tensorflow():
         with tempfile.TemporaryDirectory() as folder:
             net.save(os.path.join(folder, "net.keras"))
             again = keras.models.load_model(os.path.join(folder, "net.keras"))
+            raw.set_epoch(0)  # augmented: after a pass, predict is in the next
             np.testing.assert_array_equal(again.predict(raw.keras(), verbose=0), np.concatenate(list(same)))
     """, KERAS_BACKEND="tensorflow")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
+def test_fit_trains_on_the_same_epochs_with_every_backend(backend):
+    "Whatever a backend looks at before it begins; an epoch is a whole pass, of evaluate too."
+    pytest.importorskip(backend)
+    alone("""
+        import keras
+
+        class Given(ImageBatches):
+            def __getitem__(self, i):
+                x, y = super().__getitem__(i)
+                return np.full((len(x), 1), 100 * self.epoch + i, np.float32), y
+
+        class Sums(keras.layers.Layer):
+            def build(self, shape):
+                self.total = self.add_weight(shape=(64,), initializer="zeros", trainable=False)
+                self.step = self.add_weight(shape=(), initializer="zeros", trainable=False)
+            def call(self, x):
+                here = keras.ops.cast(keras.ops.arange(64) == keras.ops.cast(self.step, "int32"), "float32")
+                self.total.assign(self.total + here * keras.ops.max(x))
+                self.step.assign(self.step + 1)
+                return x
+
+        source, truth = made_up()
+
+        def trained(batches, workers=1, **settings):
+            sums = Sums()
+            model = keras.Sequential([sums, keras.layers.Dense(1, "sigmoid")])
+            model.compile("sgd", "binary_crossentropy", jit_compile=False)
+            data = batches.keras(workers=workers)
+            model.fit(data, shuffle=False, verbose=0, **settings)
+            total = keras.ops.convert_to_numpy(sums.total).astype(int)
+            return model, data, total[:int(sums.step)].tolist()
+
+        for workers in (1, 3):
+            batches = Given(source, truth, batch=8, pixels=Pixels(size=8), shuffle=True)
+            model, data, shown = trained(batches, workers, epochs=3)
+            assert shown == [100 * epoch + i for epoch in range(3) for i in range(9)], shown
+            assert batches.epoch == 3
+            model.evaluate(data, verbose=0)
+            assert batches.epoch == 4
+            batches.set_epoch(7)
+            _, _, shown = trained(batches, workers)
+            assert shown == [700 + i for i in range(9)] and batches.epoch == 8, shown
+        for extra in ({"balanced": True}, {"affine": AffineRange()}, {}):
+            batches = Given(source, truth, batch=8, pixels=Pixels(size=8), **extra)
+            trained(batches, epochs=2)
+            assert batches.epoch == 2 * batches.varies == 2 * bool(extra), extra
+        batches = Given(source, truth, batch=8, pixels=Pixels(size=8), shuffle=True)
+        _, _, shown = trained(batches, epochs=3, steps_per_epoch=3)
+        assert shown == list(range(9)) and batches.epoch == 1, (shown, batches.epoch)
+    """, KERAS_BACKEND=backend)
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 "Reading one slice: whatever the file, the array that pydicom gives, or a DicomError."
+import errno
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -8,9 +10,17 @@ import numpy as np
 import pydicom
 import pytest
 from ct_files import ENCODERS, NATIVE, SYNTAXES, ct_file, reference, stored_values
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.encaps import encapsulate
+from pydicom.uid import (
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+)
 
-from rsnape_kit.dicom import DicomError, read_hu
+from rsnape_kit.dicom import DicomError, read_hu, scan
 from rsnape_kit.jpeg import CODECS
 
 BUNDLED = Path(pydicom.__file__).parent / "data" / "test_files"
@@ -77,6 +87,40 @@ def test_refused(tmp_path, tags, cause):
     assert str(path) in str(error.value)
 
 
+@pytest.mark.parametrize("table", [True, False])
+@pytest.mark.parametrize("syntax", ENCODERS, ids=lambda uid: uid.name.split("(")[-1].strip(")").replace(" ", "_"))
+def test_several_frames_are_no_slice(tmp_path, syntax, table):
+    values = stored_values((8, 8), bits=12)
+    path = ct_file(tmp_path / "many.dcm", values, syntax, bits=12)
+    ds = pydicom.dcmread(path)
+    ds.NumberOfFrames = 3
+    ds.PixelData = encapsulate([bytes(ENCODERS[syntax](values // k, 12)) for k in (1, 2, 3)], has_bot=table)
+    ds.save_as(path)
+    with pytest.raises(DicomError, match="not one grey plane, but 3 frames"):
+        read_hu(path)
+    assert scan(tmp_path).problem.tolist() == ["not one grey plane"]
+
+
+def test_several_plain_frames_and_colours_are_said_by_a_scan(tmp_path):
+    ct_file(tmp_path / "frames.dcm", stored_values((8, 8)), NumberOfFrames=2, Rows=4)
+    ct_file(tmp_path / "colour.dcm", stored_values((8, 9)), SamplesPerPixel=3, Columns=3, PlanarConfiguration=0)
+    assert scan(tmp_path).problem.str.count("not one grey plane").tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("extended", [True, False], ids=["sign_extended", "masked"])
+@pytest.mark.parametrize("syntax", [JPEGLSLossless, JPEG2000Lossless, JPEGLosslessSV1])
+def test_twelve_signed_bits_in_a_stream_of_sixteen(tmp_path, syntax, extended):
+    values = stored_values((16, 16), signed=True, bits=12)
+    path, plain = (ct_file(tmp_path / name, values, bits=12) for name in ("packed.dcm", "plain.dcm"))
+    words = values.view(np.uint16) if extended else values.view(np.uint16) & np.uint16(0xFFF)
+    ds = pydicom.dcmread(path)
+    ds.PixelData = encapsulate([bytes(ENCODERS[syntax](words, 16))])
+    ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
+    ds.file_meta.TransferSyntaxUID = syntax
+    ds.save_as(path)
+    np.testing.assert_array_equal(read_hu(path, -32768), reference(plain, -32768))
+
+
 def test_missing_and_folder(tmp_path):
     with pytest.raises(DicomError, match="No such file"):
         read_hu(tmp_path / "none.dcm")
@@ -113,6 +157,36 @@ def test_one_picture_in_many_syntaxes():
     plain = read_hu(BUNDLED / "MR_small.dcm")
     for name in ("RLE", "bigendian", "expb", "implicit", "jp2klossless", "jpeg_ls_lossless", "padded"):
         np.testing.assert_array_equal(read_hu(BUNDLED / f"MR_small_{name}.dcm"), plain)
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.EMFILE, "Too many files"), OSError(errno.ENOMEM, ""), MemoryError()])
+def test_what_this_machine_lacks_is_no_file_s_fault(tmp_path, monkeypatch, fault):
+    plain = ct_file(tmp_path / "plain.dcm", stored_values((512, 512), bits=12))
+    packed = ct_file(tmp_path / "packed.dcm", stored_values((8, 8), bits=12), JPEGLosslessSV1, bits=12)
+    with monkeypatch.context() as patch, pytest.raises(ImportError, match="pip install imagecodecs"):
+        patch.setitem(sys.modules, "imagecodecs", None)
+        read_hu(packed)
+
+    def fails(*_, **__):
+        raise fault
+    for path in (plain, packed):
+        with monkeypatch.context() as patch, pytest.raises(type(fault)) as error:
+            patch.setattr(os, "open", fails)
+            read_hu(path)
+        assert error.value is fault
+    with monkeypatch.context() as patch, pytest.raises(type(fault)):
+        patch.setattr(os, "open", fails)
+        patch.setattr(pydicom, "dcmread", fails)
+        scan(tmp_path)
+
+
+def test_a_claim_of_gigabytes_costs_none(tmp_path):
+    path = ct_file(tmp_path / "vast.dcm", stored_values((8, 8)), RLELossless)
+    ds = pydicom.dcmread(path)
+    ds.Rows = ds.Columns = 65535
+    ds.save_as(path)
+    with pytest.raises(DicomError, match="65535x65535 pixels, which no CT slice has"):
+        read_hu(path)
 
 
 def test_scratch_is_used_and_never_shared(tmp_path):

@@ -1,18 +1,23 @@
 "The kernels, run on a folder laid out as Kaggle mounts it."
 import json
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
 from conftest import ROOT
 
+from rsnape_kit.cli import main, parser
 from rsnape_kit.ensemble import Ensemble, fit_ensemble
 from rsnape_kit.folds import folds
-from rsnape_kit.kaggle import HEADER
-from rsnape_kit.kernels import export_kernels
+from rsnape_kit.kaggle import HEADER, PYTHON, sha256
+from rsnape_kit.kernels import KERNELS, copies, export_kernels, pushed
 from rsnape_kit.labels import AUX_LABELS, EXAM_LABELS, IMAGE_LABEL, SLICE, STUDY
+from rsnape_kit.phantom import make_competition
+from rsnape_kit.predictions import Predictions
 from rsnape_kit.prior import prior
 from rsnape_kit.runs import RunConfig, open_run
 from rsnape_kit.simulate import simulate_model, simulate_truth
@@ -74,6 +79,46 @@ def test_the_blend_kernel_fits_what_all_attached_runs_say(tmp_path):
     pd.testing.assert_frame_equal(ensemble.weights.table()[list(oofs)], honest.weights.table(), atol=1e-6)
 
 
+def source(name, **values):
+    "A kernel's cells as one script, as `rsnape kernels` writes them, with other parameters."
+    cells = pushed(json.loads((ROOT / f"nbs/kernels/{name}.ipynb").read_text()), values)["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+
+
+def test_every_copy_of_a_kernel_has_its_own_parameters():
+    every = [(name, values) for name in KERNELS for values in copies(name, 2).values() if values]
+    assert len(every) == 8 + 2 * 4
+    for name, values in [*every, ("train_image", {"SEED": 7, "RECIPE": "demo"}), ("train_petaformer", {"EPOCHS": 3})]:
+        code = source(name, **values)
+        compile(code, name, "exec")
+        for parameter, value in values.items():
+            assert f"\n{parameter} = {value!r}" in code, (name, parameter)
+
+
+def test_parts_are_prepared_and_trained_on_as_one(tmp_path):
+    "Two kernels prepare, one of them going on from its own output; one trains on what both have left."
+    made = make_competition(tmp_path / "made", 6, 1, slices=6, size=64, difficulty="demo")
+    kit, mounts = tmp_path / "input", tmp_path / "input" / "notebooks" / "me"
+    mounts.mkdir(parents=True)
+    shutil.copytree(ROOT / "rsnape_kit", kit / "rsnape-kit" / "rsnape_kit")
+    shutil.move(made, kit / COMPETITION)
+    train = pd.read_csv(kit / COMPETITION / "train.csv")
+    train[IMAGE_LABEL] = train[STUDY].rank(method="dense").astype(int) % 2  # six slices show too little to balance
+    train.to_csv(kit / COMPETITION / "train.csv", index=False)
+    for part, first in (("0", True), ("0", False), ("1", True)):
+        result = run_kernel(tmp_path, "prepare", values=copies("prepare")[part] | {"PARTS": 2})
+        assert result.returncode == 0, result.stderr
+        done = re.search(r"(\d+)/\d+", result.stderr)[1]  # where the bar begins
+        assert (done == "0") == first, result.stderr
+        shutil.rmtree(mounts / part, ignore_errors=True)
+        shutil.move(tmp_path / "working", mounts / part)
+    result = run_kernel(tmp_path, "train_image", values={"FOLDS": 2, "RECIPE": "quick", "TTA": 0})
+    assert result.returncode == 0, result.stderr
+    assert "36 slices of 6 studies" in result.stdout
+    run = tmp_path / "working" / "runs" / "efficientnet-fold0-seed42"
+    assert len(Predictions.load(run / "oof").exams) == 3
+
+
 def test_a_missing_competition_is_named_with_what_is_attached(tmp_path):
     shutil.copytree(ROOT / "rsnape_kit", tmp_path / "input" / "rsnape-kit" / "rsnape_kit")
     error = run_kernel(tmp_path).stderr
@@ -95,18 +140,53 @@ def test_child_processes_see_what_the_header_attached(tmp_path):
     assert f"42 {kit}/rsnape_kit/__init__.py" in result.stdout.splitlines()
 
 
+def bundled(folder, target):
+    "The package with a manifest of its one file, as a bundle has it of all."
+    shutil.copytree(ROOT / "rsnape_kit", folder / "rsnape_kit")
+    files = {"rsnape_kit/__init__.py": sha256(folder / "rsnape_kit" / "__init__.py")}
+    (folder / "manifest.json").write_text(json.dumps({"python": PYTHON, "target": target, "files": files}))
+    return folder
+
+
+def test_the_bundle_that_is_imported_is_the_one_that_is_checked_and_passed_on(tmp_path):
+    competition(tmp_path / "input" / COMPETITION)
+    (tmp_path / "working").mkdir()
+    kits = [bundled(tmp_path / "input" / name, "gpu") for name in ("a-kit", "b-kit", "c-kit")]
+    show = "import os, rsnape_kit; print(rsnape_kit.__file__); print(os.environ['PYTHONPATH'].split(':')[0])"
+    result = run_kernel(tmp_path, then=show)
+    assert result.returncode == 0, result.stderr
+    imported, passed_on = map(Path, result.stdout.splitlines()[-2:])
+    assert imported.parents[1] == passed_on in kits
+    for kit in kits:
+        if kit != passed_on:
+            (kit / "rsnape_kit" / "__init__.py").write_text("raise ImportError('another')")
+    assert run_kernel(tmp_path).returncode == 0
+    (passed_on / "rsnape_kit" / "prior.py").unlink()
+    manifest = (passed_on / "manifest.json")
+    manifest.write_text(manifest.read_text().replace("__init__", "prior"))
+    assert "rsnape_kit/prior.py" in run_kernel(tmp_path).stderr
+
+
+def test_a_bundle_for_the_other_image_is_refused_on_a_tpu(tmp_path):
+    competition(tmp_path / "input" / COMPETITION)
+    (tmp_path / "working").mkdir()
+    bundled(tmp_path / "input" / "rsnape-kit", "gpu")
+    tpu = {"KAGGLE_KERNEL_RUN_TYPE": "Batch", "ISTPUVM": "1"}
+    assert "this session has a TPU: attach the one made with --target tpu" in run_kernel(tmp_path, environ=tpu).stderr
+
+
 def test_every_kernel_begins_with_the_header():
     for path in (ROOT / "nbs" / "kernels").glob("*.ipynb"):
         first = next(cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code")
         assert "".join(first["source"]).removeprefix("#| eval: false\n").strip() == HEADER.strip(), path
 
 
-def run_kernel(kaggle, name="submit", then="import rsnape_kit; print(rsnape_kit.__file__)"):
+def run_kernel(kaggle, name="submit", then="import rsnape_kit; print(rsnape_kit.__file__)", values=(),
+               environ=()):
     "A kernel's cells as one script, /kaggle moved to a folder, then a line of ours."
-    notebook = json.loads((ROOT / f"nbs/kernels/{name}.ipynb").read_text())
-    code = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code")
-    return subprocess.run([sys.executable, "-c", code.replace("/kaggle/", f"{kaggle}/") + "\n" + then], cwd=kaggle,
-                          env={"PATH": "/usr/bin:/bin", "RSNAPE_KAGGLE": str(kaggle)}, capture_output=True, text=True)
+    code = source(name, **dict(values)).replace("/kaggle/", f"{kaggle}/")
+    return subprocess.run([sys.executable, "-c", code + "\n" + then], cwd=kaggle, capture_output=True, text=True,
+                          env={"PATH": "/usr/bin:/bin", "RSNAPE_KAGGLE": str(kaggle), **dict(environ)})
 
 
 def test_the_kernel_that_push_sends_is_there():
@@ -114,6 +194,23 @@ def test_the_kernel_that_push_sends_is_there():
     assert json.loads((ROOT / metadata["code_file"]).read_text())["metadata"]["kernelspec"]["language"] == "python"
     assert metadata["enable_internet"] is False  # the client's default is true
     assert metadata["id"].split("/")[1] == metadata["title"].lower().replace(" ", "-")
+
+
+def test_the_readmes_commands_are_ones_that_the_library_takes(monkeypatch):
+    "From clone to submission, and through training."
+    section = (ROOT / "README.md").read_text().partition("## To Kaggle")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```sh\n(.*?)```", section, re.S)
+    commands = [line.split() for line in re.findall(r"\brsnape ([^#&;\n]+)", "".join(blocks))]
+    assert len(commands) == 5 + 9
+    for command in commands:
+        parser().parse_args(command)
+    made = []
+    monkeypatch.setattr("rsnape_kit.bundle.make_bundle", lambda out, **settings: made.append(out))
+    for command in commands:
+        if command[0] == "bundle":
+            main(command)
+    assert made == ["build/bundle", "build/bundle-tpu"]
+    assert [["push", out] in commands for out in made] == [True, True]
 
 
 def test_exported_kernels_are_in_step_with_their_notebooks(tmp_path):

@@ -86,6 +86,31 @@ def test_a_failed_upload_is_reported_and_nothing_is_published(stub, bundle, name
     assert push_bundle(bundle, poll=.01).version == 1  # a second attempt is not confused by the first
 
 
+def test_a_file_that_changed_after_a_failed_upload_is_sent_again(stub, bundle):
+    "Size and time of the file are as they were, and the client goes by these."
+    manifest = bundle / MANIFEST
+    stub.faults["PUT site.zip"] = 400
+    with pytest.raises(KaggleError, match="not uploaded"):
+        push_bundle(bundle, poll=.01)
+    before = manifest.stat()
+    manifest.write_text(manifest.read_text().replace('"abc"', '"xyz"'))
+    os.utime(manifest, ns=(before.st_atime_ns, before.st_mtime_ns))
+    stub.faults.clear()
+    push_bundle(bundle, poll=.01)
+    assert b'"xyz"' in stub.datasets["test/rsnape-kit"]["files"][MANIFEST]
+
+
+def test_a_version_that_kaggle_does_not_tell_is_not_taken_for_the_new_one(stub, bundle):
+    push_bundle(bundle, poll=.01)
+    stub.faults["GetDataset"] = (500, {"message": "no"})
+    with pytest.raises(KaggleError, match="which version test/rsnape-kit has now"):
+        push_bundle(bundle, poll=.01)
+    stub.faults.clear()
+    stub.pending, stub.lags = 10_000, True
+    with pytest.raises(KaggleError, match="no version after 1 that is ready .ready, version 1"):
+        push_bundle(bundle, wait=.2, poll=.01)
+
+
 @pytest.mark.parametrize("fault, words", [
     ((200, {"status": "error", "error": "The title is taken"}), "The title is taken"),
     ((200, {"status": "Ok", "url": "u", "invalidTags": ["lung"]}), "without the keywords"),
@@ -100,7 +125,7 @@ def test_a_refused_dataset_is_an_error(stub, bundle, fault, words):
 def test_a_dataset_that_fails_or_never_gets_ready_is_an_error(stub, bundle):
     push_bundle(bundle, poll=.01)
     stub.pending = 10_000
-    with pytest.raises(KaggleError, match="is blobs_received after 0 s, not ready"):
+    with pytest.raises(KaggleError, match="no version after 1 that is ready .blobs_received"):
         push_bundle(bundle, wait=.2, poll=.01)
     stub.faults["GetDatasetStatus"] = (200, {"status": "FAILED"})
     with pytest.raises(KaggleError, match="its state is failed"):
@@ -167,6 +192,7 @@ def test_plain_kaggle_kernels_push_works_from_the_top_of_the_repository(stub, ke
 @pytest.mark.parametrize("answer, words", [
     ({"error": "Maximum batch session count reached"}, "Maximum batch session"),
     ({"url": "u", "versionNumber": 2, "invalidDatasetSources": ["test/rsnape-kit"]}, "without dataset_sources"),
+    ({}, "no address"), ({"url": "u"}, "no version"), ([1], "no address"),
     ({"url": "u", "versionNumber": 2, "invalidCompetitionSources": ["rsna"]}, "without competition_sources"),
     ({"url": "u", "versionNumber": 2, "invalidKernelSources": ["test/prepare"]}, "without kernel_sources"),
 ])
@@ -202,11 +228,43 @@ def test_a_run_that_failed_is_not_submitted(stub, kernels):
     assert not stub.sent("CreateCodeSubmission")
 
 
+def test_the_newest_version_is_submitted_and_named(stub, kernels):
+    stub.kernel_states = ["COMPLETE"]
+    push(kernels)
+    push(kernels)
+    assert submit_kernel(kernels, wait=0).startswith("version 2 of test/rsnape-kit-submit")
+    assert stub.sent("CreateCodeSubmission")[0]["kernelVersion"] == 2
+    stub.faults["GetKernel"] = (200, {})
+    with pytest.raises(KaggleError, match="name one"):
+        submit_kernel(kernels, wait=0)
+
+
+@pytest.mark.parametrize("answer", [{}, {"message": ""}, {"message": "Submission not allowed: too many today"}])
+def test_a_submission_that_is_not_confirmed_is_an_error(stub, kernels, answer):
+    stub.kernel_states = ["COMPLETE"]
+    stub.faults["CreateCodeSubmission"] = (200, answer)
+    with pytest.raises(KaggleError, match="did not confirm version 3"):
+        submit_kernel(kernels, version=3, poll=.01)
+
+
+@pytest.mark.parametrize("name", ["OWNER/rsnape-kit-submit", None, "submit"])
+def test_a_kernel_without_a_name_is_not_submitted(stub, kernels, name):
+    with pytest.raises(KaggleError, match="is not sent"):
+        submit_kernel(change(kernels, "kernel-metadata.json", id=name))
+    assert not stub.calls
+
+
+def test_a_run_that_is_not_done_is_not_submitted(stub, kernels):
+    stub.kernel_states = ["RUNNING"]
+    with pytest.raises(KaggleError, match="still running after 0 s"):
+        submit_kernel(kernels, wait=0)
+
+
 def test_a_refused_submission_is_an_error(stub, kernels):
     stub.kernel_states = ["COMPLETE"]
     stub.faults["CreateCodeSubmission"] = (400, {"code": 400, "message": "Submission limit reached"})
     with pytest.raises(KaggleError, match="Submission limit reached"):
-        submit_kernel(kernels, poll=.01)
+        submit_kernel(kernels, version=1, poll=.01)
 
 
 def test_without_credentials_the_way_to_get_them_is_told(stub, kernels, monkeypatch):

@@ -146,7 +146,7 @@ assert imagecodecs.__file__.startswith("/kaggle/input/"), imagecodecs.__file__
 """
 TPU = """
 import numba, pydicom, subprocess, sys
-from rsnape_kit.shard import compress, decompress
+from rsnape_kit.tiles import compress, decompress
 stored, back = picture.view("i2"), numpy.empty_like(picture.view("i2"))
 decompress(compress(stored), back)
 assert (stored == back).all()

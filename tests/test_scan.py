@@ -1,4 +1,6 @@
 "A folder's slices: all of them, in the order they lie in the patient, whatever the files are called and numbered."
+import itertools
+import os
 import shutil
 import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -13,6 +15,7 @@ from ct_files import NATIVE, ct_file, stored_values
 from pydicom.uid import JPEGLosslessSV1
 
 from rsnape_kit.dicom import DicomError, read_hu, read_series, scan
+from rsnape_kit.scan import _rows
 
 SUPINE, PRONE, CORONAL = [1, 0, 0, 0, 1, 0], [-1, 0, 0, 0, -1, 0], [1, 0, 0, 0, 0, -1]
 
@@ -108,6 +111,29 @@ def test_one_position_missing_is_filled_in(tmp_path):
     assert table.problem.tolist() == ["", "", "position from InstanceNumber", "", ""]
 
 
+def test_a_series_without_orientation_is_taken_as_axial(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table = scan(series(tmp_path / "s", [50, 45, 40, 35], orientation=None))
+    assert marks(table) == [3, 2, 1, 0] and table.position.tolist() == [35, 40, 45, 50]
+    assert set(table.problem) == {"orientation unknown, taken as axial"}
+    assert not table.flip_rows.any() and not table.flip_columns.any()
+
+
+@pytest.mark.parametrize("orientation", [[0] * 6, [1, 0, 0, 1, 0, 0]], ids=["none", "parallel"])
+def test_an_orientation_that_is_none_is_unknown(tmp_path, orientation):
+    table = scan(series(tmp_path, [2, 1, 0], orientation=orientation))
+    assert marks(table) == [2, 1, 0] and set(table.problem) == {"orientation unknown, taken as axial"}
+
+
+@pytest.mark.parametrize("other", [PRONE, [-1, 0, 0, 0, 1, 0], [1, 0, 0, 0, -1, 0]])
+def test_a_patient_who_turns_over_is_said(tmp_path, other):
+    series(tmp_path, range(3), uid="1.1")
+    series(tmp_path, range(3, 5), orientation=other, names=["a", "b"], uid="1.1")
+    problems = scan(tmp_path).problem
+    assert problems.str.contains("mixed orientation").tolist() == [False] * 3 + [True] * 2
+
+
 def test_flags(tmp_path):
     series(tmp_path / "a", [0, 1, 2, 2, 3], uid="1.1")
     series(tmp_path / "b", range(5), uid="1.2", orientation=CORONAL)
@@ -118,6 +144,9 @@ def test_flags(tmp_path):
             ImagePositionPatient=[0, 0, 9], ImageOrientationPatient=CORONAL)
     problems = {uid: part.problem.tolist() for uid, part in scan(tmp_path).groupby("SeriesInstanceUID")}
     assert problems["1.1"] == ["", "", "duplicate position", "duplicate position", ""]
+    noise = series(tmp_path / "noise", range(4), orientation=["1", "0", "0", "0", "0.0001", "-1"], uid="1.6")
+    series(noise, range(4), orientation=["1", "0", "0", "0", "-0.0001", "-1"], uid="1.6", names="abcd")
+    assert not scan(noise).problem.str.contains("mixed orientation").any()
     assert set(problems["1.2"]) == {"duplicate position; not axial"}  # heights along z do not part coronal slices
     assert problems["1.3"] == [""] * 5 + ["mixed size"]
     assert sorted(problems["1.4"])[-1].startswith(("gap before; mixed orientation", "mixed orientation"))
@@ -149,6 +178,36 @@ def test_broken_files_keep_a_row(tmp_path):
     assert "filled from 1.7.1" in mine.problem[2] and "filled from 1.7.4" in mine.problem[6]
 
 
+def test_damaged_files_without_extension_keep_a_row(tmp_path):
+    folder = series(tmp_path / "study" / "series", range(4), uid="1.7")
+    for i in range(4):
+        (folder / f"{i}.dcm").rename(folder / f"1.7.{i}")
+    (folder / "1.7.1").write_bytes(b"")
+    (folder / "1.7.2").write_bytes(b"no DICOM at all" * 100)
+    (folder / "notes.txt").write_text("stray files are no slices")
+    (tmp_path / "README").write_text("nor is this, where there are no others of its kind")
+    table = scan(tmp_path)
+    assert table["rows"].tolist() == [8, 8, 0, 0] and table.problem.map(bool).tolist() == [False, False, True, True]
+    assert [path[-5:] for path in table.path] == ["1.7.0", "1.7.3", "1.7.1", "1.7.2"]
+
+
+def test_pipes_and_circles(tmp_path):
+    series(tmp_path / "a", range(3))
+    (tmp_path / "a/up").symlink_to("..")
+    (tmp_path / "again").symlink_to("a")
+    os.mkfifo(tmp_path / "a/pipe.dcm")
+    (tmp_path / "a/lost.dcm").symlink_to("nowhere/at/all")
+    table = scan(tmp_path)
+    assert table.SOPInstanceUID.tolist() == ["1.5.0", "1.5.1", "1.5.2", "lost"]
+    assert table.problem.tolist() == ["", "", "", "No such file or directory"]
+
+
+def test_a_folder_of_other_files(tmp_path):
+    (tmp_path / "train.csv").write_text("StudyInstanceUID,label")
+    with pytest.raises(FileNotFoundError, match="1 files below .*, none of them DICOM"):
+        scan(tmp_path)
+
+
 def test_table_equals_pydicom(tmp_path):
     rng = np.random.default_rng(1)
     for i, syntax in enumerate([*NATIVE, JPEGLosslessSV1, *NATIVE]):
@@ -173,6 +232,82 @@ def compare(table):
         thickness = ds.get("SliceThickness")
         assert row.thickness == thickness or (thickness is None and np.isnan(row.thickness))
         assert row.position == pytest.approx(ds.ImagePositionPatient[2], abs=1e-9)
+
+
+def pieces(raw, path):
+    "A file's bytes parted before each element of its data set, the pixels being last."
+    ds = pydicom.dcmread(path)
+    long = 4 * (ds.file_meta.TransferSyntaxUID == NATIVE[1])
+    starts = [ds[tag].file_tell - 8 - (long if tag == 0x7FE00010 else 0) for tag in ds.keys()]
+    return [raw[a:b] for a, b in zip([0, *starts], [*starts, len(raw)])]
+
+
+def misplaced(raw, path, rng):
+    "Endless files of which an element or two stand elsewhere, or are missing, or have company from a later group."
+    implicit, whole = pydicom.dcmread(path).file_meta.TransferSyntaxUID == NATIVE[0], pieces(raw, path)
+    late = bytes.fromhex("40008002") + (b"\x04\0\0\0" if implicit else b"ST\x04\0") + b"late"
+    while True:
+        new = whole[1:-1]
+        for _ in range(rng.integers(1, 3)):
+            kind, one = rng.integers(3), int(rng.integers(len(new)))
+            piece = late if kind == 2 else new.pop(one)
+            if kind:
+                new.insert(int(rng.integers(len(new))), piece)
+        yield b"".join([whole[0], *new, whole[-1]])
+
+
+def same_as_pydicom(row):
+    "One row of a scan against pydicom's own header; False where pydicom stumbles, perhaps over what no scan wants."
+    try:
+        ds = pydicom.dcmread(row.path, stop_before_pixels=True)
+        ids = [ds.get(f"{name}InstanceUID") or "" for name in ("Study", "Series", "SOP")]
+        ids = [uid if isinstance(uid, str) else "\\".join(uid) for uid in ids]
+        ds.file_meta.get("TransferSyntaxUID")
+    except Exception:
+        return False
+
+    def number(keyword, count=1, default=np.nan):
+        try:
+            values = np.ravel(np.asarray(ds.get(keyword, []), float))
+        except Exception:
+            return [default] * count
+        return np.where(np.isnan(values), default, values) if values.size == count else [default] * count
+
+    assert [row.StudyInstanceUID, row.SeriesInstanceUID, row.SOPInstanceUID] == ids
+    rows, columns = np.nan_to_num([*number("Rows"), *number("Columns")])
+    assert (row.rows, row.columns) == ((rows, columns) if rows * columns else (0, 0))
+    found = [row.slope, row.intercept, row.instance, row.thickness, row.spacing_y, row.spacing_x, row.bits,
+             row.corner_x, row.corner_y, row.corner_z, row.row_x, row.row_y, row.row_z,
+             row.column_x, row.column_y, row.column_z]
+    np.testing.assert_array_equal(found, np.concatenate([
+        number("RescaleSlope", default=1), number("RescaleIntercept", default=0), number("InstanceNumber"),
+        number("SliceThickness"), number("PixelSpacing", 2), number("BitsStored", default=0),
+        number("ImagePositionPatient", 3), number("ImageOrientationPatient", 6)]), err_msg=row.path)
+    return True
+
+
+@pytest.mark.parametrize("syntax", NATIVE[:2], ids=["implicit", "explicit"])
+def test_damaged_and_disordered_headers_say_what_pydicom_says(tmp_path, syntax):
+    whole = ct_file(tmp_path / "whole.dcm", stored_values((16, 24), bits=12), syntax, bits=12)
+    raw, rng = whole.read_bytes(), np.random.default_rng(4)
+    damaged = [new for _, new in itertools.islice(ct_files.mutations(raw, len(raw) - 768, rng), 400)]
+    for i, new in enumerate([*itertools.islice(misplaced(raw, whole, rng), 400), *damaged]):
+        (tmp_path / f"{i:04d}.dcm").write_bytes(new)
+    rows = _rows([str(path) for path in sorted(tmp_path.glob("0*.dcm"))])
+    readable = [same_as_pydicom(row) for row in rows.itertuples()]
+    assert all(readable[:400]) and sum(readable) > 500
+
+
+def test_an_element_out_of_place_costs_no_slice(tmp_path):
+    "A comment of a later group before the study's id, Rows or the intercept: the slice is a slice like any other."
+    path = ct_file(tmp_path / "0.dcm", stored_values((64, 64), bits=12), NATIVE[1], bits=12)
+    raw, comment = path.read_bytes(), bytes.fromhex("40008002") + b"ST\x04\0late"
+    for tag in ("20000d00", "28001000", "28005210"):
+        place = raw.index(bytes.fromhex(tag))
+        path.write_bytes(raw[:place] + comment + raw[place:])
+        (row,) = scan(tmp_path).itertuples()
+        assert (row.StudyInstanceUID, row.rows, row.intercept) == ("1.2.1", 64, -1024)
+        assert (row.position, row.problem) == (31.25, "")
 
 
 def test_executors_and_parts_make_one_table(tmp_path):

@@ -1,9 +1,11 @@
 "The store: lossless, the same to the byte whoever makes it, and whole after kill -9 at any moment."
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 
@@ -12,9 +14,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from ct_files import NATIVE, ct_file, reference, stored_values
+from pydicom.uid import JPEGLosslessSV1
 
 from rsnape_kit import build
-from rsnape_kit.dicom import DicomError, scan
+from rsnape_kit.dicom import DicomError, read_series, scan
 from rsnape_kit.shard import CODECS, read_footer
 from rsnape_kit.store import DicomSource, SliceStore, build_store, to_quarter_hu
 
@@ -24,14 +27,14 @@ def quiet():
     ct_files.quiet()
 
 
-def competition(root, studies=6, slices=8, shape=(64, 64)):
+def competition(root, studies=6, slices=8, shape=(64, 64), syntaxes=NATIVE[:2]):
     "A folder in the competition's layout."
     for s in range(studies):
         for i in range(slices):
             study, series, name = f"{s:012x}", f"{s:03x}aaaaaaaaa", f"{s:03x}{i:09x}"
             path = root / study / series / f"{name}.dcm"
             path.parent.mkdir(parents=True, exist_ok=True)
-            ct_file(path, stored_values(shape, bits=12, seed=100 * s + i), NATIVE[i % 2], bits=12,
+            ct_file(path, stored_values(shape, bits=12, seed=100 * s + i), syntaxes[i % len(syntaxes)], bits=12,
                     StudyInstanceUID=study, SeriesInstanceUID=series, SOPInstanceUID=name,
                     ImagePositionPatient=[-150, -150, 1.5 * (slices - i)])
     return root
@@ -73,9 +76,10 @@ def test_codecs_hold_the_same_slices_and_open_as_one(tmp_path):
     raw[first.start:first.start + first.bytes] = bytes(first.bytes)  # not even a chunk
     shard.write_bytes(raw)
     damaged = SliceStore(paths[1])
-    with pytest.raises(ValueError, match="slice 0 is damaged.*build the shard again"):
+    with pytest.raises(ValueError, match="slice 0 is damaged.*delete it and build"):
         damaged[:]
-    assert damaged.verify() == [0]
+    with pytest.warns(UserWarning, match=f"{shard.name}: 1 slices are damaged; copy the shard again, or delete it"):
+        assert damaged.verify() == [0]
     with pytest.raises(ValueError, match="choose one of tiles, blosc2"):
         build_store(root, tmp_path / "zip", codec="zip")
 
@@ -106,7 +110,7 @@ def test_same_bytes_on_any_executor_from_any_order(tmp_path, monkeypatch):
     with ThreadPoolExecutor(3) as threads, ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
         assert shards(build_store(shuffled, tmp_path / "threads", executor=threads)) == expected
         assert shards(build_store(root, tmp_path / "processes", executor=processes)) == expected
-    monkeypatch.setattr(build, "_pool", lambda *_: ProcessPoolExecutor(1, mp_context=get_context("spawn")))
+    monkeypatch.setattr(build, "pool_for", lambda *_: ProcessPoolExecutor(1, mp_context=get_context("spawn")))
     assert shards(build_store(root, tmp_path / "own")) == expected
 
 
@@ -143,6 +147,14 @@ def test_parts_on_many_mounts(tmp_path, monkeypatch):
     full = build_store(root, tmp_path / "full", size=512)
     with pytest.raises(ValueError, match="parts of one size"):
         SliceStore(moved, full)
+    padded = build_store(root, tmp_path / "padded", part=(1, 3), keep_padding=True)
+    with pytest.raises(ValueError, match="parts of one lowest"):
+        SliceStore(moved, padded)
+    study = scan(root).query("StudyInstanceUID == @study")
+    halves = [build_store(half, tmp_path / name) for name, half in
+              {"low": study.iloc[:2], "high": study.iloc[2:].assign(order=[5, 6])}.items()]
+    with pytest.raises(ValueError, match="is in more than one of"):
+        SliceStore(*halves)
 
 
 CHILD = """
@@ -195,7 +207,7 @@ def test_a_script_without_main_is_told_what_to_do(tmp_path):
     (tmp_path / "script.py").write_text(
         "from rsnape_kit import build\n"
         "from concurrent.futures import ProcessPoolExecutor\nfrom multiprocessing import get_context\n"
-        "build._pool = lambda *_: ProcessPoolExecutor(1, mp_context=get_context('spawn'))\n"
+        "build.pool_for = lambda *_: ProcessPoolExecutor(1, mp_context=get_context('spawn'))\n"
         f"build.build_store({os.fspath(tmp_path / 'train')!r}, {os.fspath(tmp_path / 'out')!r}, size=32)\n")
     done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
@@ -214,6 +226,99 @@ def test_half_written_files_are_not_trusted(tmp_path):
     (out / build.INDEX).unlink()
     with pytest.raises(FileNotFoundError, match="build it again, it resumes"):
         SliceStore(out)
+
+
+def test_a_damaged_shard_is_made_anew_once_it_is_deleted(tmp_path):
+    root = competition(tmp_path / "train")
+    out = build_store(root, tmp_path / "out", size=64)
+    (shard, raw), = shards(out).items()
+    (out / shard).write_bytes(raw[:300] + bytes([raw[300] ^ 1]) + raw[301:])
+    build_store(root, out, size=64)
+    with pytest.raises(ValueError, match=f"{shard}.* delete it and build the store again"):
+        SliceStore(out)[:]
+    (out / shard).unlink()
+    build_store(root, out, size=64)
+    assert shards(out) == {shard: raw}
+
+
+def test_only_memory_that_fits_is_filled(tmp_path):
+    root = competition(tmp_path / "train", studies=1, slices=3)
+    for source in (SliceStore(build_store(root, tmp_path / "out", size=32)), DicomSource(root, 32)):
+        for out in (np.empty((2, 32, 32), np.int16), np.empty((3, 16, 16), np.int16), np.empty((3, 32, 32), np.uint16),
+                    np.empty((3, 32, 32, 2), np.int16)[..., 0]):
+            with pytest.raises(ValueError, match="expected int16"):
+                source.read([0, 1, 2], out)
+
+
+def test_too_many_files_are_no_damage(tmp_path, monkeypatch):
+    store = SliceStore(build_store(competition(tmp_path / "train"), tmp_path / "out", size=64))
+
+    def fails(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+    monkeypatch.setattr("builtins.open", fails)
+    with pytest.raises(OSError, match="Too many open files"):
+        store[0]
+
+
+def test_a_finished_store_is_not_touched(tmp_path):
+    "It may lie on a read-only mount: opening it and building it again write nothing."
+    root = competition(tmp_path / "train")
+    out = build_store(root, tmp_path / "out", size=64)
+    before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    inside = out.stat().st_mtime_ns  # which a file made and removed again would change
+    build_store(root, out, size=64)
+    assert len(SliceStore(out)) == 48
+    assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before and out.stat().st_mtime_ns == inside
+
+
+def test_two_builds_at_a_time(tmp_path):
+    "A child holds the folder; a build says so. The child is killed, and the build goes on."
+    root, out = competition(tmp_path / "train"), tmp_path / "out"
+    code = f"import time; from pathlib import Path; from rsnape_kit.pool import alone\n" \
+           f"with alone(Path({os.fspath(out)!r})):\n print('holds', flush=True); time.sleep(600)"
+    out.mkdir()
+    (out / "0000-0000000000000000.slices.00.tmp").touch()
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+                             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    try:
+        assert child.stdout.readline() == "holds\n"
+        with pytest.raises(RuntimeError, match="out is being built by another process; wait for it"):
+            build_store(root, out, size=64)
+        assert list(out.glob("*.tmp"))
+    finally:
+        child.kill()
+        child.wait()
+    build_store(root, out, size=64)
+    assert not list(out.glob("*.tmp")) and len(SliceStore(out)) == 48
+
+
+def test_what_a_store_is_made_of_decides_what_it_is(tmp_path):
+    root = competition(tmp_path / "train", studies=1, slices=3)
+    os.symlink("/gone/slice.dcm", root / "000000000000/000aaaaaaaaa/lost.dcm")
+    out = build_store(root, tmp_path / "out", size=64)
+    (tmp_path / "train").rename(tmp_path / "elsewhere")
+    assert shards(build_store(tmp_path / "elsewhere", out, size=64))  # a lost file's place is not part of it
+    with open(scan(tmp_path / "elsewhere").path[0], "ab") as file:
+        file.write(bytes(64))
+    with pytest.raises(ValueError, match="shards of other slices or settings"):
+        build_store(tmp_path / "elsewhere", out, size=64)
+    source = DicomSource(tmp_path / "elsewhere", 64)
+    with pytest.raises(ValueError, match="keep_padding is for the source to decide"):
+        build_store(source, tmp_path / "padded", size=64, keep_padding=True)
+    with pytest.raises(ValueError, match="size=0"):
+        build_store(tmp_path / "elsewhere", tmp_path / "none", size=0)
+
+
+def test_tables_that_were_csv_files_and_names_in_no_alphabet(tmp_path):
+    root = competition(tmp_path / "train", studies=1, slices=3)
+    first = scan(root).path[0]
+    os.rename(first, os.fsencode(os.path.dirname(first)) + b"/odd\xff\xfe.dcm")
+    store = SliceStore(build_store(root, tmp_path / "out", size=64))
+    assert [p for p in store.table.path if p.endswith("/odd\\udcff\\udcfe.dcm")]
+    scan(root).iloc[1:].to_csv(tmp_path / "table.csv", index=False, errors="ignore")
+    ids = dict.fromkeys(["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"], str)
+    again = DicomSource(pd.read_csv(tmp_path / "table.csv", dtype=ids), 64)
+    assert again[:].std() > 0 and set(again.table.problem) == {""}
 
 
 def test_another_build_is_not_mixed_in(tmp_path):
@@ -277,6 +382,46 @@ def test_faults_are_filled_marked_and_listed(tmp_path):
         for i, values in zip(list(range(10)) * 4, pool.map(direct.__getitem__, list(range(10)) * 4)):
             np.testing.assert_array_equal(values, store[i])
     assert direct.table.problem.tolist() == store.table.problem.tolist()
+
+
+def test_what_this_machine_lacks_ends_a_build_and_is_not_kept_as_air(tmp_path, monkeypatch):
+    root = competition(tmp_path / "train", studies=2, slices=3, syntaxes=[JPEGLosslessSV1])
+    with monkeypatch.context() as patch, pytest.raises(ImportError, match="pip install imagecodecs"):
+        patch.setitem(sys.modules, "imagecodecs", None)
+        build_store(root, tmp_path / "out", size=32)
+    assert not shards(tmp_path / "out") and not list((tmp_path / "out").glob("*.tmp"))
+    store = SliceStore(build_store(root, tmp_path / "out", size=32))
+    assert not store.table.problem.any() and store[:].std() > 0
+
+
+def test_slices_that_were_filled_are_said_and_can_be_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "STUDIES", 1)
+    root = competition(tmp_path / "train", studies=2, slices=3)
+    expected, table = shards(build_store(root, tmp_path / "expected", size=32)), scan(root)
+    first = root / table.StudyInstanceUID[0]
+    first.rename(tmp_path / "away")
+    out = tmp_path / "out"
+    with pytest.warns(UserWarning, match="out: 3 of 6 slices .* filled, see problems.csv .* build again"):
+        build_store(table, out, size=32)
+    (tmp_path / "away").rename(first)
+    (shard,) = set(pd.read_csv(out / "problems.csv").shard)
+    (out / shard).unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_store(table, out, size=32)
+    assert shards(out) == expected
+
+
+def test_a_neighbour_is_found_wherever_its_row_is(tmp_path):
+    table = scan(competition(tmp_path / "train", studies=2, slices=4))
+    os.truncate(table.path[1], 3000)
+    mixed = DicomSource(table.iloc[[0, 4, 1, 5, 2, 6, 3, 7]], 32)
+    np.testing.assert_array_equal(mixed[2], mixed[0])
+    assert f"filled from {table.SOPInstanceUID[0]}" in mixed.table.problem[2]
+    twice = table.iloc[[1, 2, 3, 0, 1]]  # rows with one index
+    stack = read_series(twice, on_error="fill")
+    np.testing.assert_array_equal(stack[[0, 4]], stack[[3, 3]])
+    assert twice.problem.str.count("filled").tolist() == [1, 0, 0, 0, 1]
 
 
 def test_labels_beside_the_pixels(tmp_path):
