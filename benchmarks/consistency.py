@@ -8,6 +8,7 @@ beside a plain loop over the studies that tries all 44 answers and beside the us
     python benchmarks/consistency.py --demos demo demo-1   # trained ones: folders that `rsnape demo` has filled
 """
 import argparse
+import json
 import time
 from pathlib import Path
 
@@ -124,11 +125,19 @@ def simulated(studies: int, slices: tuple, skill: float, seed: int) -> pd.DataFr
 
 def demo_blends(folder: Path) -> dict:  # what -> (truth, blend, q)
     "What a demo's ensemble says of the studies it learned from, nested by fold, and of those held out."
-    ensemble, runs = Ensemble.load(folder / "ensemble.json"), sorted((folder / "runs").iterdir())
+    if not (folder / "ensemble.json").exists():
+        raise SystemExit(f"{folder} holds no ensemble.json: it is no folder of `rsnape demo`, or not a finished one")
+    ensemble = Ensemble.load(folder / "ensemble.json")
+    runs = sorted(path.parent for path in folder.glob("runs/*/config.json"))
+    tta = json.loads((folder / "submit.json").read_text()).get("looks", 1)
     truth = Predictions.from_train_csv(folder / "competition" / "train.csv")
     test = pd.read_parquet(folder / "test.parquet")
-    _, oof = nested_blend(load_oofs(runs), truth, load_folds(runs), calibrated=bool(ensemble.calibrations))
-    said = ensemble.blend(plan(runs, test, folder / "answers", tta=1).gather(), test)
+    _, oof = nested_blend(load_oofs(runs), truth, load_folds(runs), ensemble.weights.space, bool(ensemble.calibrations))
+    asked = plan(runs, test, folder / "answers", tta)
+    if not asked.answered().all(axis=None):
+        raise SystemExit(f"{folder}/answers lacks some of what the runs say of the test studies with {tta} looks more; "
+                         "run the demo again to fill it")
+    said = ensemble.blend(asked.gather(), test)
     held_out = Predictions.from_train_csv(folder / "competition" / "truth" / "test.csv").align(said)
     return {"out of fold": (truth.align(oof), oof, ensemble.q), "held out": (held_out, said, ensemble.q)}
 
@@ -155,6 +164,19 @@ def on_demos(folders: list):
         print(f"\n{what}: {len(truth.exams)} studies of {len(folders)} demos, loss {table['loss before'].iloc[0]:.4f}, "
               f"{table['contradictory before'].iloc[0]:.0f} contradict themselves")
         print(table.drop(columns=["contradictory before", "loss before"]).round(5).to_string())
+        print(verdict(table))
+
+
+def verdict(table: pd.DataFrame) -> str:
+    "Whether being consistent our way costs at most what it costs the usual way."
+    rivals = table[table.index.str.startswith("clip")]
+    cheapest = rivals["realised cost"].idxmin()
+    holds = bool((rivals["more than exact"] >= 0).all())
+    sure = "; beyond chance" if holds and (rivals["at least"] > 0).all() else \
+        "; within chance" if (rivals["at least"] <= 0).any() and (rivals["at most"] >= 0).all() else ""
+    return (f"VERDICT: the exact repair's realised cost, {table['realised cost'].iloc[0]:+.5f}, is "
+            f"{'AT MOST' if holds else 'MORE THAN'} the heuristics' (the cheapest: {cheapest}, "
+            f"{rivals['realised cost'].min():+.5f}){sure}")
 
 
 def in_turns(functions: dict, repeat: int) -> pd.DataFrame:
