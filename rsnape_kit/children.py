@@ -55,7 +55,7 @@ class Child:
     out: Path
     process: subprocess.Popen | None = None
     deaths: int = 0  # since its last answer
-    unanswered: int = 0  # answers that were still missing when it was last started
+    left: int = 0  # what it had to do when it was last started
     suspect: str = ""
     why: str = ""
 
@@ -64,7 +64,7 @@ class Child:
         return self.out / f"{self.job.framework}-{self.job.share[0]}.log"
 
     def start(self):
-        self.unanswered = self.job.unanswered()
+        self.left = self.job.left()
         path = self.log.with_suffix(".job")
         path.write_bytes(pickle.dumps(self.job))
         environ = child_environ(TF_CPP_MIN_LOG_LEVEL="2")
@@ -79,7 +79,7 @@ class Child:
             return True
         if self.process.returncode == 0:
             return False
-        self.deaths = 1 if self.job.unanswered() < self.unanswered else self.deaths + 1
+        self.deaths = 1 if self.job.left() < self.left else self.deaths + 1
         said = last_line(self.log.read_text(errors="replace"))
         self.why = f"exit status {self.process.returncode}: {said}"
         at = self.job.note.read_text() if self.job.note.exists() else ""

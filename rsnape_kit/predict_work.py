@@ -87,11 +87,9 @@ class Job:
         i, of = self.share
         return [(name, rows) for name, rows in self.studies[i::of] if self.missing(name, rows)]
 
-    def unanswered(self) -> int:
-        "How many answers this process has not given."
-        i, of = self.share
-        return sum(load_answer(folder, name, len(rows)) is None
-                   for name, rows in self.studies[i::of] for folder in self.runs.values())
+    def left(self) -> int:
+        "How many answers this process still has to give, or to say that it cannot."
+        return sum(len(self.missing(name, rows)) for name, rows in self.todo())
 
 # %% ../nbs/420_predict_work.ipynb #3d83ef87
 def _fetch(job: Job, rows, name: str):
