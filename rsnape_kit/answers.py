@@ -93,6 +93,8 @@ def save_answer(
         raise ValueError(f"an answer is about one study, this one about {len(pred.exams)}")
     images = np.where(np.zeros(len(pred.images), bool) if lost is None else lost, np.nan, pred.images)
     values = np.concatenate([pred.exams.reindex(columns=LABELS).to_numpy()[0], images]).astype("<f8")
+    if np.isnan(values).all():
+        raise ValueError("the model answers with nothing but NaN; are its weights sound?")
     fresh = Path(folder) / f"{name}.{os.getpid()}.tmp"
     fresh.write_bytes(values.tobytes())
     os.replace(fresh, Path(folder) / name)
@@ -102,13 +104,13 @@ def load_answer(
     folder,  # of the run's answers
     name: str,  # of the study
     n: int,  # its slices
-) -> np.ndarray | None:  # float [13 + n]; None if there is no answer, or a damaged one
+) -> np.ndarray | None:  # float [13 + n]; None if there is no answer, a damaged one, or one without any number
     "What a run said of a study."
     try:
         values = np.fromfile(Path(folder) / name, "<f8")
     except FileNotFoundError:
         return None
-    return values if len(values) == len(LABELS) + n else None
+    return values if len(values) == len(LABELS) + n and not np.isnan(values).all() else None
 
 
 def save_failure(folder, name: str, why: str):

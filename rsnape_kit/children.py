@@ -45,7 +45,7 @@ def lanes(
     return [[(framework, gpu, (i, len(mine))) for framework, mine in own.items() for i, gpu in enumerate(mine)]]
 
 # %% ../nbs/421_children.ipynb #d60c3d21
-DEATHS = 9  # of one child, after which it is not started again
+DEATHS = 9  # of one child that answers nothing in between, after which it is not started again
 
 
 @dataclass
@@ -54,7 +54,8 @@ class Child:
     gpu: str | None
     out: Path
     process: subprocess.Popen | None = None
-    deaths: int = 0
+    deaths: int = 0  # since its last answer
+    unanswered: int = 0  # answers that were still missing when it was last started
     suspect: str = ""
     why: str = ""
 
@@ -63,6 +64,7 @@ class Child:
         return self.out / f"{self.job.framework}-{self.job.share[0]}.log"
 
     def start(self):
+        self.unanswered = self.job.unanswered()
         path = self.log.with_suffix(".job")
         path.write_bytes(pickle.dumps(self.job))
         environ = child_environ(TF_CPP_MIN_LOG_LEVEL="2")
@@ -77,7 +79,7 @@ class Child:
             return True
         if self.process.returncode == 0:
             return False
-        self.deaths += 1
+        self.deaths = 1 if self.job.unanswered() < self.unanswered else self.deaths + 1
         said = last_line(self.log.read_text(errors="replace"))
         self.why = f"exit status {self.process.returncode}: {said}"
         at = self.job.note.read_text() if self.job.note.exists() else ""

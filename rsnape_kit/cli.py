@@ -180,6 +180,7 @@ def _add_models(command):
             ("--submission", {"help": "file to write (default OUT/submission.csv)"}), tta, hours)
     command(commands.report, "the HTML report of an ensemble, out of fold", runs, train_csv,
             ("--ensemble", {"default": "ensemble.json", "help": "default ensemble.json"}), ("--store", store),
+            ("--dicom", {"help": "the folder that the store was made from, where it is still there: results by manufacturer"}),
             ("--out", {"default": "report.html", "help": "file to write (default report.html)"}))
 
 

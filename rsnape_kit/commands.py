@@ -109,9 +109,11 @@ def report(args):
     from rsnape_kit.report import write_report
     from rsnape_kit.store import SliceStore
 
+    if not args.runs:
+        raise ValueError("say which runs: folders of finished ones, as rsnape train and make demo leave them in runs/")
     ensemble, oofs = Ensemble.load(args.ensemble), load_oofs(args.runs)
     truth = Predictions.from_train_csv(args.train_csv).align(next(iter(oofs.values())))
     _, blended = nested_blend(oofs, truth, load_folds(args.runs), ensemble.weights.space, bool(ensemble.calibrations))
     source = SliceStore(*args.store) if args.store else None
     print(write_report(args.out, truth, {"blend": blended, **oofs}, source=source, weights=ensemble.weights, q=ensemble.q,
-                       note=f"Losses of the whole, out of fold: {_listed(ensemble.losses)}"))
+                       dicom=args.dicom or "", note=f"Losses of the whole, out of fold: {_listed(ensemble.losses)}"))

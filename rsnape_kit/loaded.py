@@ -8,7 +8,7 @@ __all__ = ['RESERVE', 'LoadedStudy', 'read_study', 'fetch_study']
 # %% ../nbs/418_loaded.ipynb #18e59f38
 import fcntl
 import shutil
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -65,9 +65,10 @@ RESERVE = 4 << 30  # bytes of the scratch disk to leave free
 
 @contextmanager
 def _turn(path):
-    "Only one process at a time."
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    "Only one process at a time, where the disk can see to that."
+    with ExitStack() as stack:
+        with suppress(OSError):
+            fcntl.flock(stack.enter_context(open(path, "w")), fcntl.LOCK_EX)
         yield
 
 
@@ -85,16 +86,10 @@ def fetch_study(
         if study is not None:
             return study
         study = read_study(source, rows)
-        if shutil.disk_usage(Path(kept).parent).free - study.pixels.nbytes > reserve:
-            _keep(study, kept)
+        with suppress(OSError):  # full after all, or gone: then it is read again
+            if shutil.disk_usage(Path(kept).parent).free - study.pixels.nbytes > reserve:
+                write_shard(kept, study.table, iter(study.pixels), {"size": study.size, "codec": "tiles"})
         return study
-
-
-def _keep(study: LoadedStudy, path):
-    try:
-        write_shard(path, study.table, iter(study.pixels), {"size": study.size, "codec": "tiles"})
-    except OSError:  # full after all, or gone: then it is read again
-        pass
 
 
 def _from_scratch(path) -> LoadedStudy | None:
@@ -104,6 +99,6 @@ def _from_scratch(path) -> LoadedStudy | None:
         raw = memoryview(Path(path).read_bytes())
         for start, count, out in zip(table["start"], table["bytes"], pixels):
             decompress(raw[start:start + count], out)
-    except ValueError:  # damaged: then it is read again
+    except (ValueError, OSError):  # damaged, or gone meanwhile: then it is read again
         return None
     return LoadedStudy(table.drop(columns=["start", "bytes", "crc32"]), pixels)

@@ -32,6 +32,9 @@ class BlendWeights(Saved):
     losses: dict = field(default_factory=dict)  # as fit_weights measured them; see blend.loss_by_label
 
     def __post_init__(self):
+        lacks = [label for label in LABELS if label not in self.weights or label not in self.prior]
+        if lacks:
+            raise ValueError(f"weights or prior say nothing of {', '.join(lacks)}; expected all of {', '.join(LABELS)}")
         object.__setattr__(self, "models", tuple(self.models))
         object.__setattr__(self, "weights", {label: tuple(map(float, self.weights[label])) for label in LABELS})
         if self.space not in ("probability", "logit"):
@@ -40,6 +43,8 @@ class BlendWeights(Saved):
             if len(w) != len(self.models) or min(w, default=0) < 0 or not (np.isclose(sum(w), 1) or sum(w) == 0):
                 raise ValueError(f"weights of {label} are {w}; expected {len(self.models)} that are at least 0 and sum "
                                  f"to 1, one for each of {', '.join(self.models)}")
+            if not (isinstance(self.prior[label], int | float) and 0 <= self.prior[label] <= 1):
+                raise ValueError(f"the prior of {label} is {self.prior[label]!r}; expected a probability")
 
     def table(self) -> pd.DataFrame:
         "Labels x models."
@@ -83,12 +88,14 @@ def blend(
         raise ValueError(f"the weights know no model {unknown[0]!r}, only {', '.join(weights.models)}")
     index = _covered(preds) if slices is None else slice_index(slices)
     studies = index.unique(0)
-    exams = [preds[name].exams.reindex(studies) if name in preds else None for name in weights.models]
+    exams = {name: pred.exams.reindex(studies) for name, pred in preds.items()}
     columns = {}
     for label in EXAM_LABELS:
-        p = [np.full(len(studies), np.nan) if e is None else e[label].to_numpy() for e in exams]
+        p = [exams[name][label].to_numpy() if name in exams else _absent(name, label, len(studies), weights)
+             for name in weights.models]
         columns[label] = _whole(p, len(studies), label, weights)
-    images = [_at(preds.get(name), index) for name in weights.models]
+    images = [_at(preds[name], index) if name in preds else _absent(name, IMAGE_LABEL, len(index), weights)
+              for name in weights.models]
     images = pd.Series(_whole(images, len(index), IMAGE_LABEL, weights), index)
     return Predictions(pd.DataFrame(columns, studies), images)
 
@@ -105,10 +112,13 @@ def _covered(preds: dict) -> pd.MultiIndex:
 
 def _at(pred, index: pd.MultiIndex) -> np.ndarray:
     "A model's image values, NaN where it has none."
-    if pred is None:
-        return np.full(len(index), np.nan)
     at = positions(pred.images.index, index)
-    return np.where(at >= 0, pred.images.to_numpy()[at], np.nan)
+    return np.append(pred.images.to_numpy(float), np.nan)[at]  # -1, not found, is the last
+
+
+def _absent(name: str, label: str, n: int, weights: BlendWeights) -> np.ndarray:
+    "What a model counts as saying that nobody gives."
+    return np.full(n, weights.prior[label] if name == "mean" else np.nan)
 
 
 def _whole(p: list, n: int, label: str, weights: BlendWeights) -> np.ndarray:

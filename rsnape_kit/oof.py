@@ -48,6 +48,9 @@ def _folds_of(name: str, folds, studies: pd.Index) -> pd.Series:
     missing = studies.difference(folds.index)
     if len(missing):
         raise ValueError(f"study {missing[0]!r} of the OOF of {name!r} is in none of its folds")
+    if folds[studies].isna().any():
+        raise ValueError(f"the folds of {name!r} say NaN for study {studies[folds[studies].isna().argmax()]!r}; expected a "
+                         "fold for every study")
     return folds.reindex(studies)
 
 

@@ -9,6 +9,7 @@ __all__ = ['SLICES', 'FRAMEWORKS', 'framework_of', 'Job', 'work', 'main']
 import os
 import pickle
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from .answers import load_answer, save_answer, save_failure
 from .config import MODELS
+from .labels import EXAM_LABELS
 from .loaded import fetch_study
 from .runs import run_settings
 from .saved import write_text
@@ -85,6 +87,12 @@ class Job:
         i, of = self.share
         return [(name, rows) for name, rows in self.studies[i::of] if self.missing(name, rows)]
 
+    def unanswered(self) -> int:
+        "How many answers this process has not given."
+        i, of = self.share
+        return sum(load_answer(folder, name, len(rows)) is None
+                   for name, rows in self.studies[i::of] for folder in self.runs.values())
+
 # %% ../nbs/420_predict_work.ipynb #3d83ef87
 def _fetch(job: Job, rows, name: str):
     "A study, or what kept it from being read."
@@ -101,7 +109,7 @@ def _studies(job: Job):
         coming = None
         for (name, rows), following in zip(todo, [*todo[1:], None]):
             began = time.time()
-            if began + slowest > job.deadline or (job.parent and os.getppid() != job.parent):
+            if began + slowest > job.deadline:
                 return
             if job.note:
                 write_text(job.note, name)
@@ -120,7 +128,9 @@ def _answer(predict, folder, name: str, study):
         if lost.all():
             why = study.table["problem"].iloc[0].partition("; filled with air")[0]
             raise ValueError(f"none of its {len(lost)} slices can be read: {why}")
-        save_answer(folder, name, predict(study), lost)
+        pred = predict(study)
+        save_answer(folder, name, pred, lost)
+        _check_numbers(pred, lost)
     except Exception as error:  # one study must never end the run
         save_failure(folder, name, f"{type(error).__name__}: {error}")
 
@@ -144,6 +154,16 @@ def work(
                     _answer(predict[run], job.runs[run], name, study)
 
 
+def _check_numbers(pred, lost):
+    "Raise where a model that answers has no number."
+    said = pred.exams[list(EXAM_LABELS)].notna().to_numpy()
+    gaps = pred.images.isna().to_numpy() & ~lost
+    if gaps.any():
+        raise ValueError(f"the model has no number (NaN) for {gaps.sum()} of {len(gaps)} slices; are its weights sound?")
+    if said.any() and not said.all():
+        raise ValueError(f"the model has no number (NaN) for {(~said).sum()} of {said.size} exam labels; are its weights sound?")
+
+
 def _note_filled(job: Job, name: str, study):
     "Remember which studies had slices that stand for others."
     if job.note and not isinstance(study, Exception) and "problem" in study.table:
@@ -153,9 +173,19 @@ def _note_filled(job: Job, name: str, study):
                        f"{filled.sum()} of {len(filled)} slices: {study.table['problem'][filled].iloc[0]}")
 
 # %% ../nbs/420_predict_work.ipynb #db8d7e14
+def _end_with(parent: int):
+    "End this process as soon as its parent is gone."
+    while os.getppid() == parent:
+        time.sleep(.5)
+    os._exit(1)
+
+
 def main(path):
     "Do the job of a file."
-    work(pickle.loads(Path(path).read_bytes()))
+    job = pickle.loads(Path(path).read_bytes())
+    if job.parent:
+        threading.Thread(target=_end_with, args=(job.parent,), daemon=True).start()
+    work(job)
 
 
 if __name__ == "__main__" and globals().get("__spec__"):  # python -m, not a notebook

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from .blend import BlendWeights
-from .breakdown import thickness_groups
+from .breakdown import study_tags, thickness_groups
 from .labels import STUDY
 from .markup import Html, tag, together
 from .page import page
@@ -25,14 +25,22 @@ from .subject import Subject, both_priors, make_subject
 def study_groups(
     slices: pd.DataFrame | None,  # slices table
     more: dict | None = None,  # what -> Series study -> group, such as study_tags gives
+    dicom="",  # folder that the table's paths are relative to, as a store's are
 ) -> dict:  # likewise
     "What studies can be grouped by."
     groups = {}
     if slices is not None and "thickness" in slices and slices["thickness"].notna().any():
         groups["slice thickness"] = thickness_groups(slices)
-    if slices is not None and "manufacturer" in slices and slices["manufacturer"].notna().any():
-        groups["manufacturer"] = slices.groupby(STUDY)["manufacturer"].first().dropna()
+    if slices is not None and (makers := _makers(slices, dicom)).size:
+        groups["manufacturer"] = makers
     return groups | (more or {})
+
+
+def _makers(slices: pd.DataFrame, dicom) -> pd.Series:
+    "Whose scanner made each study: from the table, or from a file of it where that is still there."
+    if "manufacturer" in slices:
+        return slices.groupby(STUDY)["manufacturer"].first().dropna()
+    return study_tags(slices.drop_duplicates(STUDY), root=dicom) if "path" in slices else pd.Series(dtype=object)
 
 # %% ../nbs/609_report.ipynb #0aa6b56f
 def write_report(
@@ -46,6 +54,7 @@ def write_report(
     submitted: Predictions | None = None,  # what is handed in; default: the first contender made consistent
     q=None,  # for make_consistent, as it takes it
     groups: dict | None = None,  # what -> Series study -> group, beside thickness and manufacturer
+    dicom="",  # folder that the table's paths are relative to, for manufacturers: one file a study is asked
     stages: dict | None = None,  # stage of the work -> seconds
     title: str = "Pulmonary embolism report",
     note: str = "",  # a line below the title
@@ -59,7 +68,7 @@ def write_report(
     ordered = slices if slices is not None and "order" in slices else None
     sections = {
         "Score": headline(subject), "Labels": label_section(subject), **curve_sections(subject),
-        "Scanners": group_section(subject, study_groups(slices, groups)),
+        "Scanners": group_section(subject, study_groups(slices, groups, dicom)),
         "Blend": None if weights is None else blend_section(weights),
         "Consistency": consistency_section(subject, submitted, q),
         "Worst studies": worst_section(subject, ordered, source, worst),

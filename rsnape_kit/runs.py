@@ -148,8 +148,11 @@ def load_checkpoint(
 def epochs_done(
     run,  # folder of a run
 ) -> int:
-    "How many epochs a run has behind it."
-    return int(load_checkpoint(run)[1].get("epoch", 0))
+    "How many epochs a run has behind it; 0 if that cannot be read."
+    try:
+        return int(load_checkpoint(run)[1].get("epoch", 0))
+    except (OSError, ValueError, AttributeError, TypeError):  # cut short: it must not hide the other runs
+        return 0
 
 # %% ../nbs/406_runs.ipynb #2d725a72
 def find_runs(

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from .consistency import violations
+from .labels import parse_ids
 from .predictions import Predictions
 from .tables import read_csv
 
@@ -73,10 +74,11 @@ def write_submission(
     pred: Predictions,  # complete and consistent
     sample,  # path of sample_submission.csv, or a table with a column id
     out,  # path of the file to write, usually submission.csv
+    fill: dict | None = None,  # label -> value for ids of the sample that `pred` lacks, whose own others are left out
 ) -> Path:
     "Write submission.csv, or raise SubmissionError with all that is wrong."
     sample = sample if isinstance(sample, pd.DataFrame) else read_csv(sample)
-    table = pred.to_submission()
+    table = pred.to_submission() if fill is None else _as_sampled(pred.to_submission(), sample["id"], fill)
     problems = check_submission(table, sample)
     missing = table["label"].isna().any()
     problems += [] if missing else _rule_problems(pred)
@@ -84,10 +86,23 @@ def write_submission(
         raise SubmissionError(problems)
     table = table.set_index("id").loc[sample["id"]].reset_index()
     out, fresh = Path(out), Path(f"{out}.new")
-    table.to_csv(fresh, index=False)
-    _check_written(fresh, table)
-    os.replace(fresh, out)
+    try:
+        table.to_csv(fresh, index=False)
+        _check_written(fresh, table)
+        os.replace(fresh, out)
+    finally:  # what could not be written takes no room on a full disk
+        fresh.unlink(missing_ok=True)
     return out
+
+
+def _as_sampled(table: pd.DataFrame, ids: pd.Series, fill: dict) -> pd.DataFrame:
+    "What is said of the sample's ids; constants where nothing is."
+    said = table.set_index("id")["label"]
+    lacks = ~ids.isin(said.index).to_numpy()
+    values = said.reindex(ids)
+    if lacks.any():
+        values[lacks] = parse_ids(ids[lacks])["label"].map(fill).to_numpy()
+    return values.rename_axis("id").reset_index()
 
 
 def _check_written(path: Path, table: pd.DataFrame):

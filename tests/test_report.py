@@ -222,6 +222,8 @@ def test_slices_on_the_page_are_those_of_the_files(tmp_path):
     truth = Predictions.from_train_csv(competition / "train.csv")
     model = simulate_model(truth)[0]
     text = write_report(tmp_path / "r.html", truth, {"m": model}, source=source, times=5, worst=1).read_text()
+    makers = {pydicom.dcmread(path).Manufacturer for path in competition.glob("train/*/*/*.dcm")}
+    assert "By manufacturer" in text and all(maker in text for maker in makers)
     study = re.search(r"<h3>(\w+) <small>", text)[1]
     own = source.table[source.table.StudyInstanceUID == study].sort_values("position")
     found = re.findall(r'alt="slice (\d+) of 8".*?base64,([^"]*)".*?said (\S+), (embolus|none)</figcaption>', text)

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from small_runs import expected, keras_run, torch_run
 from test_predict import BROKEN, break_study
 
@@ -18,6 +20,7 @@ from rsnape_kit.ensemble import Ensemble, fit_ensemble, unfitted
 from rsnape_kit.infer_torch import infer
 from rsnape_kit.labels import EXAM_LABELS, STUDY
 from rsnape_kit.metric import competition_loss
+from rsnape_kit.mix import original_weights
 from rsnape_kit.phantom import make_competition
 from rsnape_kit.predictions import Predictions
 from rsnape_kit.simulate import simulate_model, simulate_truth
@@ -110,8 +113,64 @@ def test_a_run_that_cannot_be_opened_leaves_the_others_at_work(world, tmp_path):
     empty.mkdir()
     draft = submit([bad, world.torch, empty], world.ensemble, competition=world.made, out=tmp_path / "submission.csv",
                    progress=False)
-    assert draft.models["petaformer"] == {"runs": 2, "studies": 6, "with all runs": 0} and not draft.finished
+    assert draft.models["petaformer"] == {"runs": 2, "studies": 6, "with all runs": 0, "answers": 6}
+    assert not draft.finished
     assert str(bad) in draft.problems and str(empty) in draft.problems and world.valid(draft.out)
+
+
+def test_a_poorer_session_leaves_a_better_file_alone(world, tmp_path):
+    "Finished without augmented looks; then with some, and too little time."
+    out = tmp_path / "submission.csv"
+    first = submit([world.torch], world.ensemble, competition=world.made, out=out, progress=False)
+    before = out.read_bytes()
+    late = submit([world.torch], world.ensemble, competition=world.made, out=out, tta=4, deadline=3, progress=False)
+    assert out.read_bytes() == before and late.studies == first.studies and not late.finished
+    (tmp_path / "submit.json").unlink()  # and one that nobody knows the origin of
+    found = submit([world.torch], world.ensemble, competition=world.made, out=out, deadline=0)
+    assert out.read_bytes() == before and "nothing says who" in found.summary
+    better = submit([world.torch], world.ensemble, competition=world.made, out=out, tta=1, progress=False)
+    assert out.read_bytes() != before and better.looks == 1 and world.valid(out)
+
+
+def test_a_model_that_says_nan_has_said_nothing(world, tmp_path):
+    spoilt = Path(shutil.copytree(world.torch, tmp_path / "spoilt"))
+    state = torch.load(spoilt / "weights.pt", weights_only=False)
+    state = {name: v * float("nan") if v.is_floating_point() else v for name, v in state.items()}
+    torch.save(state, spoilt / "weights.pt")
+    draft = submit([spoilt], world.ensemble, competition=world.made, out=tmp_path / "submission.csv", progress=False)
+    assert draft.studies["by the prior"] == 8 and "NaN" in draft.problems[world.studies["whole"]]
+    assert world.valid(draft.out)
+
+
+def test_a_test_set_and_a_sample_that_disagree_still_get_an_answer(world, tmp_path):
+    for name, change in {"more": lambda s: pd.concat([s, s[:1].assign(id="abcdef012345")]), "less": lambda s: s[1:],
+                         "twice": None}.items():
+        made = tmp_path / name
+        made.mkdir()
+        test = pd.concat([world.test, world.test[:1]]) if change is None else world.test
+        sample = world.sample if change is None else change(world.sample)
+        test.to_csv(made / "test.csv", index=False)
+        sample.to_csv(made / "sample_submission.csv", index=False)
+        for seconds in (0, None):
+            draft = submit([world.torch], world.ensemble, world.made / "test", seconds, competition=made,
+                           out=made / "s.csv", work=tmp_path / "work", progress=False)
+            assert check_submission(draft.out, sample) == []
+        assert draft.studies["by every model"] == 6 and ("sample_submission.csv" in draft.problems) == (name != "twice")
+
+
+def test_whatever_is_wrong_with_an_ensemble_or_with_the_folders_there_is_a_submission(world, tmp_path):
+    file, out = tmp_path / "ensemble.json", tmp_path / "submission.csv"
+    for text in ("[]", "null", '"x"', "{}", '{"weights": "x"}'):
+        file.write_text(text)
+        draft = submit([world.torch], file, competition=world.made, out=out, deadline=0)
+        assert world.valid(out) and draft.ensemble.models == ("petaformer",)
+        assert "all models count the same" in draft.summary
+    original_weights().save(file)
+    draft = submit([world.torch], file, competition=world.made, out=out, deadline=0)
+    assert draft.ensemble.weights == original_weights()
+    (tmp_path / "work").write_text("a file")
+    draft = submit([world.torch], competition=world.made, out=out, work=tmp_path / "work")
+    assert world.valid(out) and "submit" in draft.problems
 
 
 def test_a_model_that_missed_a_study_falls_back_to_the_other(world, tmp_path):
@@ -170,6 +229,32 @@ def test_killed_at_random_points_and_resumed_it_is_the_same_to_the_byte(world, t
         unbroken = killed_until_done(world, tmp_path / f"{len(runs)}-unbroken", runs, 0, 0, 0)
         within = (time.time() - began) / 2  # the first half of an unbroken run, lest it is over before the kill
         assert killed_until_done(world, tmp_path / f"{len(runs)}-broken", runs, kills, within, seed=1) == unbroken
+
+
+def session(world, folder: Path) -> subprocess.Popen:
+    "One that submits with one run, in a process group of its own."
+    folder.mkdir(exist_ok=True)
+    world.ensemble.save(folder / "ensemble.json")
+    code = SESSION.format(path=[p for p in sys.path if p], runs=[str(world.torch)], made=str(world.made),
+                          out=str(folder / "submission.csv"), ensemble=str(folder / "ensemble.json"))
+    return subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+def test_killed_while_answers_come_and_resumed_it_is_the_same_to_the_byte(world, tmp_path):
+    "In the second half of the work: after a random number of answers, and a random moment; the parent alone, or all."
+    rng = random.Random(2)
+    assert session(world, tmp_path / "unbroken").wait(300) == 0
+    for turn in range(5):
+        folder = tmp_path / f"broken{turn}"
+        broken, wanted = session(world, folder), rng.randint(1, 5)
+        while broken.poll() is None and len(list(folder.glob("submit-work/petaformer-*/" + "[0-9a-f]" * 16))) < wanted:
+            time.sleep(.005)
+        time.sleep(rng.uniform(0, .05))
+        os.kill(broken.pid, signal.SIGTERM) if turn % 2 else os.killpg(broken.pid, signal.SIGKILL)
+        assert broken.wait() < 0 and world.valid(folder / "submission.csv")  # ended by the signal, not before it
+        assert session(world, folder).wait(300) == 0
+        assert (folder / "submission.csv").read_bytes() == (tmp_path / "unbroken" / "submission.csv").read_bytes()
 
 
 def heuristic(pred: Predictions, positive) -> Predictions:
