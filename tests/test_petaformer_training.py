@@ -82,7 +82,7 @@ def test_the_training_kernel_goes_on_in_a_second_session(tmp_path):
     small = ["size=32", "groups=4", "batch=2", "net.slices=3", "net.width=.125", "net.depth=.1", "net.layers=1"]
     first = run_kernel(kaggle, small, short=True)
     assert first.returncode == 0, first.stderr[-3000:]
-    assert "stopping after epoch 1 of 2" in first.stdout
+    assert "stopping after 1 of 2 epochs" in first.stdout
     shutil.move(kaggle / "working", kaggle / "input" / "notebooks" / "me" / "train-petaformer")
     second = run_kernel(kaggle, small)
     assert second.returncode == 0, second.stderr[-3000:]
