@@ -16,7 +16,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .config import phase_of
-from .models.backend import import_keras, load_weights, save_weights
+from .models.backend import import_keras, load_weights, read_arrays, save_weights
 from .runs import load_checkpoint, saving_checkpoint
 
 # %% ../nbs/409_fitting.ipynb #93b86985
@@ -137,7 +137,7 @@ class Keeper:
         self.progress, self.clock = progress, clock
         self.folder, state, self.history = load_checkpoint(run)
         self.best, self.epochs = state.get("best", math.inf), sum(phase.epochs for phase in phases)
-        self.slowest, self.bar = 0., None
+        self.slowest, self.validating, self.bar = 0., None, None  # seconds: an epoch without, and a validation
 
     def begin(self, epoch: int):
         number, k = phase_of(self.phases, epoch)
@@ -148,7 +148,7 @@ class Keeper:
         reseed(self.model, self.seed, epoch)
         self.rate = self.phases[number].rate(k)
         self.model.optimizer.learning_rate.assign(self.rate)
-        self.due = (epoch + 1) % self.every == 0 or epoch + 1 == self.epochs
+        self.due = self._is_due(epoch)
         self.epoch, self.number, self.start = epoch, number, time.perf_counter()
         self.bar = tqdm(total=self.steps.steps, desc=f"epoch {epoch + 1}/{self.epochs}", leave=False,
                         disable=not self.progress)
@@ -170,12 +170,11 @@ class Keeper:
         if broken:
             raise FloatingPointError(f"{len(broken)} weights, first {broken[0]}, are no numbers after epoch {self.epoch + 1}; "
                                      f"{self.run} still holds the state after {len(self.history)} epochs")
-        raw = self._swap_in_averages()
+        raw, trained = self._swap_in_averages(), time.perf_counter()
         scores = self.validate(self.model) if self.due else {}
         better = scores.get("val_loss", math.inf) < self.best
         self.best = min(self.best, scores.get("val_loss", math.inf))
-        seconds = time.perf_counter() - self.start
-        self.slowest = max(self.slowest, seconds)
+        seconds = self._note_times(trained, time.perf_counter())
         self.history.append({"epoch": self.epoch, "phase": self.number, "lr": self.rate, "loss": loss, **scores})
         with saving_checkpoint(self.run, {"epoch": self.epoch + 1, "best": self.best}, self.history) as fresh:
             self._save_best(fresh, better)
@@ -184,8 +183,23 @@ class Keeper:
             np.savez(fresh / "state.npz", **read_variables(self.model))
         self.folder = self.run / "checkpoint"
         self._report(seconds, better)
-        if self.epoch + 1 < self.epochs and self.clock() + 1.1 * self.slowest > self.deadline:
+        if self.epoch + 1 < self.epochs and self.clock() + 1.1 * self._expected(self.epoch + 1) > self.deadline:
             raise OutOfTime(f"stopped after epoch {self.epoch + 1} of {self.epochs}, since another would take too long")
+
+    def _is_due(self, epoch: int) -> bool:
+        "Whether an epoch ends with a validation."
+        return (epoch + 1) % self.every == 0 or epoch + 1 == self.epochs
+
+    def _note_times(self, trained: float, now: float) -> float:
+        self.slowest = max(self.slowest, trained - self.start)
+        if self.due:
+            self.validating = max(self.validating or 0., now - trained)
+        return now - self.start
+
+    def _expected(self, epoch: int) -> float:
+        "Seconds that an epoch will take; before any validation, as long for that as for the rest."
+        validating = self.slowest if self.validating is None else self.validating
+        return self.slowest + validating * self._is_due(epoch)
 
     def _swap_in_averages(self) -> list:  # (variable, its raw value) pairs
         averages = _ema_variables(self.model.optimizer)
@@ -243,8 +257,7 @@ def fit_phases(
     folder, state, history = load_checkpoint(run)
     done, epochs = state.get("epoch", 0), sum(phase.epochs for phase in phases)
     if folder is not None:
-        with np.load(folder / "state.npz") as arrays:
-            write_variables(model, dict(arrays))
+        write_variables(model, read_arrays(folder / "state.npz"))
     if done < epochs:
         flow = Steps(batches, ready, steps, first=done)
         keeper = Keeper(model, run, phases, seed, validate, every, flow, fresh, deadline, progress, clock)

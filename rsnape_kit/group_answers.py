@@ -107,11 +107,15 @@ class GroupAnswers:
         exam,  # probabilities [B, 13]
     ):
         "Take in the answers for a batch."
-        rows, image = np.asarray(rows), np.asarray(image, float)
+        rows, image, exam = np.asarray(rows), np.asarray(image, float), np.asarray(exam, float)
         real = rows >= 0
+        broken = ~np.isfinite(np.where(real, image, 0)).all((1, 2)) | ~np.isfinite(exam).all(1)
+        if broken.any():
+            lost = self.table[STUDY].iloc[rows[broken][0].max()]
+            raise FloatingPointError(f"an answer for study {lost!r} is no number: look at its slices, or compute in float32")
         np.add.at(self.image, (slice(None), rows[real]), np.stack([image[real], np.ones(real.sum())]))
         np.add.at(self.exam, self.study[np.maximum(rows, 0)[:, 0, 0]],
-                  np.concatenate([np.asarray(exam, float), np.ones((len(rows), 1))], 1))
+                  np.concatenate([exam, np.ones((len(rows), 1))], 1))
 
     def predictions(
         self,

@@ -7,6 +7,7 @@ __all__ = ['Tally', 'pass_frames', 'PassBatches', 'predict_batch', 'predict_batc
            'infer']
 
 # %% ../nbs/408_infer.ipynb #9022dcf5
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ import pandas as pd
 from .affine import AffineRange
 from .batches import ImageBatches, StudyBatches
 from .config import TrainConfig, build_model
-from .labels import EXAM_LABELS
-from .models.backend import all_devices, import_keras, load_weights
+from .labels import EXAM_LABELS, SLICE, STUDY
+from .models.backend import all_devices, import_keras, load_weights, usable
 from .predictions import Predictions
 from .replacing import complete
 from .runs import load_config
@@ -117,6 +118,18 @@ def _answers(model, batches):
         yield i, {head: np.asarray(value)[:n] for head, value in p.items()}
 
 
+def _refuse_nan(p: dict, rows: np.ndarray, table: pd.DataFrame):
+    "An answer that is no number must not pass for a slice that was not looked at."
+    rows = rows.reshape(len(rows), -1)
+    for head, values in p.items():
+        broken = np.argwhere(~np.isfinite(values.reshape(len(rows), -1)))
+        if len(broken):
+            item, k = broken[0]
+            row = table.iloc[rows[item, k if head == "images" else 0]]
+            what = f"slice {row[SLICE]!r} of study {row[STUDY]!r}" if head == "images" else f"study {row[STUDY]!r}"
+            raise FloatingPointError(f"an answer for {what} is no number: look at it, or compute in float32 (policy)")
+
+
 def _filled(scores: np.ndarray, known) -> np.ndarray:
     "Gaps within a study interpolated along z."
     for first, count in zip(known.first, known.count):
@@ -138,6 +151,7 @@ def predict_batches(
     for batches in looks:
         for i, p in _answers(model, batches):
             rows = batches.rows(i)
+            _refuse_nan(p, rows, source.table)
             images.add(rows.reshape(-1), p["images"].reshape(-1))
             if "exams" in p:
                 exams.add(known.study[rows[:, 0]], p["exams"])
@@ -174,15 +188,19 @@ def _images(source, studies, **settings):
 
 def load_run(
     run,  # folder of a run
+    policy: str | None = None,  # precision; default: as in training, or float32 where that was a bfloat16 not had here
 ):  # config, keras.Model with the best weights
     "The network of a run."
     config = load_config(run, TrainConfig)
+    config = replace(config, policy=policy or usable(config.policy))
     weights = Path(run) / "best.npz"
     if not weights.exists():
         checkpoint = complete(Path(run) / "checkpoint")
         if checkpoint is None:
             raise FileNotFoundError(f"{run} has no weights yet: not one epoch of it is done")
         weights = checkpoint / "best.npz"
+        if not weights.exists():
+            raise FileNotFoundError(f"{run} has no best weights yet: none of its epochs was validated; train it on")
     model = build_model(config)
     load_weights(model, weights)
     return config, model
@@ -195,9 +213,10 @@ def predictor(
     batch: int | None = None,  # default: as in training
     mean: str = "logit",  # how answers are averaged
     devices: int = 1,  # that share a batch
+    policy: str | None = None,  # precision, see load_run
 ):  # function of a source, and perhaps studies, that gives Predictions
     "A run, loaded once, for any number of sources."
-    config, model = load_run(run)
+    config, model = load_run(run, policy)
     batch = -(-(batch or config.batch) // devices) * devices
 
     def predict(source, studies=None) -> Predictions:
@@ -216,8 +235,9 @@ def infer(
     mean: str = "logit",  # how answers are averaged
     backend: str | None = None,  # 'tensorflow' or 'jax'
     devices: int | None = None,  # default: all
+    policy: str | None = None,  # precision, see load_run
 ) -> Predictions:
     "Predict with one trained run."
     import_keras(backend)
     with all_devices(devices) as used:
-        return predictor(run, tta, passes, batch, mean, used)(source, studies)
+        return predictor(run, tta, passes, batch, mean, used, policy)(source, studies)

@@ -15,6 +15,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .group_answers import GroupAnswers
+from .infer_torch import load_saved
 from .labels import IMAGE_LABEL
 from .learner_torch import Hook, rates, unwrapped
 from .metric import competition_loss, loss_table
@@ -63,20 +64,20 @@ class Checkpoint(Hook):
         self.progress, self.bar = progress, None
 
     def before_fit(self):
-        import torch
         folder, self.state, self.history = load_checkpoint(self.run)
         self.first = self.state.get("epoch", 0)
         if folder is not None:
-            saved = torch.load(folder / "state.pt", map_location=self.learn.dls.device, weights_only=True)
+            saved = load_saved(folder / "state.pt", self.learn.dls.device)
             unwrapped(self.learn.model).load_state_dict(saved["model"])
             load_optimizer(self.learn.opt, saved["optimizer"])
-            if getattr(self.learn, "scaler", None) is not None:
+            if saved["scaler"] and getattr(self.learn, "scaler", None) is not None:  # none where gradients were not scaled
                 self.learn.scaler.load_state_dict(saved["scaler"])
 
     def before_epoch(self):
         from fastai.callback.core import CancelEpochException
         if self.learn.epoch < self.first:
             raise CancelEpochException
+        self.stop_in_time()
         self.began, self.losses = time.monotonic(), []
 
     def before_train(self):
@@ -94,6 +95,12 @@ class Checkpoint(Hook):
     def after_train(self):
         if self.bar is not None:
             self.bar.close()
+        state = unwrapped(self.learn.model).state_dict()
+        broken = [name for name, value in state.items() if not value.isfinite().all()]
+        if broken:
+            raise FloatingPointError(f"{len(broken)} weights, first {broken[0]}, are no numbers after epoch {self.learn.epoch}; "
+                                     f"{self.run} still holds the state after {len(self.history)} epochs: start a new run "
+                                     "with a lower lr or clip")
 
     def after_epoch(self):
         if self.learn.epoch < self.first:
@@ -109,7 +116,6 @@ class Checkpoint(Hook):
             self.save(best)
             print("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()),
                   "(best)" if best else "")
-        self.stop_in_time()
 
     def save(self, best: bool):
         import torch
@@ -122,15 +128,19 @@ class Checkpoint(Hook):
             torch.save({"model": model, "optimizer": optimizer_state(self.learn.opt),
                         "scaler": {} if scaler is None else scaler.state_dict()}, folder / "state.pt")
 
-    def stop_in_time(self):
-        "End the session if another epoch like the longest would outlast the budget."
-        from fastai.callback.core import CancelFitException
-        longest = max(row["seconds"] for row in self.history)
+    def late(self) -> bool:
+        "Whether another epoch like the longest would outlast the budget."
+        longest = max((row["seconds"] for row in self.history), default=0.)
         late = np.array([float(self.until is not None and time.monotonic() + longest > self.until)])
         add_over_processes(late, device=self.learn.dls.device)
-        if late[0] and self.learn.epoch + 1 < self.learn.n_epoch:
+        return late[0] > 0
+
+    def stop_in_time(self):
+        "End the session before an epoch for which there is no time."
+        from fastai.callback.core import CancelFitException
+        if self.late():
             if self.writes:
-                print(f"stopping after epoch {self.learn.epoch + 1} of {self.learn.n_epoch}: the next would outlast the "
+                print(f"stopping after {len(self.history)} of {self.learn.n_epoch} epochs: another would outlast the "
                       f"session. The same call goes on from {Path(self.run).name}")
             raise CancelFitException
 

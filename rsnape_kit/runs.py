@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import sys
 import warnings
 from contextlib import contextmanager
@@ -61,7 +62,10 @@ def run_settings(
     path = Path(run) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there: {run} is no run folder, or was copied in part")
-    return json.loads(path.read_text())["settings"]
+    try:
+        return json.loads(path.read_text())["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): take another copy of the run") from error
 
 
 def load_config(
@@ -98,7 +102,7 @@ def open_run(
 ) -> Path:
     "Make the folder and its config.json, or check that it was started with the same settings."
     folder = Path(folder)
-    if (folder / "config.json").exists():
+    if (folder / "config.json").exists() and _begun(folder):
         changed = difference(folder, config)
         if changed:
             raise ValueError(f"{folder} was started with {changed}; choose another folder, or the settings it had")
@@ -114,9 +118,27 @@ def difference(
     config,  # settings to compare
 ) -> str:  # e.g. 'seed=1, not 2'; '' when the same
     "The first setting in which a run differs."
-    settings, now = run_settings(run), json.loads(json.dumps(asdict(config)))
+    settings, now = _with_defaults(run_settings(run), type(config)), _plain(config)
     return next((f"{key}={settings.get(key)!r}, not {now.get(key)!r}" for key in (now | settings)
                  if settings.get(key) != now.get(key)), "")
+
+
+def _begun(folder: Path) -> bool:
+    return any(path.name != "config.json" and path.suffix != ".new" for path in folder.iterdir())
+
+
+def _plain(config) -> dict:
+    "As JSON gives it back."
+    return json.loads(json.dumps(asdict(config)))
+
+
+def _with_defaults(settings: dict, kind: type) -> dict:
+    "Settings, and what they do not say."
+    known = {field.name for field in fields(kind)} & set(settings)
+    try:
+        return settings | _plain(restored(kind, {name: settings[name] for name in known}))
+    except TypeError:  # one without a default is missing, or one within another is unknown
+        return settings
 
 # %% ../nbs/406_runs.ipynb #383c72b9
 @contextmanager
@@ -140,19 +162,19 @@ def load_checkpoint(
     folder = complete(Path(run) / "checkpoint")
     if folder is None:
         return None, {}, []
-    history = (folder / "history.csv").read_text().strip()
-    rows = pd.read_csv(folder / "history.csv", float_precision="round_trip").to_dict("records") if history else []
-    return folder, json.loads((folder / "state.json").read_text()), rows
+    try:
+        history = (folder / "history.csv").read_text().strip()
+        rows = pd.read_csv(folder / "history.csv", float_precision="round_trip").to_dict("records") if history else []
+        return folder, json.loads((folder / "state.json").read_text()), rows
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is damaged ({error}): take another copy of the run, or remove it to begin anew") from error
 
 
 def epochs_done(
     run,  # folder of a run
 ) -> int:
-    "How many epochs a run has behind it; 0 if that cannot be read."
-    try:
-        return int(load_checkpoint(run)[1].get("epoch", 0))
-    except (OSError, ValueError, AttributeError, TypeError):  # cut short: it must not hide the other runs
-        return 0
+    "How many epochs a run has behind it."
+    return int(load_checkpoint(run)[1].get("epoch", 0))
 
 # %% ../nbs/406_runs.ipynb #2d725a72
 def find_runs(
@@ -163,7 +185,15 @@ def find_runs(
     "Copies of a run below some folders."
     found = [path for root in roots for path in _folders(Path(root), depth)
              if name in (None, path.name) and (path / "config.json").exists()]
-    return sorted(found, key=epochs_done, reverse=True)
+    return sorted(found, key=_readable_epochs, reverse=True)
+
+
+def _readable_epochs(run: Path) -> int:
+    try:
+        return epochs_done(run) if run_settings(run) else 0
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        warnings.warn(f"passed over: {error}", stacklevel=2)
+        return 0
 
 
 def _folders(root: Path, depth: int):
@@ -178,7 +208,7 @@ def _folders(root: Path, depth: int):
         yield path
         yield from _folders(path, depth - 1)
 
-
+# %% ../nbs/406_runs.ipynb #b1adopt1
 def adopt(
     folder,  # where the run shall go on
     config,  # its settings
@@ -186,15 +216,26 @@ def adopt(
 ) -> Path:
     "Open a run; if an earlier session's copy got further, copy that first."
     folder = Path(folder)
-    for found in find_runs(folder.name, *roots):
-        changed = difference(found, config)
-        if changed:
-            warnings.warn(f"{found} is left alone: it was started with {changed}", stacklevel=2)
-        elif epochs_done(found) > epochs_done(folder):
-            with replacing(folder) as fresh:
-                shutil.copytree(found, fresh, dirs_exist_ok=True)
-            print(f"going on from {found} after {epochs_done(folder)} epochs")
+    if (folder / "config.json").exists():  # never put another in the place of one with other settings
+        open_run(folder, config)
+    copies = {found: difference(found, config) for found in find_runs(folder.name, *roots) if _readable_epochs(found)}
+    best = next((found for found, changed in copies.items() if not changed), None)
+    if best is not None and epochs_done(best) > epochs_done(folder):
+        _copy(best, folder)
+        print(f"going on from {best} after {epochs_done(folder)} epochs")
+    elif best is None and copies and not epochs_done(folder):
+        found, changed = next(iter(copies.items()))
+        raise ValueError(f"{found} has {epochs_done(found)} epochs and was started with {changed}: go on with the settings it "
+                         "had, or begin anew with another seed, or with earlier=()")
     return open_run(folder, config)
+
+
+def _copy(run: Path, folder: Path):
+    "A copy that may be written to."
+    with replacing(folder) as fresh:
+        shutil.copytree(run, fresh, dirs_exist_ok=True)
+        for path in (fresh, *fresh.rglob("*")):
+            path.chmod(path.stat().st_mode | (stat.S_IRWXU if path.is_dir() else stat.S_IRUSR | stat.S_IWUSR))
 
 # %% ../nbs/406_runs.ipynb #fe868d5a
 def join_oof(

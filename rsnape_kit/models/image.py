@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from .backend import import_keras, precision
+from .backend import import_keras, precision, read_arrays
 
 # %% ../../nbs/401_models.image.ipynb #7b0ae173
 VARIANTS = {"b0": (1., 1.), "b1": (1., 1.1), "b2": (1.1, 1.2), "b3": (1.2, 1.4),  # width and depth
@@ -87,8 +87,7 @@ def load_trained(
     path,  # best.npz of an image model's run
 ):
     "Fill a body with a trained image model's."
-    with np.load(path) as file:
-        arrays = [file[name] for name in sorted(file.files)[:len(model.weights)]]
+    arrays = [array for _, array in sorted(read_arrays(path).items())[:len(model.weights)]]
     if [array.shape for array in arrays] != [tuple(weight.shape) for weight in model.weights]:
         raise ValueError(f"{path} is not of an image model with this body: variant, width, depth and the number of windows "
                          "must be the same")
