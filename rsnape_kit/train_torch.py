@@ -15,13 +15,14 @@ from .body_torch import teach_body
 from .group_answers import GroupAnswers, GroupTargets
 from .infer_torch import PetaFormerConfig, answer, group_batches, load_model, resolve_precision
 from .learner_torch import GroupLoader, Loaders, make_learner
+from .models.backbone import need_torch
 from .parallel_torch import SameNorms, add_over_processes, parallel, processes, wait
 from .predictions import Predictions
 from .prior import best_constants
 from .replacing import complete
 from .resume_torch import Checkpoint, Score
 from .runs import adopt, epochs_done
-from .train import source_fingerprint
+from .train import named_weights, need_positives, source_fingerprint
 
 # %% ../nbs/417_train_torch.ipynb #0b26802e
 def new_model(
@@ -60,8 +61,10 @@ def train(
     progress: bool | None = None,  # bars; default: where somebody looks
 ) -> Path:  # the run's folder; with oof/ if it is finished
     "Train a fold, or go on training it."
+    need_torch()
     config = replace(config or PetaFormerConfig(), model=model, fold=fold, store=source_fingerprint(source),
-                     split=folds.fingerprint, pretrained=Path(weights).name if weights else "")
+                     split=folds.fingerprint, pretrained=named_weights(weights))
+    need_positives(truth.select(folds.valid(fold)), fold)
     run = Path(out) / config.name
     with processes(device) as (rank, world, device):
         if rank == 0:
