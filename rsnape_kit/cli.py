@@ -213,7 +213,7 @@ def main(arguments=None):
     args = parser().parse_args(arguments)
     try:
         args.run(args)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:  # what the library says in plain words needs no traceback
+    except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:  # what the library says in plain words needs no traceback
         sys.exit(f"rsnape: {error}")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; run the same command again to go on")
