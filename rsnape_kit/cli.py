@@ -190,7 +190,7 @@ def _add_kaggle(command):
     bundle = ("--bundle", {"help": "folder of the bundle that is attached, to check its modules too"})
     allow = ("--allow", {"action": "append", "default": [], "metavar": "TEXT", "help": "let faults with this text through"})
     command(_kernels, "export nbs/kernels into kernels/ with complete metadata", owner,
-            ("--folds", {"type": int, "help": "write a training kernel for each of so many folds, and one for each part of the store"}),
+            ("--folds", {"type": _count, "help": "write a training kernel for each of so many folds, and one for each part of the store"}),
             ("--trained", {"action": "store_true", "help": "let the submission read what the blend and the trainings made"}),
             ("--resume", {"action": "store_true", "help": "let what prepares and trains go on from its own last output"}))
     command(_bundle, "make the dataset that kernels attach: the package and what Kaggle's image lacks",

@@ -31,9 +31,9 @@ def client():
         raise KaggleError(f"Kaggle's client is needed ({error}): pip install kaggle==2.2.4 six") from error
 
     class Client(KaggleApi):
-        def upload_files(self, request, resources, folder, blob_type, notes, *rest, **options):
-            with TemporaryDirectory() as notes._temp_dir:
-                super().upload_files(request, resources, folder, blob_type, notes, *rest, **options)
+        def upload_files(self, request, resources, folder, blob_type, upload_context, *rest, **options):
+            with TemporaryDirectory() as upload_context._temp_dir:
+                super().upload_files(request, resources, folder, blob_type, upload_context, *rest, **options)
             entries = [name for name in os.listdir(folder) if name != METADATA]
             if len(request.files) != len(entries):
                 raise KaggleError(f"{len(entries) - len(request.files)} of {len(entries)} entries of {folder} were not uploaded "

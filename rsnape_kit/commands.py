@@ -58,14 +58,13 @@ def predict(args):
     seconds = args.hours and args.hours * 3600
     if sum(map(bool, (args.competition, args.store, args.dicom))) != 1:
         raise ValueError("say what to predict: one of --competition FOLDER, --store FOLDER... and --dicom FOLDER")
-    from rsnape_kit.ensemble import Ensemble
-
-    ensemble = Ensemble.load(args.ensemble) if args.ensemble else None
+    if args.ensemble and not Path(args.ensemble).is_file():
+        raise FileNotFoundError(f"{args.ensemble} is not there; rsnape blend writes it")
     if args.competition:
         from rsnape_kit.submit import submit
 
         out = Path(args.submission or Path(args.out) / "submission.csv")
-        submit(args.runs, ensemble, competition=args.competition, out=out, work=Path(args.out) / "work",
+        submit(args.runs, args.ensemble, competition=args.competition, out=out, work=Path(args.out) / "work",
                deadline=float("inf") if seconds is None else seconds, tta=args.tta)
         return
     if not args.runs:
@@ -80,19 +79,20 @@ def predict(args):
         pred.save(Path(args.out) / name)
         print(f"{Path(args.out) / name}: {pred}")
     if args.dicom:
-        _read_out(args, ensemble, preds, source, plan(args.runs, source, answers, args.tta).problems())
+        _read_out(args, preds, source, plan(args.runs, source, answers, args.tta).problems())
 
 
-def _read_out(args, ensemble, preds: dict, source, problems: dict):
+def _read_out(args, preds: dict, source, problems: dict):
     "The exam labels in print, the slices on a page."
-    from rsnape_kit.ensemble import unfitted
+    from rsnape_kit.ensemble import as_ensemble, unfitted
     from rsnape_kit.labels import SLICE, STUDY
     from rsnape_kit.reading import NOTE, SILENT, as_said, exam_table, write_reading
 
-    blended = (ensemble or unfitted(list(preds)))(preds, source.table.drop_duplicates([STUDY, SLICE]))
+    ensemble = as_ensemble(args.ensemble) if args.ensemble else unfitted(list(preds))
+    blended = ensemble(preds, source.table.drop_duplicates([STUDY, SLICE]))
     pred = as_said(blended, preds)
     note = f"{len(args.runs)} runs of {', '.join(preds)}; " + (
-        f"blended as fitted in {args.ensemble}." if ensemble else "blended as equals, not calibrated.")
+        f"blended as fitted in {args.ensemble}." if args.ensemble else "blended as equals, not calibrated.")
     page = write_reading(Path(args.out) / "report.html", pred, source, note=note, problems=problems)
     print(f"\n{exam_table(pred).T.round(3).to_string(na_rep=SILENT)}\n\n{page}\n{NOTE}")
     lost = pred.images.groupby(level=0).count().loc[lambda said: said == 0].index

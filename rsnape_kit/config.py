@@ -73,7 +73,7 @@ class TrainConfig(RunConfig):
     ema: float | None = None  # momentum of averaged weights, which are then validated and kept
     clip: float | None = None  # largest norm of the gradient
     policy: str = "float32"  # precision: 'mixed_bfloat16', 'mixed_float16'
-    pretrained: str = ""  # file name of published weights that the body began with
+    pretrained: str = ""  # file name and hash of published weights that the body began with
 
     @property
     def is_volume(self) -> bool:

@@ -65,7 +65,7 @@ class PetaFormerConfig(RunConfig):
     weight_decay: float = .01
     clip: float = 1.  # norm that gradients are clipped to
     precision: str = "auto"  # 'bf16', 'fp16', 'off'; 'auto': bf16 where the GPU has it, else fp16; off on a CPU
-    pretrained: str = ""  # file name of the ImageNet weights that the CNN began with
+    pretrained: str = ""  # file name and hash of the ImageNet weights that the CNN began with
 
     @property
     def pixels(self) -> Pixels:

@@ -111,7 +111,7 @@ def pushed(
     values: dict,  # parameter -> value
 ) -> dict:
     "A notebook as it is pushed: no directives, no outputs, a kernelspec."
-    cells = [cell for cell in notebook["cells"]]
+    cells = notebook["cells"]
     code = SPLIT.join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     sources = iter(with_values(re.sub(r"^#\|.*\n?", "", code, flags=re.M), values).split(SPLIT))
     made = []

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .dicom import FILLED_WITH_AIR
 from .feed import Feed
 from .shard import codec, read_footer, write_shard
 
@@ -46,7 +47,7 @@ class LoadedStudy:
         "Slices of which nothing is known, since no slice of their series could be read."
         if "problem" not in self.table:
             return np.zeros(len(self), bool)
-        return self.table["problem"].str.contains("filled with air", regex=False).to_numpy(bool)
+        return self.table["problem"].str.contains(FILLED_WITH_AIR, regex=False).to_numpy(bool)
 
 
 def read_study(

@@ -20,8 +20,7 @@ from tqdm.auto import tqdm
 
 from .answers import Asked, answers_folder, ask, gather, load_answer
 from .children import Child, lanes, run_round, visible_gpus
-from .config import MODELS
-from .predict_work import Job, framework_of
+from .predict_work import Job, framework_of, networks_of
 from .predictions import Predictions
 from .runs import join_oof, run_settings
 from .source import DicomSource
@@ -127,7 +126,7 @@ def _children(work: Work, round: list, deadline: float, keep) -> list:
         note = work.out / f"{framework}-{share[0]}.now"
         note.unlink(missing_ok=True)
         job = Job(framework, work.source, studies, runs, work.tta, deadline, keep, share, note=note, parent=os.getpid(),
-                  networks=dict(MODELS))
+                  networks=networks_of(runs))
         if job.todo():
             children.append(Child(job, gpu, work.out))
     return children
