@@ -20,7 +20,7 @@ from rsnape_kit.settings import change  # noqa: E402
 from rsnape_kit.store import SliceStore, build_store  # noqa: E402
 
 SMALLER = {"efficientnet": ["pixels.size=64", "steps=25"],
-           "petaformer": ["groups=20", "first.steps=250", "first.batch=48", "epochs=3"]}
+           "petaformer": ["groups=20", "first.steps=250", "first.batch=48", "epochs=6"]}
 PLACES = {"train": "train", "test": "test", "twins": "truth/twins"}
 
 
