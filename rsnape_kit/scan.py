@@ -7,6 +7,7 @@ __all__ = ['scan']
 
 # %% ../nbs/108_scan.ipynb #5c0ec3f7
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -144,9 +145,20 @@ def _adopt(table):
     return table
 
 # %% ../nbs/108_scan.ipynb #131cee7f
+def _in_turn_or_at_once(parts):
+    "The parts' tables: one by one, or in threads if the first was mostly waiting for its disk."
+    wall, cpu = time.perf_counter(), time.thread_time()
+    yield _rows(parts[0])
+    if time.perf_counter() - wall < 2 * (time.thread_time() - cpu):
+        yield from map(_rows, parts[1:])
+        return
+    with ThreadPoolExecutor(8) as pool:
+        yield from pool.map(_rows, parts[1:])
+
+
 def scan(
     root,  # a folder of slices, at any depth: the competition's train/, or one series
-    executor=None,  # concurrent.futures.Executor that reads parts of the files; threads where there is none
+    executor=None,  # concurrent.futures.Executor that reads parts of the files; default: threads if the disk is slow
     part=2048,  # files a task
 ):
     "DataFrame of all slices below `root`, a row each, sorted by study, series and place from feet to head."
@@ -154,13 +166,8 @@ def scan(
     if not paths:
         raise FileNotFoundError(f"{os.fspath(root)!r} holds no files; give a folder of DICOM series")
     parts = [paths[i:i + part] for i in range(0, len(paths), part)]
-    own = ThreadPoolExecutor(min(8, len(parts))) if executor is None else None
-    try:
-        tables = (executor or own).map(_rows, parts)
-        tables = list(tqdm(tables, total=len(parts), desc="scan", unit="part", disable=len(parts) < 4))
-    finally:
-        if own:
-            own.shutdown(cancel_futures=True)
+    tables = executor.map(_rows, parts) if executor else _in_turn_or_at_once(parts)
+    tables = list(tqdm(tables, total=len(parts), desc="scan", unit="part", disable=len(parts) < 4))
     table = pd.concat(tables, ignore_index=True)
     table = table[~strays(table)].reset_index(drop=True)
     if table.empty:
