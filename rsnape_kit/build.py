@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from .dicom import FILLED
 from .pool import alone, pool_for, run_ahead
-from .shard import read_footer, write_shard
+from .shard import read_footer, slices_in, write_shard
 from .source import DicomSource
 
 # %% ../nbs/115_build.ipynb #a58852a4
@@ -89,15 +89,8 @@ def _plan(source, out, part, meta):
     if strange:
         raise ValueError(f"{out} holds {len(strange)} shards of other slices or settings, {strange[0].name} for one; "
                          "choose another folder or delete them")
-    there = [_complete(path) for path in paths]
+    there = [slices_in(path) for path in paths]
     return rows, paths, there, all(there) and _settings(out) == meta
-
-def _complete(path):
-    "Is this shard there, whole?"
-    try:
-        return len(read_footer(path)[0])
-    except ValueError:
-        return 0
 
 # %% ../nbs/115_build.ipynb #17c18749
 def build_store(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .build import INDEX
 from .kaggle import KAGGLE, attached
-from .shard import read_footer
+from .shard import slices_in
 from .store import SliceStore
 
 # %% ../nbs/718_parts.ipynb #fa70fdf1
@@ -39,13 +39,6 @@ def attached_store(kaggle: Path = KAGGLE) -> SliceStore:
     return SliceStore(*attached_parts(kaggle))
 
 # %% ../nbs/718_parts.ipynb #d8a8b27a
-def _whole(shard: Path) -> bool:
-    try:
-        return len(read_footer(shard)[0]) > 0
-    except ValueError:
-        return False
-
-
 def go_on(
     out,  # folder where a store is to be made
     kaggle: Path = KAGGLE,
@@ -54,7 +47,7 @@ def go_on(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     for shard in find_files(f"{out.name}/*.slices", kaggle):
-        if not (out / shard.name).exists() and _whole(shard):
+        if not (out / shard.name).exists() and slices_in(shard):
             shutil.copyfile(shard, out / f"{shard.name}.copy.tmp")
             os.replace(out / f"{shard.name}.copy.tmp", out / shard.name)
     return out

@@ -56,15 +56,16 @@ def pool_for(
 @contextmanager
 def alone(
     out,  # a folder
+    busy="{} is being built by another process; wait for it or end it, then build again",  # what to say where one is at work
 ):
-    "While this holds, no other build works in the folder. The lock is the folder's own and ends with its process."
+    "While this holds, no other process works in the folder. The lock is the folder's own and ends with its process."
     folder = os.open(out, os.O_RDONLY)
     try:
         import fcntl
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(folder)
-        raise RuntimeError(f"{out} is being built by another process; wait for it or end it, then build again") from None
+        raise RuntimeError(busy.format(out)) from None
     except (ImportError, OSError):  # a system or a disk without locks
         pass
     try:

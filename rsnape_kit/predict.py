@@ -6,18 +6,17 @@
 __all__ = ['Work', 'plan', 'load_oofs', 'load_folds', 'run_work', 'alone', 'predict']
 
 # %% ../nbs/427_predict.ipynb #fb609142
-import fcntl
 import os
 import shutil
 import time
 import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
 from tqdm.auto import tqdm
 
+from . import pool
 from .answers import Asked, answers_folder, ask, gather, load_answer
 from .children import Child, lanes, run_round, visible_gpus
 from .predict_work import Job, framework_of, networks_of
@@ -179,20 +178,12 @@ def run_work(
     return seconds
 
 # %% ../nbs/427_predict.ipynb #a4220002
-@contextmanager
 def alone(
     folder,  # of answers
-):
+):  # a context
     "Nobody else works in a folder meanwhile; raises if somebody does already."
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder) / "in-use.lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(f"another process is at work in {folder}: wait until it is done, or name another folder") from None
-        except OSError:  # a disk without locks
-            pass
-        yield
+    return pool.alone(folder, "another process is at work in {}: wait until it is done, or name another folder")
 
 # %% ../nbs/427_predict.ipynb #c6013e70
 def predict(
