@@ -18,6 +18,7 @@ from .faults import file_fault
 from .files import list_files, strays
 from .header import FIELD, FIELDS, FOUND, MORE, NUMBER, NUMBERS, walk_many
 from .order import CORNER, ORIENTATION, arrange
+from .rawfile import beginning, raw_path
 
 # %% ../nbs/108_scan.ipynb #b376a21d
 _texts = ("study", "series", "image", "syntax")
@@ -53,26 +54,13 @@ def _ask_pydicom(path):
     return texts, numbers, ""
 
 # %% ../nbs/108_scan.ipynb #f1c70cba
-def _beginning(path, row):
-    "Read the beginning of a file: (bytes read, bytes in the file)."
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except OSError:
-        return 0, 0
-    try:
-        return os.preadv(fd, [row], 0), os.fstat(fd).st_size
-    except OSError:
-        return 0, 0
-    finally:
-        os.close(fd)
-
 _which = [FIELD[name] for name in _texts]
 
 def _batch(paths, bufs, numbers, status, size):
     "Read and walk a few files; their four texts, None where the walk found it odd or too short."
     got = np.empty(len(paths), np.int64)
     for i, (path, row) in enumerate(zip(paths, bufs)):
-        got[i], size[i] = _beginning(path, row)
+        got[i], size[i] = beginning(raw_path(path), row)
     at, length = np.empty((2, len(paths), len(FIELDS)), np.int64)
     walk_many(bufs, got, at, length, numbers, status)
     raw, start = bufs.reshape(-1).data, at[:, _which] + np.arange(len(paths))[:, None] * bufs.shape[1]

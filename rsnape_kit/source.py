@@ -11,8 +11,9 @@ from functools import partial
 
 import numpy as np
 
+from .compiled import numba
 from .dicom import FILLED, read_or_fill, read_slice, scan
-from .quarter import AIR, is_exact, stored_to_quarter_hu
+from .quarter import AIR, is_exact, read_at_once, stored_to_quarter_hu
 
 # %% ../nbs/111_source.ipynb #95145c03
 def row_numbers(
@@ -49,10 +50,11 @@ def memory(
 # %% ../nbs/111_source.ipynb #60c79c9b
 _here = threading.local()
 
-def _scratch():
-    "This thread's memory for one slice of 512x512."
-    if not hasattr(_here, "pixels"):
-        _here.pixels = np.empty(512 * 512 * 2, np.uint8)
+def _scratch(size):
+    "This thread's memory for one slice of twice the size, or of 512x512."
+    wanted = max(8 * size**2, 512 * 512 * 2)
+    if not hasattr(_here, "pixels") or _here.pixels.size < wanted:
+        _here.pixels = np.empty(wanted, np.uint8)
     return _here.pixels
 
 class DicomSource:
@@ -77,6 +79,9 @@ class DicomSource:
         self.table = table.assign(exact=is_exact(table["rows"], table["columns"], size) & own)
         self.size, self.on_error, self.lowest, self.reader = size, on_error, lowest, reader
         self._rows, self._bad, self._lock = None, {}, threading.Lock()
+        self._paths = table["path"].tolist()
+        plain = (table["rows"] > 0) & ~(table["flip_rows"] | table["flip_columns"])
+        self._upright = (plain & (reader is read_slice) & (numba is not None)).tolist()
 
     def __len__(self):
         return len(self.table)
@@ -91,17 +96,18 @@ class DicomSource:
         out=None,  # int16 [n, S, S] to fill, which spares the operating system fresh pages
     ) -> np.ndarray:  # int16 [n, S, S], quarter HU
         "Slices by number, the fast way."
-        out = memory(len(rows), self.size, out)
-        if self._rows is None:  # only now, since a million of them take a gigabyte
-            self._rows = list(self.table.itertuples(index=False))
+        out, scratch = memory(len(rows), self.size, out), _scratch(self.size)
         for i, into in zip(rows, out):
-            self._fill(i, into)
+            if not (self._upright[i] and read_at_once(self._paths[i], into, self.lowest, scratch)):
+                self._fill(i, into)
         return out
 
     def _fill(self, i, out):
         "Read slice `i`, or what stands for it."
+        if self._rows is None:  # only now, since a million of them take a gigabyte
+            self._rows = list(self.table.itertuples(index=False))
         finish = partial(stored_to_quarter_hu, size=self.size, out=out)
-        read = partial(self.reader, lowest=self.lowest, scratch=_scratch(), finish=finish)
+        read = partial(self.reader, lowest=self.lowest, scratch=_scratch(self.size), finish=finish)
         if self.on_error == "raise":
             values, note = read(self._rows[i]), ""
         else:

@@ -1,8 +1,10 @@
 "Reading one slice: whatever the file, the array that pydicom gives, or a DicomError."
 import errno
 import os
+import resource
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import ct_files
@@ -22,6 +24,7 @@ from pydicom.uid import (
 
 from rsnape_kit.dicom import DicomError, read_hu, scan
 from rsnape_kit.jpeg import CODECS
+from rsnape_kit.source import DicomSource
 
 BUNDLED = Path(pydicom.__file__).parent / "data" / "test_files"
 
@@ -171,13 +174,38 @@ def test_what_this_machine_lacks_is_no_file_s_fault(tmp_path, monkeypatch, fault
         raise fault
     for path in (plain, packed):
         with monkeypatch.context() as patch, pytest.raises(type(fault)) as error:
-            patch.setattr(os, "open", fails)
+            patch.setattr("rsnape_kit.hu.fetch", lambda *_: 0)  # as where no file can be opened
+            patch.setattr(pydicom, "dcmread", fails)
             read_hu(path)
         assert error.value is fault
     with monkeypatch.context() as patch, pytest.raises(type(fault)):
-        patch.setattr(os, "open", fails)
+        patch.setattr("rsnape_kit.scan.beginning", lambda *_: (0, 0))
         patch.setattr(pydicom, "dcmread", fails)
         scan(tmp_path)
+
+
+@contextmanager
+def no_more_files():
+    "No file can be opened."
+    os.close(free := os.dup(0))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_too_many_open_files_are_no_file_s_fault(tmp_path):
+    plain = ct_file(tmp_path / "plain.dcm", stored_values((64, 64)))
+    packed = ct_file(tmp_path / "packed.dcm", stored_values((64, 64), bits=12), JPEGLosslessSV1, bits=12)
+    source, once = DicomSource(tmp_path, size=32), [read_hu(path) for path in (plain, packed)]
+    for read in (lambda: read_hu(plain), lambda: read_hu(packed), lambda: source[0], lambda: source[1]):
+        with no_more_files(), pytest.raises(OSError) as error:
+            read()
+        assert error.value.errno == errno.EMFILE
+    np.testing.assert_array_equal([read_hu(path) for path in (plain, packed)], once)
+    assert source[:].any() and not source.table.problem.str.contains("filled").any()
 
 
 def test_a_claim_of_gigabytes_costs_none(tmp_path):

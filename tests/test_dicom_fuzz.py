@@ -12,6 +12,7 @@ from ct_files import ENCODERS, NATIVE, ct_file, mutations, reference, stored_val
 from pydicom.uid import RLELossless
 
 from rsnape_kit.dicom import DicomError, read_hu
+from rsnape_kit.quarter import read_at_once
 
 
 def outcome(read, path, errors):
@@ -48,6 +49,27 @@ def test_damage(tmp_path, syntax, bits, signed):
     both, only_pydicom = tally.count((True, True)), tally.count((True, False))
     assert both > 40, "damage so heavy proves little"
     assert only_pydicom < both / 5, "too much is refused that pydicom reads"
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("syntax", NATIVE[:2], ids=["implicit", "explicit"])
+def test_at_once_or_not_at_all(tmp_path, syntax, signed):
+    "The shortest way gives what the long way gives, or leaves the file alone."
+    ct_files.quiet()
+    values, rng, tally = stored_values((32, 32), signed), np.random.default_rng(3), []
+    raw, damaged = ct_file(tmp_path / "whole.dcm", values, syntax).read_bytes(), tmp_path / "damaged.dcm"
+    for lowest, (_, new) in zip(itertools.cycle((-1024, -8192)), itertools.islice(
+            mutations(raw, len(raw) - values.nbytes, rng), 600)):
+        damaged.write_bytes(new)
+        out = np.full((16, 16), 7, np.int16)
+        done, expected = read_at_once(damaged, out, lowest), outcome(reference, damaged, Exception)
+        tally.append(done)
+        assert done or (out == 7).all()
+        if done:
+            assert expected is not None
+            hu = read_hu(damaged, lowest)
+            np.testing.assert_array_equal(out, np.clip(hu, None, 8191).reshape(16, 2, 16, 2).sum((1, 3), np.int16))
+    assert tally.count(True) > 60 and tally.count(False) > 60
 
 
 JPEG_CHILD = """
