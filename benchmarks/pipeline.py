@@ -189,18 +189,17 @@ def original_inference(folder: Path):
 
 # ---- measuring
 
-def compare(title: str, args, slices: int, pipelines: dict) -> dict:  # name -> [rounds, CPU and wall s] a slice
-    "Let each pipeline, which makes so many slices a call, take its turn; print medians of rates and of ratios."
+def compare(title: str, args, pipelines: dict) -> dict:  # name -> [rounds, CPU and wall s] a slice
+    "Let each pipeline, which answers how many slices it made, take its turn; print medians of rates and of ratios."
     spent = {name: [] for name in pipelines}
     for one in pipelines.values():  # compile, map, warm up
         one()
     for _ in range(args.rounds):
         for name, one in pipelines.items():
-            gc.collect()  # a tf.data graph waits for its tuning thread, seconds, when it goes: let it go at nobody's cost
+            gc.collect()  # a tf.data graph that goes waits seconds for its tuning thread: at nobody's cost
             wall, cpu, count = time.perf_counter(), time.process_time(), 0
             while count == 0 or time.perf_counter() - wall < args.seconds:
-                one()
-                count += slices
+                count += one()
             spent[name].append(((time.process_time() - cpu) / count, (time.perf_counter() - wall) / count))
     spent = {name: np.array(rounds) for name, rounds in spent.items()}
     first, all_ = next(iter(spent.values())), np.array(list(spent.values()))
@@ -220,11 +219,10 @@ def parts(name: str, whole, made, step):
 
 
 class Repeated:
-    "An epoch twice as long: a real one has thousands of batches, and what is done once an epoch should not count."
-    times = 2
+    "A longer epoch: a real one has thousands of batches, and what is done once an epoch should not count."
 
-    def __init__(self, batches):
-        self.batches = batches
+    def __init__(self, batches, times: int):
+        self.batches, self.times = batches, times
         self.set_epoch(0)
 
     def set_epoch(self, epoch):
@@ -241,9 +239,11 @@ class Repeated:
         return (self[i] for i in range(len(self)))
 
 
-def drain(things):
+def drain(things, slices: int) -> int:
+    "Make all that there is, so many slices."
     for _ in things:
         pass
+    return slices
 
 
 def fit_model(shape: tuple, dtype: str, device: bool = False):
@@ -293,52 +293,64 @@ def run(args, folder: Path):
         how = dict(batch=args.batch, mask=SideMask(), affine=AffineRange(), shuffle=True)
         return ImageBatches(source, truth, studies, **how, **extra)
 
+    times = 2  # of the studies in an epoch
+    many = times * whole
     if "training" in args.only:
-        graph, recorded = original_images(records, args.batch, Repeated.times), read_organisers(records)
-        from_records, from_dicom = Repeated(images(recorded, recorded.table[STUDY].unique())), Repeated(images(dicom))
-        from_store, device = Repeated(images(store)), Repeated(images(store, device=True))
-        compare("Training input, image model", args, Repeated.times * whole, {
-            "original: records, tf.data graph": lambda: drain(graph),
-            "records, fused pass": lambda: drain(from_records),
-            "DICOM, fused pass": lambda: drain(from_dicom),
-            "store, fused pass": lambda: drain(from_store),
-            "store, int16 for the device": lambda: drain(device)})
+        graph, recorded = original_images(records, args.batch, times), read_organisers(records)
+        from_records, from_dicom = (Repeated(batches, times) for batches in (
+            images(recorded, recorded.table[STUDY].unique()), images(dicom)))
+        from_store, device, one_thread = (Repeated(batches, times) for batches in (
+            images(store), images(store, device=True), images(store, device=True, workers=1)))
+        compare("Training input, image model", args, {
+            "original: records, tf.data graph": lambda: drain(graph, many),
+            "records, fused pass": lambda: drain(from_records, many),
+            "DICOM, fused pass": lambda: drain(from_dicom, many),
+            "store, fused pass": lambda: drain(from_store, many),
+            "store, int16 for the device": lambda: drain(device, many),
+            "the same on one thread": lambda: drain(one_thread, many)})
     if "studies" in args.only:
-        noisy, calm = (original_studies(folder / "studies.tfrec", noise) for noise in (True, False))
+        frames, noisy, calm = FRAMES * args.studies, *(original_studies(folder / "studies.tfrec", noise)
+                                                       for noise in (True, False))
         mine = StudyBatches(store, truth, frames=FRAMES, affine=STUDY_RANGE, shuffle=True)
-        spent = compare(f"Training input, {FRAMES} frames of each study", args, FRAMES * args.studies, {
-            "original: JPEG frames, random quality": lambda: drain(noisy),
-            "the same without random quality": lambda: drain(calm),
-            "store, fused pass": lambda: drain(mine)})
+        spent = compare(f"Training input, {FRAMES} frames of each study", args, {
+            "original: JPEG frames, random quality": lambda: drain(noisy, frames),
+            "the same without random quality": lambda: drain(calm, frames),
+            "store, fused pass": lambda: drain(mine, frames)})
         noisy_, calm_, mine_ = (rounds[:, 0] for rounds in spent.values())
         print(f"  store, fused pass, in CPU time: {np.median(noisy_ / mine_):.1f} times the original; "
               f"{np.median(calm_ / mine_):.1f} times the original's like-for-like variant, without random quality")
     if "inference" in args.only:
-        compare("Inference input, groups of five neighbours, from DICOM files", args, total, {
-            "original: two passes of pydicom": lambda: drain(original_inference(folder / "dicom")),
-            "scan and fused pass": lambda: drain(GroupBatches(DicomSource(folder / "dicom"))),
-            "the same on one thread": lambda: drain(GroupBatches(DicomSource(folder / "dicom"), workers=1))})
+        files = folder / "dicom"
+        compare("Inference input, groups of five neighbours, from DICOM files", args, {
+            "original: two passes of pydicom": lambda: drain(original_inference(files), total),
+            "scan and fused pass": lambda: drain(GroupBatches(DicomSource(files)), total),
+            "the same on one thread": lambda: drain(GroupBatches(DicomSource(files), workers=1), total)})
     if "fit" in args.only:
-        graph = original_images(records, args.batch, Repeated.times)
-        through_fit(args, Repeated.times * whole, graph, images(store), images(store, device=True))
+        through_fit(args, whole, original_images(records, args.batch, times), images(store), images(store, device=True))
 
 
-def through_fit(args, count: int, graph, host, device):
+def through_fit(args, whole: int, graph, host, device):
     "The three pipelines through fit, then what the time of ours goes into."
     floats, bytes_ = (fit_model((256, 256, 3), kind) for kind in ("float32", "uint8"))
     raw, how = fit_model((256, 256), "int16", device=True), dict(verbose=0, shuffle=False)
-    host, device = Repeated(host), Repeated(device)
+    times = 16  # fit prepares for a tenth of a second each time that it is called
+    host, device, many = Repeated(host, times), Repeated(device, times), times * whole
     host_data, device_data = keras_dataset(host), keras_dataset(device)
-    fitted = compare("Through model.fit of a model that does nothing", args, count, {
-        "original graph": lambda: floats.fit(graph, **how),
-        "store, uint8": lambda: bytes_.fit(host_data, **how),
-        "store, int16 for the device": lambda: raw.fit(device_data, **how)})
+
+    def fit(model, data, slices):
+        model.fit(data, **how)
+        return slices
+
+    fitted = compare("Through model.fit of a model that does nothing", args, {
+        "original graph": lambda: fit(floats, graph, 2 * whole),
+        "store, uint8": lambda: fit(bytes_, host_data, many),
+        "store, int16 for the device": lambda: fit(raw, device_data, many)})
     made = {"store, uint8": host, "store, int16 for the device": device}
-    alone = compare("Its parts: the pipelines alone", args, count, {
-        name: lambda one=one: drain(one) for name, one in made.items()})
-    same = [again(next(iter(one)), count // args.batch) for one in made.values()]
-    steps = compare("Its parts: fit on one ready batch, over and over", args, count, {
-        name: lambda model=model, data=data: model.fit(data, **how)
+    alone = compare("Its parts: the pipelines alone", args, {
+        name: lambda one=one: drain(one, many) for name, one in made.items()})
+    same = [again(next(iter(one)), len(one)) for one in made.values()]
+    steps = compare("Its parts: fit on one ready batch, over and over", args, {
+        name: lambda model=model, data=data: fit(model, data, many)
         for name, model, data in zip(made, (bytes_, raw), same, strict=True)})
     print("\nWhere the CPU time of fit goes")
     for name in made:

@@ -62,9 +62,9 @@ def _pool(workers: int, process: int) -> ThreadPoolExecutor:
 _scratch = threading.local()
 
 
-def _own(size: int) -> np.ndarray:
-    if getattr(_scratch, "array", None) is None or len(_scratch.array) != size:
-        _scratch.array = np.empty((size, size), np.int16)
+def _own(size: int) -> np.ndarray:  # int16 [2, size, size]
+    if getattr(_scratch, "array", None) is None or _scratch.array.shape[1] != size:
+        _scratch.array = np.empty((2, size, size), np.int16)
     return _scratch.array
 
 # %% ../nbs/205_feed.ipynb #bd00f313
@@ -79,15 +79,16 @@ class Feed:
         self.source, self.workers, self.buffers = source, workers or cores(), Buffers()
         self.direct = hasattr(source, "read")
 
-    def _read(self, row: int, out: np.ndarray):
+    def _read(self, rows, out: np.ndarray):
         if self.direct:
-            self.source.read((row,), out[None])
-        else:
+            self.source.read(rows, out)
+            return
+        for row, into in zip(rows, out, strict=True):
             stored = self.source[row]
-            if np.shape(stored) != out.shape:
+            if np.shape(stored) != into.shape:
                 named = self.source.table.iloc[row].get(SLICE, "of no name")
-                raise ValueError(f"slice {named}, row {row} of the source, has shape {np.shape(stored)}: expected {out.shape}")
-            np.copyto(out, stored)
+                raise ValueError(f"slice {named}, row {row} of the source, has shape {np.shape(stored)}: expected {into.shape}")
+            np.copyto(into, stored)
 
     def _spread(self, task, n: int):
         "task(start, stop) over pieces of n, in all threads; the first error is raised."
@@ -104,18 +105,11 @@ class Feed:
         rows,  # int [n]
     ) -> np.ndarray:  # int16 [n, S, S], quarter-HU
         "Slices as they are, for a device that does the rest."
-        order = np.argsort(rows, kind="stable")
-        which, order = np.asarray(rows)[order].tolist(), order.tolist()
-        out = self.buffers.lend((len(which), self.source.size, self.source.size), np.int16)
-
-        def task(start, stop):
-            for k in range(start, stop):
-                if k > start and which[k] == which[k - 1]:
-                    out[order[k]] = out[order[k - 1]]
-                else:
-                    self._read(which[k], out[order[k]])
-
-        self._spread(task, len(which))
+        rows, (once, back) = np.asarray(rows), np.unique(rows, return_inverse=True)
+        out = self.buffers.lend((len(rows), self.source.size, self.source.size), np.int16)
+        if len(once) < len(rows):
+            return np.take(self.stored(once), back, 0, out, mode="clip")  # no row is out of bounds, and "raise" makes a copy
+        self._spread(lambda start, stop: self._read(rows[start:stop], out[start:stop]), len(rows))
         return out
 
     def pixels(
@@ -134,15 +128,15 @@ class Feed:
         which, order = rows.reshape(-1)[order].tolist(), order.tolist()
 
         def task(start, stop):
-            stored, first = _own(self.source.size), 0
-            for k in range(start, stop):
-                begin = order[k] * each
-                if k == start or fresh[k]:
-                    self._read(which[k], stored)
-                    render(stored, jobs[order[k]], pixels, flat, begin)
-                    first = begin
-                else:
-                    flat[begin:begin + each] = flat[first:first + each]
+            own, new = _own(self.source.size), [k for k in range(start, stop) if k == start or fresh[k]]
+            for some in (new[i:i + len(own)] for i in range(0, len(new), len(own))):
+                self._read([which[k] for k in some], own[:len(some)])
+                for stored, k in zip(own, some):
+                    render(stored, jobs[order[k]], pixels, flat, order[k] * each)
+            for k in range(start + 1, stop):
+                if not fresh[k]:
+                    here, there = order[k - 1] * each, order[k] * each
+                    flat[there:there + each] = flat[here:here + each]
 
         self._spread(task, len(which))
         return np.moveaxis(out[..., 0], -3, -1) if channels else out

@@ -38,11 +38,18 @@ if numba is None:
     def read_at(fd, buf, place): return _number(os.preadv, fd, [buf], place)  # noqa: E704
     def close_file(fd): os.close(fd)  # noqa: E704
 else:
-    _int, _pointer, _size, _long = numba.intc, numba.types.voidptr, numba.uintp, numba.int64
-    _open = numba.types.ExternalFunction("open", _int(_pointer, _int))
+    _int, _address, _size, _long = numba.intc, numba.types.voidptr, numba.uintp, numba.int64
+    _open = numba.types.ExternalFunction("open", _int(_address, _int))
     _lseek = numba.types.ExternalFunction("lseek", _long(_int, _long, _int))
-    _pread = numba.types.ExternalFunction("pread", numba.intp(_int, _pointer, _size, _long))
+    _pread = numba.types.ExternalFunction("pread", numba.intp(_int, _address, _size, _long))
     _close = numba.types.ExternalFunction("close", _int(_int))
+
+    @numba.extending.intrinsic
+    def _pointer(typing, address):
+        "A number as a pointer."
+        def build(context, builder, signature, values):
+            return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
+        return _address(address), build
 
     @compiled
     def open_file(
@@ -73,6 +80,14 @@ else:
     ):
         "Done with it."
         _close(fd)
+
+    @compiled
+    def words_at(
+        address,  # int64, of memory that stays where it is
+        n,  # how many
+    ):
+        "uint64 [n], what lies there."
+        return numba.carray(_pointer(address), n, np.uint64)
 
 # %% ../nbs/014_rawfile.ipynb #c87d7583
 @compiled

@@ -8,6 +8,7 @@ __all__ = ['SliceStore', 'build_store', 'to_quarter_hu', 'DicomSource']
 # %% ../nbs/116_store.ipynb #e8a98532
 import mmap
 import os
+import threading
 import warnings
 import zlib
 from collections import Counter
@@ -17,9 +18,11 @@ import numpy as np
 import pandas as pd
 
 from .build import INDEX, build_store
+from .compiled import numba
 from .quarter import to_quarter_hu
 from .shard import check_version, codec
 from .source import DicomSource, memory, row_numbers
+from .tiles import unpack_all
 
 _all_ = ["build_store", "to_quarter_hu", "DicomSource"]
 
@@ -69,9 +72,12 @@ class SliceStore:
         table, self.size = _join(self.paths)
         self._start, self._bytes, self._crc32 = (table[c].to_numpy() for c in ("start", "bytes", "crc32"))
         self._shard, self._shards = pd.factorize(table["shard"])
-        self._decompress = [codec(name)[1] for name in table.drop_duplicates("shard")["codec"]]
+        codecs = table.drop_duplicates("shard")["codec"]
+        self._decompress = [codec(name)[1] for name in codecs]
+        self._at_once = numba is not None and self.size % 8 == 0 and (codecs == "tiles").all()
         self.table = table.drop(columns=["start", "bytes", "crc32", "shard", "codec"])
-        self._maps = [None] * len(self._shards)
+        self._maps, self._lock = [None] * len(self._shards), threading.Lock()
+        self._address = np.zeros(len(self._shards), np.int64)
 
     def __len__(self):
         return len(self.table)
@@ -80,13 +86,22 @@ class SliceStore:
         return (f"SliceStore({len(self):,} slices of {self.table.StudyInstanceUID.nunique():,} studies, "
                 f"{self.size}x{self.size}, {self._bytes.sum() / 1e9:.2f} GB in {len(self._shards)} shards)")
 
+    def _addresses(self, rows):
+        "Where slices lie in memory, once their shards are mapped."
+        shards = self._shard[rows]
+        for shard in set(shards[self._address[shards] == 0].tolist()):
+            with self._lock:
+                if self._maps[shard] is None:
+                    with open(self._shards[shard], "rb") as file:
+                        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                    self._maps[shard] = np.frombuffer(mapped, np.uint8)
+                    self._address[shard] = self._maps[shard].ctypes.data
+        return self._address[shards] + self._start[rows]
+
     def _chunk(self, i):
         "The bytes of slice `i` as they lie in its shard."
-        shard, start = self._shard[i], self._start[i]
-        if self._maps[shard] is None:  # two threads may both map it: harmless, one is dropped
-            with open(self._shards[shard], "rb") as file:
-                self._maps[shard] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        return self._maps[shard][start:start + self._bytes[i]]
+        self._addresses([i])
+        return self._maps[self._shard[i]][self._start[i]:self._start[i] + self._bytes[i]]
 
     def __getitem__(
         self,
@@ -101,8 +116,10 @@ class SliceStore:
         out=None,  # int16 [n, S, S] to fill, which spares the operating system fresh pages
     ) -> np.ndarray:  # int16 [n, S, S], quarter HU
         "Slices by number, the fast way."
-        out = memory(len(rows), self.size, out)
-        for i, into in zip(rows, out):
+        out, rows, there = memory(len(rows), self.size, out), np.asarray(rows, np.int64), 0
+        if self._at_once:
+            there = unpack_all(self._addresses(rows), self._bytes[rows], out)
+        for i, into in zip(rows[there:], out[there:]):
             chunk = self._chunk(i)
             try:
                 self._decompress[self._shard[i]](chunk, into)
