@@ -14,12 +14,12 @@ from .compiled import compiled, numba
 _u = np.uint64
 _lanes, _signs = _u(0x0001000100010001), _u(0x8000800080008000)  # four pixels in a word: a one in each, its top bit
 
-@compiled
+@compiled(inline="always")
 def _plane(bits, width):
     "Which bits of each lane the plane takes once shifted down, and where they lie: above those of smaller planes."
     return _lanes * _u((1 << bits) - 1), width & _u(bits - 1)
 
-@compiled
+@compiled(inline="always")
 def _put(tile, bits, width, words, at):
     "Write a plane of a tile's 16 words; where the next one goes."
     mask, shift = _plane(bits, width)
@@ -31,7 +31,7 @@ def _put(tile, bits, width, words, at):
         words[at + _u(j)] = word
     return at + _u(bits)
 
-@compiled
+@compiled(inline="always")
 def _add(tile, bits, width, words, at):
     "Add a plane to a tile's 16 words; where the next one lies."
     mask, shift = _plane(bits, width)
