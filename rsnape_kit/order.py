@@ -118,7 +118,7 @@ def arrange(
     "The slices table: sorted by study, series and place, with position, order, flips and problems."
     table = table.sort_values(["StudyInstanceUID", "SeriesInstanceUID", "path"], ignore_index=True)
     series = table.StudyInstanceUID + "/" + table.SeriesInstanceUID
-    corner, own = table[CORNER].to_numpy(float), table[ORIENTATION].to_numpy(float)
+    corner, own = table[CORNER].to_numpy(float), table[ORIENTATION].to_numpy(float, copy=True)
     own[np.isnan(normals(own)).any(1)] = np.nan  # directions without length, or along each other
     orientation, instance, names = own.copy(), table.instance.to_numpy(float), table.path.to_numpy()
     size, good = table["rows"].to_numpy() * 65536 + table["columns"].to_numpy(), table["rows"].to_numpy() > 0

@@ -1,0 +1,98 @@
+"""Does the accelerator wait for its input? Images a second of EfficientNet's training, by where they come from.
+
+Three trainings of the same network take turns: on one batch over and over, which is as fast as the device goes; on a
+store with pixels made by the processor; on a store with pixels made beside the network. An epoch ends when its last
+step is done, and the least time of a few rounds counts.
+
+    python benchmarks/feeding.py                                              # a small network, two minutes
+    python benchmarks/feeding.py --full --backend jax --policy mixed_bfloat16 # EfficientNet-B1 at 256 px, on a GPU
+"""
+import argparse
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from _made_up import write
+from pipeline import Repeated, make_truth
+
+from rsnape_kit.affine import AffineRange
+from rsnape_kit.batches import ImageBatches
+from rsnape_kit.device import with_pixels
+from rsnape_kit.feed import cores
+from rsnape_kit.loaders import keras_dataset
+from rsnape_kit.masks import SideMask
+from rsnape_kit.models.backend import import_keras, jit
+from rsnape_kit.models.image import efficientnet
+from rsnape_kit.pixels import Pixels
+from rsnape_kit.store import DicomSource, SliceStore, build_store
+
+
+class Same:
+    "One batch, as often as wanted."
+
+    varies = False
+
+    def __init__(self, batch, times: int):
+        self.batch, self.times, self.epoch = batch, times, 0
+
+    def __len__(self):
+        return self.times
+
+    def __getitem__(self, i):
+        return self.batch
+
+
+def made_store(folder: Path, studies: int) -> SliceStore:
+    write(folder / "dicom", studies, 234)
+    with ThreadPoolExecutor(cores()) as pool:
+        return SliceStore(build_store(DicomSource(folder / "dicom"), folder / "store", executor=pool))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", default="tensorflow")
+    parser.add_argument("--policy", default="float32")
+    parser.add_argument("--full", action="store_true", help="EfficientNet-B1 at 256 px; needs a GPU")
+    parser.add_argument("--batch", type=int, help="default 16, or 256 with --full")
+    parser.add_argument("--steps", type=int, help="of an epoch; default 12, or 60 with --full")
+    parser.add_argument("--studies", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    import_keras(args.backend)
+    batch, steps = args.batch or (256 if args.full else 16), args.steps or (60 if args.full else 12)
+    size, small = (256, {}) if args.full else (64, {"width": .25})
+    with tempfile.TemporaryDirectory() as folder:
+        store = made_store(Path(folder), args.studies)
+        how = dict(batch=batch, mask=SideMask(), affine=AffineRange(), shuffle=True, pixels=Pixels(size=size))
+        host, device = (ImageBatches(store, make_truth(store.table), device=device, **how) for device in (False, True))
+        plain = efficientnet("b1", size, policy=args.policy, **small)
+        beside = with_pixels(efficientnet("b1", size, policy=args.policy, **small), device)
+        for model in (plain, beside):
+            model.compile("sgd", "binary_crossentropy", jit_compile=jit())
+        ways = {"one batch over and over": (plain, Same(host[0], steps)),
+                "store, pixels by the processor": (plain, Repeated(host, -(-steps // len(host)))),
+                "store, pixels beside the network": (beside, Repeated(device, -(-steps // len(device))))}
+        run(args, batch, ways)
+
+
+def run(args, batch: int, ways: dict):
+    "Take turns; print images a second and the share of what the device could do."
+    spent = {name: [] for name in ways}
+    for i in range(args.rounds + 1):
+        for name, (model, batches) in ways.items():
+            data, start = keras_dataset(batches, workers=2), time.perf_counter()
+            model.fit(data, shuffle=False, verbose=0)
+            if i:  # the first round compiles
+                spent[name].append((time.perf_counter() - start) / len(batches) / batch)
+    best = {name: 1 / np.min(seconds) for name, seconds in spent.items()}
+    most = next(iter(best.values()))
+    print(f"{cores()} cores, {args.backend}, {args.policy}, batches of {batch}")
+    print(f"{'':<34}{'images / s':>12}{'of the device':>16}")
+    for name, rate in best.items():
+        print(f"{name:<34}{rate:>12,.0f}{rate / most:>16.0%}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
