@@ -1,7 +1,7 @@
 """Does the accelerator wait for its input? Images a second of EfficientNet's training, by where they come from.
 
 Three trainings of the same network take turns: on one batch over and over, which is as fast as the device goes; on a
-store with pixels made by the processor; on a store with pixels made beside the network. An epoch ends when its last
+store with pixels made beside the network; on a store with pixels made by the processor. An epoch ends when its last
 step is done, and the least time of a few rounds counts.
 
     python benchmarks/feeding.py                                              # a small network, two minutes
@@ -71,9 +71,9 @@ def main():
         beside = with_pixels(efficientnet("b1", size, policy=args.policy, **small), device)
         for model in (plain, beside):
             model.compile("sgd", "binary_crossentropy", jit_compile=jit())
-        ways = {"one batch over and over": (plain, Same(host[0], steps)),
-                "store, pixels by the processor": (plain, Repeated(host, -(-steps // len(host)))),
-                "store, pixels beside the network": (beside, Repeated(device, -(-steps // len(device))))}
+        ways = {"one batch over and over": (beside, Same(device[0], steps)),
+                "store, pixels beside the network": (beside, Repeated(device, -(-steps // len(device)))),
+                "store, pixels by the processor": (plain, Repeated(host, -(-steps // len(host))))}
         run(args, batch, ways)
 
 

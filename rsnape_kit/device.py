@@ -35,6 +35,7 @@ def _factors(ops, stored, pixels: Pixels):  # -> lowest, highest, factor: int32 
 def _places(ops, jobs, size: int):  # -> up, right: int32 [n, size * size], FRACTION bits
     up = np.repeat(size // 2 - np.arange(size, dtype=np.int32), size)[None]
     right = np.tile(np.arange(size, dtype=np.int32) - (size // 2 - 1), size)[None]
+    up, right = ops.convert_to_tensor(up), ops.convert_to_tensor(right)  # or PyTorch would multiply on the host
     return (jobs[:, k:k + 1] * up + jobs[:, k + 1:k + 2] * right + jobs[:, k + 2:k + 3] for k in (0, 3))
 
 # %% ../nbs/210_device.ipynb #8b8c7a95

@@ -217,6 +217,10 @@ def test_device_pixels_on_every_backend(backend):
             for raw, seen in zip(ImageBatches(source, truth, device=True, **how), ImageBatches(source, truth, **how)):
                 got = keras.ops.convert_to_numpy(device_render(raw[0]["stored"], raw[0]["jobs"], pixels))
                 np.testing.assert_array_equal(got, seen[0])
+            if keras.backend.backend() == "torch":  # a device whose numbers numpy cannot see, as it cannot see a GPU's
+                with keras.device("meta"):
+                    got = device_render(raw[0]["stored"], raw[0]["jobs"], pixels)
+                assert got.device.type == "meta" and got.shape == seen[0].shape
     """, KERAS_BACKEND=backend)
 
 
