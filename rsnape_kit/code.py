@@ -84,6 +84,16 @@ def _source(package: Path, dotted: str) -> Path | None:
     return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
 
 
+def _at_the_top(body: list):
+    "A module's statements, those under its conditions too."
+    for node in body:
+        yield node
+        for part in ("body", "orelse", "finalbody") if isinstance(node, (ast.If, ast.Try, ast.With)) else ():
+            yield from _at_the_top(getattr(node, part, []))
+        for handler in getattr(node, "handlers", []):
+            yield from _at_the_top(handler.body)
+
+
 def _defines(path: Path, name: str) -> bool:
     "Whether a module has a name at its top: a function, class, variable or import."
     tree, found = parse(path.read_text(encoding="utf-8")), {"*"}
@@ -92,7 +102,7 @@ def _defines(path: Path, name: str) -> bool:
             found |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             found.add(node.id)
-    found |= {node.name for node in tree.body if hasattr(node, "name")}
+    found |= {node.name for node in _at_the_top(tree.body) if hasattr(node, "name")}
     return name in found or "__getattr__" in found
 
 
