@@ -20,7 +20,7 @@ demo-quick: $(READY)  ## the same in some three minutes, with models that learn 
 
 test: $(READY) lint  ## exports, every notebook, every test
 	nbdev_export
-	ls nbs/*.ipynb nbs/tutorials/*.ipynb | xargs -P 2 -n 1 nbdev_test --n_workers 0 --path  # a process each: none leans on another's imports
+	python tests/notebooks.py
 	echo $(LONG) $(filter-out $(LONG),$(sort $(wildcard tests/test_*.py))) | xargs -P 2 -n 1 pytest -q
 
 lint: $(READY)  ## ruff over notebooks, modules, tests and benchmarks
