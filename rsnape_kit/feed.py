@@ -105,7 +105,8 @@ class Feed:
         rows,  # int [n]
     ) -> np.ndarray:  # int16 [n, S, S], quarter-HU
         "Slices as they are, for a device that does the rest."
-        rows, (once, back) = np.asarray(rows), np.unique(rows, return_inverse=True)
+        rows = np.asarray(rows, np.int64)
+        once, back = np.unique(rows, return_inverse=True)
         out = self.buffers.lend((len(rows), self.source.size, self.source.size), np.int16)
         if len(once) < len(rows):
             return np.take(self.stored(once), back, 0, out, mode="clip")  # no row is out of bounds, and "raise" makes a copy

@@ -9,7 +9,7 @@ __all__ = ['HIGHEST', 'AIR', 'to_quarter_hu', 'is_exact', 'stored_to_quarter_hu'
 import numpy as np
 
 from .compiled import compiled
-from .hu import fetch, header_buffers, to_hu, what_it_says, whole_terms
+from .hu import check_scratch, fetch, header_buffers, to_hu, what_it_says, whole_terms
 from .rawfile import raw_path
 
 # %% ../nbs/110_quarter.ipynb #8105d1d2
@@ -125,5 +125,6 @@ def read_at_once(
     scratch=None,  # uint8 [8 S^2 or more], memory for the file's pixels
 ) -> bool:  # whether it was filled
     "Read and halve a plain file of 2S x 2S pixels without Python's lock; any other is not touched."
+    check_scratch(scratch)
     pixels = np.empty(8 * out.size, np.uint8) if scratch is None else scratch[:8 * out.size]
     return _read_at_once(raw_path(path), float(lowest), pixels, *header_buffers(), out)

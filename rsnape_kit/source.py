@@ -80,7 +80,8 @@ class DicomSource:
         self.size, self.on_error, self.lowest, self.reader = size, on_error, lowest, reader
         self._rows, self._bad, self._lock = None, {}, threading.Lock()
         self._paths = table["path"].tolist()
-        plain = (table["rows"] > 0) & ~(table["flip_rows"] | table["flip_columns"])
+        named = table["path"].map(lambda path: isinstance(path, str) and "\0" not in path).astype(bool)
+        plain = named & (table["rows"] > 0) & ~(table["flip_rows"] | table["flip_columns"])
         self._upright = (plain & (reader is read_slice) & (numba is not None)).tolist()
 
     def __len__(self):
@@ -98,7 +99,7 @@ class DicomSource:
         "Slices by number, the fast way."
         out, scratch = memory(len(rows), self.size, out), _scratch(self.size)
         for i, into in zip(rows, out):
-            if not (self._upright[i] and read_at_once(self._paths[i], into, self.lowest, scratch)):
+            if i in self._bad or not (self._upright[i] and read_at_once(self._paths[i], into, self.lowest, scratch)):
                 self._fill(i, into)
         return out
 

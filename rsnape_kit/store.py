@@ -8,7 +8,6 @@ __all__ = ['SliceStore', 'build_store', 'to_quarter_hu', 'DicomSource']
 # %% ../nbs/116_store.ipynb #e8a98532
 import mmap
 import os
-import threading
 import warnings
 import zlib
 from collections import Counter
@@ -74,10 +73,10 @@ class SliceStore:
         self._shard, self._shards = pd.factorize(table["shard"])
         codecs = table.drop_duplicates("shard")["codec"]
         self._decompress = [codec(name)[1] for name in codecs]
-        self._at_once = numba is not None and self.size % 8 == 0 and (codecs == "tiles").all()
+        sound = (self._start >= 0).all() and (self._bytes >= 0).all() and not (self._start % 8).any()
+        self._at_once = numba is not None and self.size % 8 == 0 and (codecs == "tiles").all() and sound
         self.table = table.drop(columns=["start", "bytes", "crc32", "shard", "codec"])
-        self._maps, self._lock = [None] * len(self._shards), threading.Lock()
-        self._address = np.zeros(len(self._shards), np.int64)
+        self._maps, self._address, self._end = {}, *np.zeros((2, len(self._shards)), np.int64)
 
     def __len__(self):
         return len(self.table)
@@ -86,22 +85,26 @@ class SliceStore:
         return (f"SliceStore({len(self):,} slices of {self.table.StudyInstanceUID.nunique():,} studies, "
                 f"{self.size}x{self.size}, {self._bytes.sum() / 1e9:.2f} GB in {len(self._shards)} shards)")
 
-    def _addresses(self, rows):
-        "Where slices lie in memory, once their shards are mapped."
-        shards = self._shard[rows]
-        for shard in set(shards[self._address[shards] == 0].tolist()):
-            with self._lock:
-                if self._maps[shard] is None:
-                    with open(self._shards[shard], "rb") as file:
-                        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                    self._maps[shard] = np.frombuffer(mapped, np.uint8)
-                    self._address[shard] = self._maps[shard].ctypes.data
-        return self._address[shards] + self._start[rows]
+    def _map(self, shard):
+        "A shard's bytes; where two threads map it, the first one's."
+        if shard not in self._maps:
+            with open(self._shards[shard], "rb") as file:
+                mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+            mapped = self._maps.setdefault(shard, mapped)
+            self._end[shard] = mapped.ctypes.data + mapped.size
+            self._address[shard] = mapped.ctypes.data
+        return self._maps[shard]
 
     def _chunk(self, i):
         "The bytes of slice `i` as they lie in its shard."
-        self._addresses([i])
-        return self._maps[self._shard[i]][self._start[i]:self._start[i] + self._bytes[i]]
+        return self._map(self._shard[i])[self._start[i]:self._start[i] + self._bytes[i]]
+
+    def _unpack(self, rows, out):
+        "Fill `out` in one call up to the first slice that is damaged; how many those are."
+        shards = self._shard[rows]
+        for shard in set(shards[self._address[shards] == 0].tolist()):
+            self._map(shard)
+        return unpack_all(self._address[shards] + self._start[rows], self._bytes[rows], self._end[shards], out)
 
     def __getitem__(
         self,
@@ -116,9 +119,8 @@ class SliceStore:
         out=None,  # int16 [n, S, S] to fill, which spares the operating system fresh pages
     ) -> np.ndarray:  # int16 [n, S, S], quarter HU
         "Slices by number, the fast way."
-        out, rows, there = memory(len(rows), self.size, out), np.asarray(rows, np.int64), 0
-        if self._at_once:
-            there = unpack_all(self._addresses(rows), self._bytes[rows], out)
+        out, rows = memory(len(rows), self.size, out), np.asarray(rows, np.int64)
+        there = self._unpack(rows, out) if self._at_once else 0
         for i, into in zip(rows[there:], out[there:]):
             chunk = self._chunk(i)
             try:

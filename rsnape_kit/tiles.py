@@ -165,10 +165,11 @@ if numba is not None:
 def unpack_all(
     addresses,  # int64 [n], of each slice's first byte, multiples of 8
     sizes,  # int64 [n], bytes of each
+    ends,  # int64 [n], where the memory ends that each lies in
     out,  # int16 [n, H, W], sides multiples of 8, filled
 ):
-    "Unpack slices up to the first that is damaged; how many those are."
+    "Unpack slices up to the first that is damaged or lies beyond the end; how many those are."
     for k in range(len(out)):
-        if sizes[k] % 8 or not _read(words_at(addresses[k], sizes[k] // 8), out[k]):
+        if sizes[k] % 8 or addresses[k] + sizes[k] > ends[k] or not _read(words_at(addresses[k], sizes[k] // 8), out[k]):
             return k
     return len(out)

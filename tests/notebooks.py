@@ -9,30 +9,41 @@ them need, or half of the time would go into that.
 import multiprocessing
 import os
 import sys
+import time
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import matplotlib.pyplot  # noqa: F401 (for the notebooks)
 import numba  # noqa: F401
 import pandas  # noqa: F401
+from nbdev.config import get_config
 from nbdev.test import test_nb
 
 ROOT = Path(__file__).parents[1]
 
 
-def run(path: Path) -> tuple:  # the path, whether it passed, seconds
-    "Run one notebook in this process."
+def run(path: Path):
+    "Run one notebook and end this process."
     os.chdir(ROOT / "nbs")
-    return path, *test_nb(path, basepath=ROOT)
+    passed, _ = test_nb(path, skip_flags=get_config().tst_flags.split(), basepath=ROOT)
+    sys.exit(not passed)
 
 
 def main(*names):
     "Run the named notebooks, or all; the last layers first, since theirs take longest."
     numbered, tutorials = (sorted(ROOT.glob(f"nbs/{which}.ipynb"), reverse=True) for which in ("[0-9]*", "tutorials/*"))
-    paths, failed = [Path(name).absolute() for name in names] or numbered + tutorials, []
-    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
-        for path, passed, seconds in pool.imap_unordered(run, paths):
-            print(f"{path.name:<40}{seconds:>6.0f} s{'' if passed else '   FAILED'}", flush=True)
-            failed += [] if passed else [path.name]
+    todo = [Path(name).absolute() for name in names] or numbered + tutorials
+    running, failed = {}, []
+    while todo or running:
+        while todo and len(running) < 2:
+            process = multiprocessing.get_context("fork").Process(target=run, args=(todo[0],))
+            process.start()
+            running[process.sentinel] = process, todo.pop(0), time.time()
+        for sentinel in wait(list(running)):
+            process, path, began = running.pop(sentinel)
+            process.join()
+            failed += [path.name] if process.exitcode else []
+            print(f"{path.name:<40}{time.time() - began:>6.0f} s{'   FAILED' if process.exitcode else ''}", flush=True)
     sys.exit(f"failed: {', '.join(failed)}" if failed else None)
 
 

@@ -241,6 +241,27 @@ def test_a_damaged_shard_is_made_anew_once_it_is_deleted(tmp_path):
     assert shards(out) == {shard: raw}
 
 
+def test_a_shard_that_shrinks_once_the_store_is_open_is_damaged_and_nothing_worse(tmp_path):
+    out = build_store(competition(tmp_path / "train"), tmp_path / "out", size=64)
+    (shard, raw), = shards(out).items()
+    store = SliceStore(out)
+    os.truncate(out / shard, 800)
+    for i in range(len(store)):
+        with pytest.raises(ValueError, match=f"{shard}: slice {i} is damaged"):
+            store[i]
+
+
+def test_an_index_that_points_elsewhere_is_damage_too(tmp_path):
+    out = build_store(competition(tmp_path / "train"), tmp_path / "out", size=64)
+    index = pd.read_parquet(out / build.INDEX)
+    for wrong in (index.start - 2 ** 40, index.start + 1):
+        index.assign(start=np.minimum(wrong, index.start.max())).to_parquet(out / build.INDEX)
+        store = SliceStore(out)
+        for i in range(len(store)):
+            with pytest.raises(ValueError, match=f"slice {i} is damaged"):
+                store[i]
+
+
 def test_only_memory_that_fits_is_filled(tmp_path):
     root = competition(tmp_path / "train", studies=1, slices=3)
     for source in (SliceStore(build_store(root, tmp_path / "out", size=32)), DicomSource(root, 32)):
