@@ -255,7 +255,7 @@ def test_an_index_that_points_elsewhere_is_damage_too(tmp_path):
     out = build_store(competition(tmp_path / "train"), tmp_path / "out", size=64)
     index = pd.read_parquet(out / build.INDEX)
     for wrong in (index.start - 2 ** 40, index.start + 1):
-        index.assign(start=np.minimum(wrong, index.start.max())).to_parquet(out / build.INDEX)
+        index.assign(start=wrong).to_parquet(out / build.INDEX)
         store = SliceStore(out)
         for i in range(len(store)):
             with pytest.raises(ValueError, match=f"slice {i} is damaged"):
