@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+pytest.importorskip("torchvision")  # before TensorFlow: after it, the wheel with CUDA ends the process (Triton's LLVM)
 pytest.importorskip("keras")
 
 from rsnape_kit.breakdown import gain_over  # noqa: E402
