@@ -2,7 +2,8 @@
 
 Three trainings of the same network take turns: on one batch over and over, which is as fast as the device goes; on a
 store with pixels made beside the network; on a store with pixels made by the processor. An epoch ends when its last
-step is done, and the least time of a few rounds counts.
+step is done, and the least time of a few rounds counts. Only processors have given figures so far;
+the one GPU it met had given none after four minutes.
 
     python benchmarks/feeding.py                                              # a small network, two minutes
     python benchmarks/feeding.py --full --backend jax --policy mixed_bfloat16 # EfficientNet-B1 at 256 px, on a GPU

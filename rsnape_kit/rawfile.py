@@ -6,6 +6,7 @@
 __all__ = ['raw_path', 'beginning']
 
 # %% ../nbs/014_rawfile.ipynb #4f215f1d
+import ctypes
 import os
 
 import numpy as np
@@ -25,18 +26,19 @@ def raw_path(
 # %% ../nbs/014_rawfile.ipynb #3ec8f8e6
 _flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
 
-def _number(call, *args):
-    "What a call of Python's answers, -1 if it fails."
-    try:
-        return call(*args)
-    except OSError:
-        return -1
-
 if numba is None:
+    def _number(call, *args):
+        "What a call of Python's answers, -1 if it fails."
+        try:
+            return call(*args)
+        except OSError:
+            return -1
+
     def open_file(path): return _number(os.open, path[:-1].tobytes(), _flags)  # noqa: E704
     def file_size(fd): return _number(os.lseek, fd, 0, os.SEEK_END)  # noqa: E704
     def read_at(fd, buf, place): return _number(os.preadv, fd, [buf], place)  # noqa: E704
     def close_file(fd): os.close(fd)  # noqa: E704
+    def words_at(address, n): return np.frombuffer((ctypes.c_uint64 * int(n)).from_address(int(address)), np.uint64)  # noqa: E704
 else:
     _int, _address, _size, _long = numba.intc, numba.types.voidptr, numba.uintp, numba.int64
     _open = numba.types.ExternalFunction("open", _int(_address, _int))

@@ -11,7 +11,6 @@ from functools import partial
 
 import numpy as np
 
-from .compiled import numba
 from .dicom import FILLED, read_or_fill, read_slice, scan
 from .quarter import AIR, is_exact, read_at_once, stored_to_quarter_hu
 
@@ -82,7 +81,7 @@ class DicomSource:
         self._paths = table["path"].tolist()
         named = table["path"].map(lambda path: isinstance(path, str) and "\0" not in path).astype(bool)
         plain = named & (table["rows"] > 0) & ~(table["flip_rows"] | table["flip_columns"])
-        self._upright = (plain & (reader is read_slice) & (numba is not None)).tolist()
+        self._upright = (plain & (reader is read_slice)).tolist()
 
     def __len__(self):
         return len(self.table)

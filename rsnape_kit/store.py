@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 
 from .build import INDEX, build_store
-from .compiled import numba
 from .quarter import to_quarter_hu
 from .shard import check_version, codec
 from .source import DicomSource, memory, row_numbers
@@ -74,7 +73,7 @@ class SliceStore:
         codecs = table.drop_duplicates("shard")["codec"]
         self._decompress = [codec(name)[1] for name in codecs]
         sound = (self._start >= 0).all() and (self._bytes >= 0).all() and not (self._start % 8).any()
-        self._at_once = numba is not None and self.size % 8 == 0 and (codecs == "tiles").all() and sound
+        self._at_once = self.size % 8 == 0 and (codecs == "tiles").all() and sound
         self.table = table.drop(columns=["start", "bytes", "crc32", "shard", "codec"])
         self._maps, self._address, self._end = {}, *np.zeros((2, len(self._shards)), np.int64)
 

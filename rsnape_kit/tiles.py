@@ -8,7 +8,8 @@ __all__ = ['compress', 'decompress', 'unpack_all']
 # %% ../nbs/112_tiles.ipynb #d8bb86ed
 import numpy as np
 
-from .compiled import compiled, numba
+from .compiled import compiled
+from .rawfile import words_at
 
 # %% ../nbs/112_tiles.ipynb #8e61eb56
 _u = np.uint64
@@ -158,10 +159,7 @@ def decompress(
         out[:] = whole[:len(out), :out.shape[1]]
 
 # %% ../nbs/112_tiles.ipynb #3e97ea66
-if numba is not None:
-    from rsnape_kit.rawfile import words_at
-
-@compiled(plain=False)
+@compiled
 def unpack_all(
     addresses,  # int64 [n], of each slice's first byte, multiples of 8
     sizes,  # int64 [n], bytes of each

@@ -1,7 +1,7 @@
 """Runs every notebook as `nbdev_test` does, each in a process of its own, and says which failed.
 
 No notebook leans on what another imported. The processes are forked from one that has imported what nearly all of
-them need, or half of the time would go into that.
+them need, or each would begin with a second or two of that.
 
     python tests/notebooks.py                      # all, two at a time
     python tests/notebooks.py nbs/004_metric.ipynb
