@@ -6,7 +6,10 @@
 __all__ = ['new_model', 'train', 'held_out']
 
 # %% ../nbs/422_train_torch.ipynb #1d8ffd45
+import sys
+import warnings
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,12 @@ from .replacing import complete
 from .resume_torch import Checkpoint, Score
 from .runs import adopt, epochs_done
 from .train import named_weights, need_positives, source_fingerprint
+
+# %% ../nbs/422_train_torch.ipynb #ad347fe0
+def _warn_of_tensorflow():
+    if "tensorflow" in sys.modules and "torch._dynamo" not in sys.modules and find_spec("triton"):
+        warnings.warn("TensorFlow was loaded first, and training PyTorch beside it may end this process without a word: "
+                      "train in one of its own, e.g. with `rsnape train petaformer`", stacklevel=3)
 
 # %% ../nbs/422_train_torch.ipynb #0b26802e
 def new_model(
@@ -62,6 +71,7 @@ def train(
 ) -> Path:  # the run's folder; with oof/ if it is finished
     "Train a fold, or go on training it."
     need_torch()
+    _warn_of_tensorflow()
     config = replace(config or PetaFormerConfig(), model=model, fold=fold, store=source_fingerprint(source),
                      split=folds.fingerprint, pretrained=named_weights(weights))
     need_positives(truth.select(folds.valid(fold)), fold)

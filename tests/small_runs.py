@@ -1,8 +1,6 @@
 "A small competition and untrained runs of every kind, for tests of prediction and submission."
 from pathlib import Path
 
-import torchvision  # noqa: F401 (before TensorFlow: after it, the wheel with CUDA ends the process, by Triton's LLVM)
-
 from rsnape_kit.config import TrainConfig, build_model
 from rsnape_kit.infer_torch import Net, PetaFormerConfig
 from rsnape_kit.models.backend import save_weights

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-pytest.importorskip("torchvision")  # before TensorFlow: after it, the wheel with CUDA ends the process (Triton's LLVM)
+pytest.importorskip("torch._dynamo")  # before TensorFlow: after it, the wheel for GPUs ends the process
 pytest.importorskip("keras")
 
 from rsnape_kit.breakdown import gain_over  # noqa: E402
