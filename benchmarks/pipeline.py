@@ -9,7 +9,7 @@ What is not like for like, and so is said beside the figures:
   random JPEG quality as noise, which ours does not; the variant without it is the comparison of equal work.
 - The original's reader for inference gives 512 px, which its network makes 256 later; ours gives 256.
 
-    python benchmarks/pipeline.py                        # some four minutes
+    python benchmarks/pipeline.py                        # some six minutes
     python benchmarks/pipeline.py --rounds 5 --seconds 3 --only training fit
 """
 import argparse
@@ -262,7 +262,7 @@ def fit_model(shape: tuple, dtype: str, device: bool = False):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--studies", type=int, default=6)
+    parser.add_argument("--studies", type=int, default=12)
     parser.add_argument("--slices", type=int, default=234, help="of each study; 234 is the competition's median")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
@@ -293,21 +293,18 @@ def run(args, folder: Path):
         how = dict(batch=args.batch, mask=SideMask(), affine=AffineRange(), shuffle=True)
         return ImageBatches(source, truth, studies, **how, **extra)
 
-    times = 2  # of the studies in an epoch
-    many = times * whole
     if "training" in args.only:
-        graph, recorded = original_images(records, args.batch, times), read_organisers(records)
-        from_records, from_dicom = (Repeated(batches, times) for batches in (
-            images(recorded, recorded.table[STUDY].unique()), images(dicom)))
-        from_store, device, one_thread = (Repeated(batches, times) for batches in (
-            images(store), images(store, device=True), images(store, device=True, workers=1)))
+        graph, recorded = original_images(records, args.batch), read_organisers(records)
+        from_records, from_dicom, from_store = (
+            images(recorded, recorded.table[STUDY].unique()), images(dicom), images(store))
+        device, one_thread = images(store, device=True), images(store, device=True, workers=1)
         compare("Training input, image model", args, {
-            "original: records, tf.data graph": lambda: drain(graph, many),
-            "records, fused pass": lambda: drain(from_records, many),
-            "DICOM, fused pass": lambda: drain(from_dicom, many),
-            "store, fused pass": lambda: drain(from_store, many),
-            "store, int16 for the device": lambda: drain(device, many),
-            "the same on one thread": lambda: drain(one_thread, many)})
+            "original: records, tf.data graph": lambda: drain(graph, whole),
+            "records, fused pass": lambda: drain(from_records, whole),
+            "DICOM, fused pass": lambda: drain(from_dicom, whole),
+            "store, fused pass": lambda: drain(from_store, whole),
+            "store, int16 for the device": lambda: drain(device, whole),
+            "the same on one thread": lambda: drain(one_thread, whole)})
     if "studies" in args.only:
         frames, noisy, calm = FRAMES * args.studies, *(original_studies(folder / "studies.tfrec", noise)
                                                        for noise in (True, False))
@@ -333,7 +330,7 @@ def through_fit(args, whole: int, records: Path, host, device):
     "The three pipelines through fit, then what the time of ours goes into."
     floats, bytes_ = (fit_model((256, 256, 3), kind) for kind in ("float32", "uint8"))
     raw, how = fit_model((256, 256), "int16", device=True), dict(verbose=0, shuffle=False)
-    times = 8  # fit prepares for a tenth of a second each time that it is called
+    times = 4  # fit prepares for a tenth of a second each time that it is called
     graph, many = original_images(records, args.batch, times), times * whole
     host, device = Repeated(host, times), Repeated(device, times)
     host_data, device_data = keras_dataset(host), keras_dataset(device)

@@ -7,7 +7,6 @@ __all__ = ['look_matrices', 'write_jobs', 'Batches']
 
 # %% ../nbs/208_batching.ipynb #c504d158
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -16,7 +15,7 @@ from .affine import AffineRange, crop_matrix
 from .feed import Feed
 from .known import know
 from .labels import SLICE
-from .loaders import keras_dataset, torch_loader
+from .loaders import Ahead, keras_dataset, torch_loader
 from .masks import WIDTH, SideMask, fill_values
 from .pixels import Pixels, make_jobs
 from .sampling import Luck, check_shard, epoch_order
@@ -89,12 +88,13 @@ class _Given:
         return (x, *self._answers(i, rows)) if self.labelled else x
 
     def __iter__(self):
-        "All batches of the epoch, one ahead."
-        with ThreadPoolExecutor(1) as ahead:
-            coming = ahead.submit(self.__getitem__, 0) if len(self) else None
+        "All batches of the epoch; the next one is begun before the last piece of this one is done."
+        ahead = Ahead(self)
+        try:
             for i in range(len(self)):
-                ready, coming = coming, None if i + 1 == len(self) else ahead.submit(self.__getitem__, i + 1)
-                yield ready.result()
+                yield ahead[i]
+        finally:
+            ahead.close()
 
     def rows(
         self,

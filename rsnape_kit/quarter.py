@@ -9,8 +9,8 @@ __all__ = ['HIGHEST', 'AIR', 'to_quarter_hu', 'is_exact', 'stored_to_quarter_hu'
 import numpy as np
 
 from .compiled import compiled
-from .hu import check_scratch, fetch, header_buffers, to_hu, what_it_says, whole_terms
-from .rawfile import raw_path
+from .hu import header_buffers, open_plain, to_hu, what_it_says, whole_terms
+from .rawfile import close_file, read_at
 
 # %% ../nbs/110_quarter.ipynb #8105d1d2
 HIGHEST = 8191  # HU; four of them still fit in int16
@@ -106,25 +106,54 @@ def stored_to_quarter_hu(
     return to_quarter_hu(to_hu(stored, slope, intercept, lowest, bits), size, lowest, out)
 
 # %% ../nbs/110_quarter.ipynb #4c99bfd7
+_piece = 1 << 17  # bytes
+
 @compiled
-def _read_at_once(path, lowest, pixels, buf, at, length, numbers, out):
-    "Fill `out` from a file, if it is one of most."
-    if fetch(path, pixels, buf, at, length, numbers) != pixels.size:
-        return False
+def _sum_from(fd, place, some, low, high, add, out):
+    "Fill `out` from a file's pixels, a few rows (int16 or uint16 [rows, 2 S]) at a time; is the file that long?"
+    columns, into = some.shape[1], some.view(np.uint8).reshape(-1)
+    for r in range(0, out.shape[0], some.shape[0] // 2):
+        count = min(some.shape[0], 2 * (out.shape[0] - r))
+        wanted = into[:2 * count * columns]
+        if read_at(fd, wanted, place + 4 * r * columns) != wanted.size:
+            return False
+        _sum_of_four(some[:count], low, high, add, out[r:r + count // 2])
+    return True
+
+@compiled
+def _fill_from(fd, place, numbers, lowest, memory, out):
+    "Fill `out` from an open plain file, if it is like most."
     shape, bits, signed, slope, intercept = what_it_says(numbers)
-    if bits != 16 or shape != (2 * out.shape[0], 2 * out.shape[1]):
+    whole, low, high, add = whole_terms(signed, slope, intercept, lowest, float(HIGHEST), 4)
+    if not whole or bits != 16 or shape != (2 * out.shape[0], 2 * out.shape[1]):
         return False
+    rows = min(max(memory.size // (4 * shape[1]), 1) * 2, shape[0])
+    some = memory[:2 * rows * shape[1]]
     if signed:
-        return _at_once(pixels.view(np.int16).reshape(shape), True, slope, intercept, lowest, out)
-    return _at_once(pixels.view(np.uint16).reshape(shape), False, slope, intercept, lowest, out)
+        some = some.view(np.int16).reshape((rows, shape[1]))
+        return _sum_from(fd, place, some, np.int16(low), np.int16(high), np.int16(add), out)
+    other = some.view(np.uint16).reshape((rows, shape[1]))
+    return _sum_from(fd, place, other, np.uint16(low), np.uint16(high), np.uint16(add), out)
+
+@compiled
+def _read_at_once(names, edges, rows, lowest, memory, buf, at, length, numbers, out):
+    for k in range(len(rows)):
+        i = rows[k]
+        fd = open_plain(names[edges[i]:edges[i + 1]], buf, at, length, numbers)
+        if fd < 0:
+            return k
+        done = _fill_from(fd, at[-1], numbers, lowest, memory, out[k])
+        close_file(fd)
+        if not done:
+            return k
+    return len(rows)
 
 def read_at_once(
-    path,  # a DICOM file
-    out,  # int16 [S, S], contiguous, filled with quarter HU as the file has them (not turned)
+    paths,  # of DICOM files, from `raw_paths`
+    rows,  # int64 [n], which of them
+    out,  # int16 [n, S, S], contiguous, filled with quarter HU as the files have them (not turned)
     lowest=AIR,  # HU, -8192 to 0; everything below is raised to it
-    scratch=None,  # uint8 [8 S^2 or more], memory for the file's pixels
-) -> bool:  # whether it was filled
-    "Read and halve a plain file of 2S x 2S pixels without Python's lock; any other is not touched."
-    check_scratch(scratch)
-    pixels = np.empty(8 * out.size, np.uint8) if scratch is None else scratch[:8 * out.size]
-    return _read_at_once(raw_path(path), float(lowest), pixels, *header_buffers(), out)
+) -> int:  # how many were read before the first that is not plain, or not of 2S x 2S pixels
+    "Read and halve plain files one after the other, without Python's lock."
+    memory = np.empty(max(_piece, 8 * out.shape[-1]), np.uint8)
+    return _read_at_once(*paths, rows, float(lowest), memory, *header_buffers(), out)

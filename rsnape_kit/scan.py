@@ -18,7 +18,7 @@ from .faults import file_fault
 from .files import list_files, strays
 from .header import FIELD, FIELDS, FOUND, MORE, NUMBER, NUMBERS, walk_many
 from .order import CORNER, ORIENTATION, arrange
-from .rawfile import beginning, raw_path
+from .rawfile import beginnings, raw_paths
 
 # %% ../nbs/108_scan.ipynb #b376a21d
 _texts = ("study", "series", "image", "syntax")
@@ -59,8 +59,7 @@ _which = [FIELD[name] for name in _texts]
 def _batch(paths, bufs, numbers, status, size):
     "Read and walk a few files; their four texts, None where the walk found it odd or too short."
     got = np.empty(len(paths), np.int64)
-    for i, (path, row) in enumerate(zip(paths, bufs)):
-        got[i], size[i] = beginning(raw_path(path), row)
+    beginnings(*raw_paths(paths), bufs, got, size)
     at, length = np.empty((2, len(paths), len(FIELDS)), np.int64)
     walk_many(bufs, got, at, length, numbers, status)
     raw, start = bufs.reshape(-1).data, at[:, _which] + np.arange(len(paths))[:, None] * bufs.shape[1]

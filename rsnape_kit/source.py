@@ -13,6 +13,7 @@ import numpy as np
 
 from .dicom import FILLED, read_or_fill, read_slice, scan
 from .quarter import AIR, is_exact, read_at_once, stored_to_quarter_hu
+from .rawfile import raw_paths
 
 # %% ../nbs/111_source.ipynb #95145c03
 def row_numbers(
@@ -78,10 +79,10 @@ class DicomSource:
         self.table = table.assign(exact=is_exact(table["rows"], table["columns"], size) & own)
         self.size, self.on_error, self.lowest, self.reader = size, on_error, lowest, reader
         self._rows, self._bad, self._lock = None, {}, threading.Lock()
-        self._paths = table["path"].tolist()
-        named = table["path"].map(lambda path: isinstance(path, str) and "\0" not in path).astype(bool)
-        plain = named & (table["rows"] > 0) & ~(table["flip_rows"] | table["flip_columns"])
-        self._upright = (plain & (reader is read_slice)).tolist()
+        upright = (table["rows"] > 0) & ~(table["flip_rows"] | table["flip_columns"]) & (reader is read_slice)
+        names = [path if isinstance(path, str) and "\0" not in path else "" for path in table["path"]]
+        self._paths = raw_paths([*names, ""])  # the last is no file, which is where those point that take the long way
+        self._place = np.where(upright, np.arange(len(names)), len(names))
 
     def __len__(self):
         return len(self.table)
@@ -96,10 +97,12 @@ class DicomSource:
         out=None,  # int16 [n, S, S] to fill, which spares the operating system fresh pages
     ) -> np.ndarray:  # int16 [n, S, S], quarter HU
         "Slices by number, the fast way."
-        out, scratch = memory(len(rows), self.size, out), _scratch(self.size)
-        for i, into in zip(rows, out):
-            if i in self._bad or not (self._upright[i] and read_at_once(self._paths[i], into, self.lowest, scratch)):
-                self._fill(i, into)
+        out, rows, done = memory(len(rows), self.size, out), np.asarray(rows, np.int64), 0
+        while done < len(rows):
+            done += read_at_once(self._paths, self._place[rows[done:]], out[done:], self.lowest)
+            if done < len(rows):
+                self._fill(int(rows[done]), out[done])
+                done += 1
         return out
 
     def _fill(self, i, out):
@@ -115,6 +118,7 @@ class DicomSource:
         if values is not out:  # turned, or there are none
             out[:] = 4 * AIR if values is None else values
         if note:
+            self._place[i] = len(self)
             self._mark(i, note)
 
     def _mark(self, i, note):

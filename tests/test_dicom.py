@@ -179,7 +179,7 @@ def test_what_this_machine_lacks_is_no_file_s_fault(tmp_path, monkeypatch, fault
             read_hu(path)
         assert error.value is fault
     with monkeypatch.context() as patch, pytest.raises(type(fault)):
-        patch.setattr("rsnape_kit.scan.beginning", lambda *_: (0, 0))
+        patch.setattr("rsnape_kit.scan.beginnings", lambda names, edges, bufs, got, size: got.fill(0))
         patch.setattr(pydicom, "dcmread", fails)
         scan(tmp_path)
 
