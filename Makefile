@@ -18,6 +18,10 @@ demo: $(READY)  ## the main job, end to end, on made-up data
 demo-quick: $(READY)  ## the same in some three minutes, with models that learn nothing
 	python -m rsnape_kit.cli demo --size quick --folder demo-quick
 
+# Two processes run side by side; more threads than cores wait for each other, busily.
+test: export OMP_NUM_THREADS = 1
+test: export TF_NUM_INTRAOP_THREADS = 1
+test: export TF_NUM_INTEROP_THREADS = 1
 test: $(READY) lint  ## exports, every notebook, every test
 	nbdev_export
 	python tests/notebooks.py
