@@ -89,7 +89,7 @@ class _Given:
 
     def __iter__(self):
         "All batches of the epoch; the next one is begun before the last piece of this one is done."
-        ahead = Ahead(self)
+        ahead = Ahead(self, min(2, self.feed.workers))
         try:
             for i in range(len(self)):
                 yield ahead[i]
