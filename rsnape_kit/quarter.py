@@ -139,6 +139,8 @@ def _fill_from(fd, place, numbers, lowest, memory, out):
 def _read_at_once(names, edges, rows, lowest, memory, buf, at, length, numbers, out):
     for k in range(len(rows)):
         i = rows[k]
+        if not 0 <= i < len(edges) - 1:
+            return k
         fd = open_plain(names[edges[i]:edges[i + 1]], buf, at, length, numbers)
         if fd < 0:
             return k
@@ -153,7 +155,9 @@ def read_at_once(
     rows,  # int64 [n], which of them
     out,  # int16 [n, S, S], contiguous, filled with quarter HU as the files have them (not turned)
     lowest=AIR,  # HU, -8192 to 0; everything below is raised to it
-) -> int:  # how many were read before the first that is not plain, or not of 2S x 2S pixels
+) -> int:  # how many were read before the first that is not plain, not of 2S x 2S pixels, or none of them
     "Read and halve plain files one after the other, without Python's lock."
+    if len(out) != len(rows):
+        raise ValueError(f"out holds {len(out)} slices, and {len(rows)} are asked for")
     memory = np.empty(max(_piece, 8 * out.shape[-1]), np.uint8)
     return _read_at_once(*paths, rows, float(lowest), memory, *header_buffers(), out)

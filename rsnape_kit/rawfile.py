@@ -15,15 +15,18 @@ from .compiled import compiled, numba
 
 # %% ../nbs/014_rawfile.ipynb #9cecd714
 def raw_paths(
-    paths,  # list of str or path
+    paths,  # list of str, bytes or path
 ) -> tuple:  # (uint8, their bytes and a zero behind each; int64 [n + 1], where each begins and the last ends)
     "Paths as the system takes them."
-    names = np.frombuffer(os.fsencode("".join(f"{os.fspath(path)}\0" for path in paths)), np.uint8)
-    edges = np.concatenate([[0], np.flatnonzero(names == 0) + 1])
-    if len(edges) != len(paths) + 1:
-        odd = next(path for path in paths if "\0" in os.fspath(path))
-        raise ValueError(f"{odd!r} holds a zero byte, which no file's name does")
-    return names, edges
+    names, lengths = bytearray(), np.zeros(len(paths) + 1, np.int64)
+    for i in range(0, len(paths), 4096):  # all at once would take the memory three times
+        part = [os.fsencode(path) + b"\0" for path in paths[i:i + 4096]]
+        lengths[i + 1:i + 1 + len(part)] = [len(name) for name in part]
+        names += (joined := b"".join(part))
+        if joined.count(0) != len(part):
+            odd = next(name for name in part if b"\0" in name[:-1])
+            raise ValueError(f"{os.fsdecode(odd[:-1])!r} holds a zero byte, which no file's name does")
+    return np.frombuffer(names, np.uint8), lengths.cumsum()
 
 # %% ../nbs/014_rawfile.ipynb #3ec8f8e6
 _flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)

@@ -29,7 +29,7 @@ from .train import named_weights, need_positives, source_fingerprint
 
 # %% ../nbs/422_train_torch.ipynb #ad347fe0
 def _warn_of_tensorflow():
-    if "tensorflow" in sys.modules and "torch._dynamo" not in sys.modules and find_spec("triton"):
+    if "tensorflow" in sys.modules and not {"triton", "torch._dynamo"} & set(sys.modules) and find_spec("triton"):
         warnings.warn("TensorFlow was loaded first, and training PyTorch beside it may end this process without a word: "
                       "train in one of its own, e.g. with `rsnape train petaformer`", stacklevel=3)
 
