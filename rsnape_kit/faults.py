@@ -7,6 +7,7 @@ __all__ = ['DicomError', 'file_fault']
 
 # %% ../nbs/101_faults.ipynb #603bfbaa
 import errno
+import warnings
 
 # %% ../nbs/101_faults.ipynb #c961489c
 class DicomError(ValueError):
@@ -34,3 +35,6 @@ def file_fault(
     if isinstance(error, OSError):
         return DicomError(path, error.strerror or error)
     return DicomError(path, f"{type(error).__name__}: {error}")
+
+# %% ../nbs/101_faults.ipynb #eee73c0a
+warnings.filterwarnings("ignore", "Invalid value for VR UI", UserWarning)
