@@ -88,7 +88,7 @@ class _Given:
         return (x, *self._answers(i, rows)) if self.labelled else x
 
     def __iter__(self):
-        "All batches of the epoch; the next one is begun before the last piece of this one is done."
+        "All batches of the epoch, the next one in the making."
         ahead = Ahead(self, min(2, self.feed.workers))
         try:
             for i in range(len(self)):

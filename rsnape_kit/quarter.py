@@ -111,13 +111,13 @@ _piece = 1 << 17  # bytes
 @compiled
 def _sum_from(fd, place, some, low, high, add, out):
     "Fill `out` from a file's pixels, a few rows (int16 or uint16 [rows, 2 S]) at a time; is the file that long?"
-    columns, into = some.shape[1], some.view(np.uint8).reshape(-1)
+    columns, into, kind = some.shape[1], some.view(np.uint8).reshape(-1), some.dtype.type
     for r in range(0, out.shape[0], some.shape[0] // 2):
         count = min(some.shape[0], 2 * (out.shape[0] - r))
         wanted = into[:2 * count * columns]
         if read_at(fd, wanted, place + 4 * r * columns) != wanted.size:
             return False
-        _sum_of_four(some[:count], low, high, add, out[r:r + count // 2])
+        _sum_of_four(some[:count], kind(low), kind(high), kind(add), out[r:r + count // 2])
     return True
 
 @compiled
@@ -130,10 +130,8 @@ def _fill_from(fd, place, numbers, lowest, memory, out):
     rows = min(max(memory.size // (4 * shape[1]), 1) * 2, shape[0])
     some = memory[:2 * rows * shape[1]]
     if signed:
-        some = some.view(np.int16).reshape((rows, shape[1]))
-        return _sum_from(fd, place, some, np.int16(low), np.int16(high), np.int16(add), out)
-    other = some.view(np.uint16).reshape((rows, shape[1]))
-    return _sum_from(fd, place, other, np.uint16(low), np.uint16(high), np.uint16(add), out)
+        return _sum_from(fd, place, some.view(np.int16).reshape((rows, shape[1])), low, high, add, out)
+    return _sum_from(fd, place, some.view(np.uint16).reshape((rows, shape[1])), low, high, add, out)
 
 @compiled
 def _read_at_once(names, edges, rows, lowest, memory, buf, at, length, numbers, out):
