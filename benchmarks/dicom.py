@@ -102,7 +102,6 @@ def main():
     parser.add_argument("--headers", type=int, default=10_000, help="made-up headers to scan")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    made_up.quiet()
     with tempfile.TemporaryDirectory() as folder:
         few, many = Path(folder) / "few", Path(folder) / "many"
         if not args.folder:

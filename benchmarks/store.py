@@ -143,7 +143,6 @@ def main():
     parser.add_argument("--slices", type=int, default=200, help="slices in each")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    made_up.quiet()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         if not args.folder:
