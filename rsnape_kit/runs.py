@@ -24,7 +24,7 @@ import pandas as pd
 from . import __version__
 from .predictions import Predictions
 from .replacing import complete, replacing
-from .saved import restored, write_text
+from .saved import checked_name, restored, write_text
 
 # %% ../nbs/411_runs.ipynb #7100e216
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,9 @@ class RunConfig:
     seed: int = 0  # of everything random: first weights, order, augmentation, dropout
     store: str = ""  # fingerprint of the store the pixels come from
     split: str = ""  # fingerprint of the folds
+
+    def __post_init__(self):
+        checked_name(self.model, "model")
 
     @property
     def name(self) -> str:
@@ -63,9 +66,16 @@ def run_settings(
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there: {run} is no run folder, or was copied in part")
     try:
-        return json.loads(path.read_text())["settings"]
+        settings = json.loads(path.read_text())["settings"]
+        parts = {key: settings[key] for key in ("model", "fold", "seed") if key in settings}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): take another copy of the run") from error
+    for key, value in parts.items():  # they name folders
+        if key == "model":
+            checked_name(value, f"{path}: model")
+        elif type(value) is not int or value < 0:
+            raise ValueError(f"{path}: {key} is {value!r:.120}: expected a whole number from 0")
+    return settings
 
 
 def load_config(
