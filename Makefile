@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 READY := $(VENV)/.ready
-LONG := $(foreach name,submit demo predict rehearse learning models fitting,tests/test_$(name).py)  # begun first
+LONG := $(foreach name,submit demo predict rehearse learning models fitting,$(wildcard tests/*/test_$(name).py))
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export MPLBACKEND ?= agg
@@ -25,7 +25,7 @@ test: export TF_NUM_INTEROP_THREADS = 1
 test: $(READY) lint  ## exports, every notebook, every test
 	nbdev_export
 	python tests/notebooks.py
-	echo $(LONG) $(filter-out $(LONG),$(sort $(wildcard tests/test_*.py))) | xargs -P 2 -n 1 pytest -q
+	echo $(LONG) $(filter-out $(LONG),$(sort $(wildcard tests/test_*.py tests/*/test_*.py))) | xargs -P 2 -n 1 pytest -q
 
 lint: $(READY)  ## ruff over notebooks, modules, tests and benchmarks
 	ruff check .
@@ -35,10 +35,10 @@ bench: $(READY)  ## side-by-side speed, as ratios
 
 notebooks: $(READY)  ## run all notebooks, keep their outputs, clean what is not output
 	nbdev_clean --clear_all
-	for nb in nbs/*.ipynb nbs/tutorials/*.ipynb; do echo "$$nb"; \
+	for nb in nbs/[0-9]*.ipynb nbs/[0-9]*/*.ipynb nbs/tutorials/*.ipynb; do echo "$$nb"; \
 	  (cd $$(dirname $$nb) && exec_nb $$(basename $$nb) --dest $$(basename $$nb) --exc_stop) || exit 1; done
 	nbdev_export && nbdev_clean
-	python -c "from rsnape_kit.kernels import export_kernels; export_kernels()"
+	python -c "from rsnape_kit.kaggle.kernels import export_kernels; export_kernels()"
 
 hooks: $(READY)  ## git hooks that clean notebooks on commit and merge them readably
 	nbdev_install_hooks

@@ -15,16 +15,25 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from rsnape_kit.breakdown import resample, study_losses
-from rsnape_kit.consistency import MARGIN, expected_cost, make_consistent, study_q, violations
-from rsnape_kit.ensemble import Ensemble, nested_blend
-from rsnape_kit.hierarchy import allowed_answers
-from rsnape_kit.labels import CHRONICITY, EXAM_LABELS, EXAM_WEIGHTS, IMAGE_WEIGHT, LOCATIONS, NOT_POSITIVE, RV_LV, STUDY
-from rsnape_kit.metric import competition_loss
-from rsnape_kit.predict import load_folds, load_oofs, plan
-from rsnape_kit.predictions import Predictions
-from rsnape_kit.qhat import fit_q
-from rsnape_kit.simulate import simulate_model, simulate_truth
+from rsnape_kit.competition.labels import (
+    CHRONICITY,
+    EXAM_LABELS,
+    EXAM_WEIGHTS,
+    IMAGE_WEIGHT,
+    LOCATIONS,
+    NOT_POSITIVE,
+    RV_LV,
+    STUDY,
+    allowed_answers,
+)
+from rsnape_kit.competition.metric import competition_loss
+from rsnape_kit.competition.predictions import Predictions
+from rsnape_kit.competition.submission import violations
+from rsnape_kit.ensemble.consistency import MARGIN, expected_cost, fit_q, make_consistent, study_q
+from rsnape_kit.ensemble.ensemble import Ensemble, nested_blend
+from rsnape_kit.inference.predict_runs import load_folds, load_oofs, plan
+from rsnape_kit.report.scores import resample, study_losses
+from rsnape_kit.testing import simulate_model, simulate_truth
 
 LO, HI = .5 - MARGIN, .5 + MARGIN
 AT = {label: i for i, label in enumerate(EXAM_LABELS)}

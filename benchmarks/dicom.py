@@ -15,8 +15,8 @@ from pydicom.encaps import encapsulate
 from pydicom.pixels import apply_modality_lut
 from pydicom.uid import JPEGLosslessSV1
 
-from rsnape_kit.dicom import read_hu, scan
-from rsnape_kit.scan import list_files
+from rsnape_kit.dicom.hounsfield import read_hu
+from rsnape_kit.dicom.slices import list_files, scan
 
 FIELDS = ("StudyInstanceUID SeriesInstanceUID SOPInstanceUID Rows Columns PixelSpacing SliceThickness RescaleSlope "
           "RescaleIntercept PixelRepresentation ImagePositionPatient ImageOrientationPatient InstanceNumber").split()

@@ -18,16 +18,18 @@ import numpy as np
 from _made_up import write
 from pipeline import Repeated, make_truth
 
-from rsnape_kit.affine import AffineRange
-from rsnape_kit.batches import ImageBatches
-from rsnape_kit.device import with_pixels
-from rsnape_kit.feed import cores
-from rsnape_kit.loaders import keras_dataset
-from rsnape_kit.masks import SideMask
-from rsnape_kit.models.backend import import_keras, jit
-from rsnape_kit.models.image import efficientnet
-from rsnape_kit.pixels import Pixels
-from rsnape_kit.store import DicomSource, SliceStore, build_store
+from rsnape_kit.data.adapters import keras_dataset
+from rsnape_kit.data.batches import ImageBatches
+from rsnape_kit.data.slice_loader import cores
+from rsnape_kit.models.efficientnet import efficientnet
+from rsnape_kit.models.input_layer import with_pixels
+from rsnape_kit.models.keras_backend import import_keras, jit
+from rsnape_kit.store.build import build_store
+from rsnape_kit.store.dicom_source import DicomSource
+from rsnape_kit.store.slice_store import SliceStore
+from rsnape_kit.transforms.affine import AffineRange
+from rsnape_kit.transforms.masks import SideMask
+from rsnape_kit.transforms.render import Pixels
 
 
 class Same:

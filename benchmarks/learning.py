@@ -24,16 +24,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from rsnape_kit.breakdown import gain_over
-from rsnape_kit.dicom import scan
-from rsnape_kit.folds import folds
-from rsnape_kit.labels import EXAM_LABELS, IMAGE_LABEL, STUDY
-from rsnape_kit.phantom import make_competition
-from rsnape_kit.predictions import Predictions
-from rsnape_kit.prior import position_prior, prior
-from rsnape_kit.recipes import DEMO
-from rsnape_kit.settings import change
-from rsnape_kit.store import SliceStore, build_store
+from rsnape_kit.competition.folds import folds
+from rsnape_kit.competition.labels import EXAM_LABELS, IMAGE_LABEL, STUDY
+from rsnape_kit.competition.predictions import Predictions
+from rsnape_kit.competition.priors import position_prior, prior
+from rsnape_kit.dicom.slices import scan
+from rsnape_kit.phantom.generate import make_competition
+from rsnape_kit.report.scores import gain_over
+from rsnape_kit.runs.recipes import DEMO, change
+from rsnape_kit.store.build import build_store
+from rsnape_kit.store.slice_store import SliceStore
 
 SPLITS = {"train": "train", "test": "test", "twins": "truth/twins"}
 
@@ -84,11 +84,11 @@ def teach(args):
         truth = dealt(truth.align(truth), 1)
     config = change(DEMO[name], [f"seed={args.seeds[0]}", *args.set])
     if name == "petaformer":
-        from rsnape_kit.infer_torch import infer
-        from rsnape_kit.train_torch import train
+        from rsnape_kit.inference.torch_predictor import infer
+        from rsnape_kit.training.torch_trainer import train
     else:
-        from rsnape_kit.infer import infer
-        from rsnape_kit.train import train
+        from rsnape_kit.inference.keras_predictor import infer
+        from rsnape_kit.training.keras_trainer import train
     source, wall, cpu = SliceStore(folder / "train"), time.perf_counter(), time.process_time()
     names = source.table[STUDY].unique()[:args.use]
     split = folds(names, truth.select(names), args.folds)

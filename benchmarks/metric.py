@@ -14,9 +14,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from rsnape_kit.labels import AUX_LABELS, EXAM_LABELS, EXAM_WEIGHTS, IMAGE_LABEL, IMAGE_WEIGHT, SERIES, SLICE, STUDY
-from rsnape_kit.metric import competition_loss, log_loss
-from rsnape_kit.predictions import Predictions
+from rsnape_kit.competition.labels import (
+    AUX_LABELS,
+    EXAM_LABELS,
+    EXAM_WEIGHTS,
+    IMAGE_LABEL,
+    IMAGE_WEIGHT,
+    SERIES,
+    SLICE,
+    STUDY,
+)
+from rsnape_kit.competition.metric import competition_loss, log_loss
+from rsnape_kit.competition.predictions import Predictions
 
 
 def make_train(studies: int, rng) -> pd.DataFrame:
@@ -95,7 +104,7 @@ def main():
     print(f"{'competition_loss, another row order':42}{other:8.3f} s   {slow / other:6.0f}x the loop")
     print(f"{'per-study loop':42}{slow:8.2f} s")
     alone = import_seconds("import numpy, pandas, pyarrow.csv")
-    print(f"{'import rsnape_kit.prior':42}{import_seconds('import rsnape_kit.prior'):8.2f} s")
+    print(f"{'import rsnape_kit.competition.priors':42}{import_seconds('import rsnape_kit.competition.priors'):8.2f} s")
     print(f"{'import numpy, pandas, pyarrow.csv':42}{alone:8.2f} s")
 
 

@@ -9,10 +9,9 @@ import time
 
 import numpy as np
 
-from rsnape_kit.losses import pack, weighted_bce
-from rsnape_kit.models.backend import import_keras, jit
-from rsnape_kit.models.costs import costs
-from rsnape_kit.models.image import body, efficientnet
+from rsnape_kit.models.efficientnet import body, efficientnet
+from rsnape_kit.models.keras_backend import costs, import_keras, jit
+from rsnape_kit.models.losses import pack, weighted_bce
 from rsnape_kit.models.volume import efficientnet3d, fold_frames, resnet3d
 
 rng = np.random.default_rng(0)

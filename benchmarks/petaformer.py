@@ -11,10 +11,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from rsnape_kit.infer_torch import PetaFormerConfig, autocast, group_batches, resolve_precision, tensors
-from rsnape_kit.labels import SLICE, STUDY
-from rsnape_kit.learner_torch import group_loss
+from rsnape_kit.competition.labels import SLICE, STUDY
+from rsnape_kit.inference.torch_predictor import autocast, group_batches, resolve_precision, tensors
 from rsnape_kit.models.petaformer import ATTENTION, PetaFormer, make_attention
+from rsnape_kit.runs.config import PetaFormerConfig
+from rsnape_kit.training.torch_learner import group_loss
 
 
 class Noise:

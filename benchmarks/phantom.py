@@ -18,9 +18,9 @@ import pydicom
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLosslessSV1
 from scipy.ndimage import gaussian_filter
 
-from rsnape_kit.phantom_dicom import Style, encode, header, hex_id, write_series
-from rsnape_kit.phantom_scanner import Scanner
-from rsnape_kit.phantom_study import DEMO, draw_study, exam_labels, image_labels
+from rsnape_kit.phantom.dicom_writer import Style, encode, header, hex_id, write_series
+from rsnape_kit.phantom.scanner import Scanner
+from rsnape_kit.phantom.study import DEMO, draw_study, exam_labels, image_labels
 
 
 def peak() -> float:

@@ -27,16 +27,18 @@ import numpy as np
 import pandas as pd
 from _made_up import write
 
-from rsnape_kit.affine import STUDY_RANGE, AffineRange
-from rsnape_kit.batches import GroupBatches, ImageBatches, StudyBatches
-from rsnape_kit.feed import cores
-from rsnape_kit.labels import AUX_LABELS, EXAM_LABELS, IMAGE_LABEL, SLICE, STUDY
-from rsnape_kit.loaders import keras_dataset
-from rsnape_kit.masks import SideMask
-from rsnape_kit.predictions import Predictions
-from rsnape_kit.store import DicomSource, SliceStore, build_store
-from rsnape_kit.tables import slice_index
-from rsnape_kit.tfrecords import LABELS, TAGS, read_organisers, write_organisers
+from rsnape_kit.competition.labels import AUX_LABELS, EXAM_LABELS, IMAGE_LABEL, SLICE, STUDY
+from rsnape_kit.competition.predictions import Predictions
+from rsnape_kit.competition.tables import slice_index
+from rsnape_kit.data.adapters import keras_dataset
+from rsnape_kit.data.batches import GroupBatches, ImageBatches, StudyBatches
+from rsnape_kit.data.slice_loader import cores
+from rsnape_kit.store.build import build_store
+from rsnape_kit.store.dicom_source import DicomSource
+from rsnape_kit.store.slice_store import SliceStore
+from rsnape_kit.store.tfrecords import LABELS, TAGS, read_organisers, write_organisers
+from rsnape_kit.transforms.affine import STUDY_RANGE, AffineRange
+from rsnape_kit.transforms.masks import SideMask
 
 FRAMES = 56
 

@@ -23,11 +23,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from rsnape_kit.labels import SERIES, SLICE, STUDY
-from rsnape_kit.phantom import make_competition
-from rsnape_kit.recipes import RECIPES
-from rsnape_kit.settings import change
-from rsnape_kit.tables import read_csv, sample_submission, slice_index
+from rsnape_kit.competition.labels import SERIES, SLICE, STUDY
+from rsnape_kit.competition.tables import read_csv, sample_submission, slice_index
+from rsnape_kit.phantom.generate import make_competition
+from rsnape_kit.runs.recipes import RECIPES, change
 
 SMALL = {"efficientnet": ["pixels.size=32", "network.width=.25"], "resnet3d": ["pixels.size=32", "network.width=.125"],
          "efficientnet3d": ["pixels.size=32", "network.width=.25"], "petaformer": ["size=32", "net.width=.125"]}
@@ -35,19 +34,19 @@ SMALL = {"efficientnet": ["pixels.size=32", "network.width=.25"], "resnet3d": ["
 
 def make_run(folder: Path, model: str):
     "A run folder with untrained weights; in this process."
-    from rsnape_kit.runs import open_run
+    from rsnape_kit.runs.folder import open_run
 
     config = change(replace(RECIPES["quick"][model], seed=0), SMALL[model])
     run = open_run(folder / config.name, config)
     if model == "petaformer":
         import torch
 
-        from rsnape_kit.simulate import simulate_truth
-        from rsnape_kit.train_torch import new_model
+        from rsnape_kit.testing import simulate_truth
+        from rsnape_kit.training.torch_trainer import new_model
         torch.save(new_model(config, simulate_truth(50, (3, 6, 9))).state_dict(), run / "weights.pt")
     else:
-        from rsnape_kit.config import build_model
-        from rsnape_kit.models.backend import save_weights
+        from rsnape_kit.models.keras_backend import save_weights
+        from rsnape_kit.runs.config import build_model
         save_weights(build_model(config), run / "best.npz")
 
 
@@ -84,7 +83,7 @@ def make_part(folder: Path, whole: Path, slices: int):
 
 def rerun(folder: Path, runs: list, out: Path):
     "Submit one test set; in this process and its children."
-    from rsnape_kit.submit import submit
+    from rsnape_kit.kaggle.submitter import submit
 
     began, cpu, test = time.perf_counter(), os.times(), read_csv(folder / "test.csv")
     draft = submit(runs, None, None, float("inf"), competition=folder, out=out / "submission.csv", work=out,

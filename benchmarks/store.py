@@ -20,8 +20,10 @@ import pydicom
 from PIL import Image
 from pydicom.pixels import apply_modality_lut
 
-from rsnape_kit.dicom import scan
-from rsnape_kit.store import DicomSource, SliceStore, build_store
+from rsnape_kit.dicom.slices import scan
+from rsnape_kit.store.build import build_store
+from rsnape_kit.store.dicom_source import DicomSource
+from rsnape_kit.store.slice_store import SliceStore
 
 WINDOWS = ((-600, 1500), (100, 700), (40, 400))
 
@@ -86,7 +88,7 @@ def read_rows(store, batches, out=None):
 
 def peak(table, folder):
     "Peak memory in MB of a build in a process of its own."
-    code = ("import pandas as pd, resource, sys; from rsnape_kit.store import build_store\n"
+    code = ("import pandas as pd, resource, sys; from rsnape_kit.store.build import build_store\n"
             "build_store(pd.read_pickle(sys.argv[1]), sys.argv[2])\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)")
     table.to_pickle(folder / "table.pkl")

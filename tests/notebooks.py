@@ -4,7 +4,7 @@ No notebook leans on what another imported. The processes are forked from one th
 them need, or each would begin with a second or two of that.
 
     python tests/notebooks.py                      # all, two at a time
-    python tests/notebooks.py nbs/004_metric.ipynb
+    python tests/notebooks.py nbs/01_competition/04_metric.ipynb
 """
 import multiprocessing
 import os
@@ -24,15 +24,15 @@ ROOT = Path(__file__).parents[1]
 
 def run(path: Path):
     "Run one notebook and end this process."
-    os.chdir(ROOT / "nbs")
+    os.chdir(path.parent)
     passed, _ = test_nb(path, skip_flags=get_config().tst_flags.split(), basepath=ROOT)
     sys.exit(not passed)
 
 
 def main(*names):
     "Run the named notebooks, or all; the last layers first, since theirs take longest."
-    numbered, tutorials = (sorted(ROOT.glob(f"nbs/{which}.ipynb"), reverse=True) for which in ("[0-9]*", "tutorials/*"))
-    todo = [Path(name).absolute() for name in names] or numbered + tutorials
+    numbered = sorted([*ROOT.glob("nbs/[0-9]*.ipynb"), *ROOT.glob("nbs/[0-9]*/*.ipynb")], reverse=True)
+    todo = [Path(name).absolute() for name in names] or [*numbered, *sorted(ROOT.glob("nbs/tutorials/*.ipynb"))]
     running, failed = {}, []
     while todo or running:
         while todo and len(running) < 2:
@@ -42,8 +42,8 @@ def main(*names):
         for sentinel in wait(list(running)):
             process, path, began = running.pop(sentinel)
             process.join()
-            failed += [path.name] if process.exitcode else []
-            print(f"{path.name:<40}{time.time() - began:>6.0f} s{'   FAILED' if process.exitcode else ''}", flush=True)
+            failed += [str(path.relative_to(ROOT))] if process.exitcode else []
+            print(f"{str(path.relative_to(ROOT / 'nbs')):<44}{time.time() - began:>6.0f} s{'   FAILED' if process.exitcode else ''}", flush=True)
     sys.exit(f"failed: {', '.join(failed)}" if failed else None)
 
 

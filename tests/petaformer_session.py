@@ -10,14 +10,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from rsnape_kit import resume_torch
-from rsnape_kit.folds import folds
-from rsnape_kit.infer_torch import Net, PetaFormerConfig
-from rsnape_kit.labels import EXAM_LABELS, SLICE, STUDY
-from rsnape_kit.predictions import Predictions
-from rsnape_kit.settings import change
-from rsnape_kit.tables import slice_index
-from rsnape_kit.train_torch import train
+from rsnape_kit.competition.folds import folds
+from rsnape_kit.competition.labels import EXAM_LABELS, SLICE, STUDY
+from rsnape_kit.competition.predictions import Predictions
+from rsnape_kit.competition.tables import slice_index
+from rsnape_kit.runs.config import Net, PetaFormerConfig
+from rsnape_kit.runs.recipes import change
+from rsnape_kit.training import torch_checkpoint as resume_torch
+from rsnape_kit.training.torch_trainer import train
 
 
 class Memory:

@@ -1,12 +1,11 @@
 "A small competition and untrained runs of every kind, for tests of prediction and submission."
 from pathlib import Path
 
-from rsnape_kit.config import TrainConfig, build_model
-from rsnape_kit.infer_torch import Net, PetaFormerConfig
-from rsnape_kit.models.backend import save_weights
-from rsnape_kit.pixels import Pixels
-from rsnape_kit.runs import open_run
-from rsnape_kit.windows import PE
+from rsnape_kit.models.keras_backend import save_weights
+from rsnape_kit.runs.config import Net, PetaFormerConfig, TrainConfig, build_model
+from rsnape_kit.runs.folder import open_run
+from rsnape_kit.transforms.render import Pixels
+from rsnape_kit.transforms.windows import PE
 
 PIXELS = Pixels((PE,), "fixed", 32)
 
@@ -24,7 +23,7 @@ def torch_run(folder, fold: int = 0) -> Path:
     "A PetaFormer run that was never trained."
     import torch
 
-    from rsnape_kit.train_torch import new_model
+    from rsnape_kit.training.torch_trainer import new_model
     net = Net(slices=3, width=.125, depth=.1, dim=24, layers=1, heads=4)
     config = PetaFormerConfig(net=net, size=32, groups=4, batch=2, fold=fold, seed=fold)
     run = open_run(Path(folder) / config.name, config)
@@ -34,5 +33,5 @@ def torch_run(folder, fold: int = 0) -> Path:
 
 def expected():
     "A truth to take constants from."
-    from rsnape_kit.simulate import simulate_truth
+    from rsnape_kit.testing import simulate_truth
     return simulate_truth(50, slices=(3, 6, 9))

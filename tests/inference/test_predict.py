@@ -1,0 +1,239 @@
+"Many runs, two frameworks, one source: the same as each run alone, whatever is broken, late or killed."
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from small_runs import keras_run, torch_run
+
+from rsnape_kit.competition.labels import EXAM_LABELS, STUDY
+from rsnape_kit.dicom.slices import scan
+from rsnape_kit.inference.keras_predictor import infer as infer_keras
+from rsnape_kit.inference.predict_runs import plan, predict, run_work
+from rsnape_kit.inference.results import load_answer
+from rsnape_kit.inference.torch_predictor import infer as infer_torch
+from rsnape_kit.phantom.generate import make_competition
+from rsnape_kit.store.build import build_store
+from rsnape_kit.store.dicom_source import DicomSource
+from rsnape_kit.store.slice_store import SliceStore
+from rsnape_kit.utils.processes import child_environ
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    "Five studies of nine slices, and runs: two folds of an image model, a volume model, a PetaFormer."
+    folder = tmp_path_factory.mktemp("world")
+    made = make_competition(folder / "competition", 1, 5, slices=9, difficulty="demo")
+    runs = {"efficientnet": [keras_run(folder / "runs", "efficientnet", fold) for fold in (0, 1)],
+            "resnet3d": [keras_run(folder / "runs", "resnet3d")], "petaformer": [torch_run(folder / "runs")]}
+    table = scan(made / "test")
+    alone = {run: (infer_torch if name == "petaformer" else infer_keras)(run, DicomSource(table))
+             for name, folders in runs.items() for run in folders}
+    return folder, table, runs, alone
+
+
+def odds_mean(*p):
+    odds = np.prod([q / (1 - q) for q in p], axis=0) ** (1 / len(p))
+    return odds / (1 + odds)
+
+
+def agrees(pred, alone):
+    "Up to what batches of another composition change."
+    labels = [label for label in pred.exams if pred.exams[label].notna().any()]
+    alone = [part.align(pred) for part in alone]
+    np.testing.assert_allclose(pred.images, odds_mean(*(part.images for part in alone)), rtol=1e-4, atol=1e-5)
+    if labels:
+        exams = odds_mean(*(part.exams[labels] for part in alone))
+        np.testing.assert_allclose(pred.exams[labels], exams, rtol=1e-4, atol=1e-5)
+    return labels
+
+
+def test_all_at_once_equals_infer_run_by_run_and_both_frameworks_read_a_study_once(world, tmp_path):
+    folder, table, runs, alone = world
+    every = [run for folders in runs.values() for run in folders]
+    work = plan(every, table, tmp_path / "answers")
+    seconds = run_work(work, scratch=tmp_path / "scratch", gpus=[], progress=False)
+    assert list(seconds) == ["keras", "torch"]
+    preds = work.gather()
+    assert {name: len(agrees(pred, [alone[run] for run in runs[name]])) for name, pred in preds.items()} == {
+        "efficientnet": 0, "resnet3d": 9, "petaformer": 13}
+    kept = [path for path in (tmp_path / "scratch").iterdir() if path.suffix != ".lock"]
+    assert {path.name for path in kept} == set(work.asked.names.values())
+    for path in table.path:  # gone: whoever comes now can only have the studies from the scratch folder
+        shutil.move(path, f"{path}.away")
+    try:
+        again = plan(runs["petaformer"], table, tmp_path / "others")
+        run_work(again, scratch=tmp_path / "scratch", gpus=[], progress=False)
+    finally:
+        for path in table.path:
+            shutil.move(f"{path}.away", path)
+    pd.testing.assert_series_equal(again.gather()["petaformer"].images, preds["petaformer"].images)
+
+
+@pytest.mark.slow
+def test_two_processes_side_by_side_say_the_same_and_share_the_reading(world, tmp_path):
+    "As with two GPUs; here their names mean nothing to the frameworks."
+    folder, table, runs, alone = world
+    both = [runs["resnet3d"][0], runs["petaformer"][0]]
+    work = plan(both, table, tmp_path / "answers")
+    seconds = run_work(work, scratch=tmp_path / "scratch", gpus=["0", "1"], progress=False)
+    assert list(seconds) == ["keras and torch"]
+    for name, pred in work.gather().items():
+        agrees(pred, [alone[run] for run in runs[name]])
+    work = plan(runs["petaformer"], table, tmp_path / "alone")  # one framework takes both
+    run_work(work, gpus=["0", "1"], progress=False)
+    agrees(work.gather()["petaformer"], [alone[runs["petaformer"][0]]])
+    assert {path.name for path in (tmp_path / "alone").glob("*.log")} == {"torch-0.log", "torch-1.log"}
+
+
+def test_augmented_looks_do_not_depend_on_what_else_is_asked(world, tmp_path):
+    folder, table, runs, _ = world
+    studies = table[STUDY].unique()
+
+    def said(**how):
+        return predict(runs["petaformer"], table, progress=False, **how)["petaformer"]
+
+    whole, one = said(tta=2, out=tmp_path / "a"), said(tta=2, out=tmp_path / "b", studies=studies[3:4])
+    pd.testing.assert_series_equal(one.images, whole.select(studies[3:4]).images, check_exact=True)
+    plain = said(out=tmp_path / "a")  # which does not find the other's answers
+    assert np.abs(plain.images - whole.images).max() > 1e-6
+
+
+def test_a_store_a_folder_and_a_table_give_the_same(world, tmp_path):
+    folder, table, runs, _ = world
+    build_store(table, tmp_path / "store")
+    sources = {"table": table, "folder": folder / "competition" / "test", "store": SliceStore(tmp_path / "store")}
+    said = {name: predict(runs["petaformer"], source, out=tmp_path / name, progress=False)["petaformer"]
+            for name, source in sources.items()}
+    for name in ("folder", "store"):
+        pd.testing.assert_series_equal(said[name].images, said["table"].images, check_exact=True)
+
+
+def test_answers_of_other_weights_settings_or_slices_are_never_used(world, tmp_path):
+    folder, table, runs, _ = world
+    run = shutil.copytree(runs["petaformer"][0], tmp_path / "run")
+    studies = table[STUDY].unique()
+    first = plan([run], table, tmp_path / "answers")
+    run_work(first, progress=False)
+    assert plan([run], table, tmp_path / "answers").answered().all(axis=None)
+    moved = shutil.copytree(run, tmp_path / "elsewhere")
+    assert plan([moved], table, tmp_path / "answers").answered().all(axis=None)  # the same run in another place
+    grown = table[~((table[STUDY] == studies[0]) & (table["order"] == 8))]  # a slice less in the first study
+    assert plan([run], grown, tmp_path / "answers").answered().iloc[:, 0].tolist() == [False] + [True] * 4
+    torch_weights = run / "weights.pt"
+    other = shutil.copytree(torch_run(tmp_path / "fresh", fold=3), tmp_path / "other") / "weights.pt"
+    shutil.copy(other, torch_weights)
+    assert not plan([run], table, tmp_path / "answers").answered().any(axis=None)
+
+
+def break_study(kind: str, paths: list):
+    "Damage the files of one study."
+    first = Path(paths[0])
+    if kind == "truncated":
+        for path in paths[2:5]:
+            os.truncate(path, 2000 + os.path.getsize(path) // 3)
+    elif kind == "no image":
+        first.write_bytes(b"this is a letter to the radiologist")
+    elif kind == "no folder":
+        shutil.rmtree(first.parent)
+    elif kind == "all broken":
+        for path in paths:
+            Path(path).write_bytes(os.urandom(600))
+    elif kind == "twice":
+        shutil.copy(first, first.with_name("copy.dcm"))
+    elif kind == "one slice":
+        for path in paths[1:]:
+            os.remove(path)
+    elif kind == "odd size":
+        import pydicom
+        for path in paths[::2]:
+            ds = pydicom.dcmread(path)
+            ds.decompress() if ds.file_meta.TransferSyntaxUID.is_compressed else None
+            ds.PixelData, ds.Rows, ds.Columns = np.ascontiguousarray(ds.pixel_array[:401, :333]).tobytes(), 401, 333
+            ds.save_as(path)
+
+
+BROKEN = {"truncated": True, "no image": True, "no folder": None, "all broken": False, "twice": True, "one slice": True,
+          "odd size": True}  # whether there is an answer all the same; None: the study is not even found
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    "A competition of which each study but the last is broken in its own way."
+    folder = tmp_path_factory.mktemp("broken")
+    made = make_competition(folder / "competition", 1, len(BROKEN) + 1, slices=8, difficulty="demo")
+    studies = sorted(path.name for path in (made / "test").iterdir())
+    for study, kind in zip(studies, BROKEN):
+        break_study(kind, sorted(map(str, (made / "test" / study).rglob("*.dcm"))))
+    return made, dict(zip(BROKEN, studies)), studies[-1]
+
+
+def test_every_broken_study_is_answered_or_said_to_be_unanswered(world, broken, tmp_path):
+    _, _, runs, _ = world
+    made, studies, whole = broken
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        both = [*runs["resnet3d"], *runs["petaformer"]]
+        preds = predict(both, made / "test", out=tmp_path / "answers", progress=False)
+    for pred in preds.values():
+        answered = pred.exams[list(EXAM_LABELS)].notna().all(axis=1)
+        assert answered[whole]
+        assert {kind: answered.get(study) for kind, study in studies.items()} == BROKEN
+        assert (pred.images.notna().groupby(level=0).all()[list(answered.index)] == answered).all()
+        assert len(pred.images[studies["twice"]]) == 8 and len(pred.images[studies["one slice"]]) == 1
+    assert any("had problems" in str(warning.message) for warning in said)
+
+
+def test_a_deadline_is_kept_and_what_was_done_counts(world, tmp_path):
+    folder, table, runs, alone = world
+    late = predict(runs["resnet3d"], table, out=tmp_path / "answers", deadline=0, progress=False)["resnet3d"]
+    assert late.exams.isna().all(axis=None) and len(late.exams) == 5
+    work = plan(runs["resnet3d"], table, tmp_path / "answers")
+    name, rows = next(iter(work.asked.names.values())), next(iter(work.asked.rows.values()))
+    full = predict(runs["resnet3d"], table, out=tmp_path / "full", progress=False)
+    source = next((tmp_path / "full").glob("resnet3d*")) / name
+    shutil.copy(source, work.folders[str(runs["resnet3d"][0])])
+    again = predict(runs["resnet3d"], table, out=tmp_path / "answers", deadline=0, progress=False)["resnet3d"]
+    assert again.exams.notna().all(axis=1).sum() == 1
+    agrees(full["resnet3d"], [alone[runs["resnet3d"][0]]])
+    assert load_answer(work.folders[str(runs["resnet3d"][0])], name, len(rows)) is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM"])
+def test_a_process_whose_parent_is_killed_ends_by_itself(world, tmp_path, how):
+    "At once, in the middle of a study."
+    folder, table, runs, _ = world
+    table.to_parquet(tmp_path / "slices.parquet")
+    code = f"""
+import pandas as pd, os, signal, threading, time
+from rsnape_kit.inference.predict_runs import predict
+def end():
+    while not list(__import__('pathlib').Path({str(tmp_path)!r}).glob('answers/*.now')): time.sleep(.01)
+    os.kill(os.getpid(), signal.{how})
+threading.Thread(target=end, daemon=True).start()
+predict([{str(runs['petaformer'][0])!r}], pd.read_parquet({str(tmp_path / 'slices.parquet')!r}),
+        out={str(tmp_path / 'answers')!r}, tta=200, progress=False)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=child_environ(), timeout=120)
+    assert done.returncode == -signal.Signals[how]
+    job = str(tmp_path / "answers" / "torch-0.job")
+    time.sleep(2)
+    assert not any(job in cmdline for cmdline in _commands())
+    work = plan(runs["petaformer"], table, tmp_path / "answers", tta=200)
+    assert work.answered().to_numpy().sum() < 5
+
+
+def _commands():
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            yield path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue

@@ -1,0 +1,226 @@
+"The kernels, run on a folder laid out as Kaggle mounts it."
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import ROOT
+
+from rsnape_kit.cli import main, parser
+from rsnape_kit.competition.folds import folds
+from rsnape_kit.competition.labels import AUX_LABELS, EXAM_LABELS, IMAGE_LABEL, SLICE, STUDY
+from rsnape_kit.competition.predictions import Predictions
+from rsnape_kit.competition.priors import prior
+from rsnape_kit.competition.tables import sample_submission, slice_index
+from rsnape_kit.ensemble.ensemble import Ensemble, fit_ensemble
+from rsnape_kit.kaggle.kernels import KERNELS, copies, export_kernels, pushed
+from rsnape_kit.kaggle.runtime import HEADER, PYTHON, sha256
+from rsnape_kit.phantom.generate import make_competition
+from rsnape_kit.runs.config import RunConfig
+from rsnape_kit.runs.folder import open_run
+from rsnape_kit.testing import simulate_model, simulate_truth
+
+COMPETITION = "rsna-str-pulmonary-embolism-detection"
+
+
+def competition(folder):
+    "Two training studies, two to predict, as csv files."
+    folder.mkdir(parents=True)
+    train = pd.DataFrame({STUDY: ["a1", "a1", "a2"], SLICE: ["b1", "b2", "b3"], IMAGE_LABEL: [0, 1, 0]})
+    train[list(EXAM_LABELS + AUX_LABELS)] = 0
+    train["negative_exam_for_pe"] = (train[STUDY] == "a2").astype(int)
+    test = pd.DataFrame({STUDY: ["c1", "c2", "c1"], SLICE: ["d1", "d2", "d3"]})
+    empty = sample_submission(slice_index(test)).sample(frac=1, random_state=0)
+    for name, table in (("train", train), ("test", test), ("sample_submission", empty)):
+        table.to_csv(folder / f"{name}.csv", index=False)
+    return empty
+
+
+@pytest.mark.parametrize("prefixes", [("", ""), ("datasets/owner/", "competitions/")], ids=["old", "new"])
+def test_the_submission_kernel_answers_every_id_on_both_mount_layouts(tmp_path, prefixes):
+    dataset, mount = prefixes
+    sample = competition(tmp_path / "input" / mount / COMPETITION)
+    shutil.copytree(ROOT / "rsnape_kit", tmp_path / "input" / dataset / "rsnape-kit" / "rsnape_kit")
+    (tmp_path / "working").mkdir()
+    result = run_kernel(tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1].startswith(str(tmp_path)), "not the attached rsnape_kit"
+    submission = pd.read_csv(tmp_path / "working" / "submission.csv")
+    assert submission["id"].tolist() == sample["id"].tolist()
+    values = submission.set_index("id").label
+    assert values["c1_negative_exam_for_pe"] == pytest.approx(.5, abs=2e-6)  # the mean, pushed over to *yes*
+    assert values["c2_central_pe"] == 0 and values["d1"] == .5  # half of the positive study's images are positive
+
+
+def test_the_blend_kernel_fits_what_all_attached_runs_say(tmp_path):
+    "Two models of two folds, one a kernel's output and one a dataset; a good one and one that knows nothing."
+    truth = simulate_truth(80, (4, 8, 12), seed=1)
+    competition(tmp_path / "input" / COMPETITION)
+    train = truth.images.rename(IMAGE_LABEL).reset_index().merge(truth.exams, left_on=STUDY, right_index=True)
+    train.assign(**dict.fromkeys(AUX_LABELS, 0)).to_csv(tmp_path / "input" / COMPETITION / "train.csv", index=False)
+    split = folds(truth.exams.index, truth, 2)
+    oofs = {"efficientnet": prior(truth), "resnet3d": simulate_model(truth)[0]}
+    for name, mount in (("efficientnet", "a-kernel/runs"), ("resnet3d", "datasets/owner/runs")):
+        for fold in range(2):
+            config = RunConfig(model=name, fold=fold, split=split.fingerprint)
+            run = open_run(tmp_path / "input" / mount / config.name, config)
+            oofs[name].select(split.valid(fold)).save(run / "oof")
+    shutil.copytree(ROOT / "rsnape_kit", tmp_path / "input" / "rsnape-kit" / "rsnape_kit")
+    (tmp_path / "working").mkdir()
+    result = run_kernel(tmp_path, "blend")
+    assert result.returncode == 0, result.stderr
+    ensemble = Ensemble.load(tmp_path / "working" / "ensemble.json")
+    assert set(ensemble.models) == set(oofs)
+    assert ensemble.weights.table().loc[IMAGE_LABEL, "resnet3d"] > .8
+    honest = fit_ensemble(oofs, truth, split)  # the same from memory, with the folds as they were made
+    pd.testing.assert_frame_equal(ensemble.weights.table()[list(oofs)], honest.weights.table(), atol=1e-6)
+
+
+def source(name, **values):
+    "A kernel's cells as one script, as `rsnape kernels` writes them, with other parameters."
+    cells = pushed(json.loads((ROOT / f"nbs/kernels/{name}.ipynb").read_text()), values)["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+
+
+def test_every_copy_of_a_kernel_has_its_own_parameters():
+    every = [(name, values) for name in KERNELS for values in copies(name, 2).values() if values]
+    assert len(every) == 8 + 2 * 4
+    for name, values in [*every, ("train_image", {"SEED": 7, "RECIPE": "demo"}), ("train_petaformer", {"EPOCHS": 3})]:
+        code = source(name, **values)
+        compile(code, name, "exec")
+        for parameter, value in values.items():
+            assert f"\n{parameter} = {value!r}" in code, (name, parameter)
+
+
+def test_parts_are_prepared_and_trained_on_as_one(tmp_path):
+    "Two kernels prepare, one of them going on from its own output; one trains on what both have left."
+    made = make_competition(tmp_path / "made", 6, 1, slices=6, size=64, difficulty="demo")
+    kit, mounts = tmp_path / "input", tmp_path / "input" / "notebooks" / "me"
+    mounts.mkdir(parents=True)
+    shutil.copytree(ROOT / "rsnape_kit", kit / "rsnape-kit" / "rsnape_kit")
+    shutil.move(made, kit / COMPETITION)
+    train = pd.read_csv(kit / COMPETITION / "train.csv")
+    train[IMAGE_LABEL] = train[STUDY].rank(method="dense").astype(int) % 2  # six slices show too little to balance
+    train.to_csv(kit / COMPETITION / "train.csv", index=False)
+    for part, first in (("0", True), ("0", False), ("1", True)):
+        result = run_kernel(tmp_path, "prepare", values=copies("prepare")[part] | {"PARTS": 2})
+        assert result.returncode == 0, result.stderr
+        done = re.search(r"(\d+)/\d+", result.stderr)[1]  # where the bar begins
+        assert (done == "0") == first, result.stderr
+        shutil.rmtree(mounts / part, ignore_errors=True)
+        shutil.move(tmp_path / "working", mounts / part)
+    result = run_kernel(tmp_path, "train_image", values={"FOLDS": 2, "RECIPE": "quick", "TTA": 0})
+    assert result.returncode == 0, result.stderr
+    assert "36 slices of 6 studies" in result.stdout
+    run = tmp_path / "working" / "runs" / "efficientnet-fold0-seed42"
+    assert len(Predictions.load(run / "oof").exams) == 3
+
+
+def test_a_missing_competition_is_named_with_what_is_attached(tmp_path):
+    shutil.copytree(ROOT / "rsnape_kit", tmp_path / "input" / "rsnape-kit" / "rsnape_kit")
+    error = run_kernel(tmp_path).stderr
+    assert "holds sample_submission.csv" in error and "attached: rsnape-kit" in error
+
+
+def test_child_processes_see_what_the_header_attached(tmp_path):
+    "As wheels are unpacked in a bundle: on the path of this process and of those that it starts."
+    competition(tmp_path / "input" / COMPETITION)
+    kit = tmp_path / "input" / "datasets" / "owner" / "rsnape-kit"
+    shutil.copytree(ROOT / "rsnape_kit", kit / "rsnape_kit")
+    (kit / "site").mkdir()
+    (kit / "site" / "only_in_the_bundle.py").write_text("answer = 42")
+    (tmp_path / "working").mkdir()
+    child = "import only_in_the_bundle as m, rsnape_kit; print(m.answer, rsnape_kit.__file__)"
+    start_child = f"import subprocess; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    result = run_kernel(tmp_path, then=start_child)
+    assert result.returncode == 0, result.stderr
+    assert f"42 {kit}/rsnape_kit/__init__.py" in result.stdout.splitlines()
+
+
+def bundled(folder, target):
+    "The package with a manifest of its one file, as a bundle has it of all."
+    shutil.copytree(ROOT / "rsnape_kit", folder / "rsnape_kit")
+    files = {"rsnape_kit/__init__.py": sha256(folder / "rsnape_kit" / "__init__.py")}
+    (folder / "manifest.json").write_text(json.dumps({"python": PYTHON, "target": target, "files": files}))
+    return folder
+
+
+def test_the_bundle_that_is_imported_is_the_one_that_is_checked_and_passed_on(tmp_path):
+    competition(tmp_path / "input" / COMPETITION)
+    (tmp_path / "working").mkdir()
+    kits = [bundled(tmp_path / "input" / name, "gpu") for name in ("a-kit", "b-kit", "c-kit")]
+    show = "import os, rsnape_kit; print(rsnape_kit.__file__); print(os.environ['PYTHONPATH'].split(':')[0])"
+    result = run_kernel(tmp_path, then=show)
+    assert result.returncode == 0, result.stderr
+    imported, passed_on = map(Path, result.stdout.splitlines()[-2:])
+    assert imported.parents[1] == passed_on in kits
+    for kit in kits:
+        if kit != passed_on:
+            (kit / "rsnape_kit" / "__init__.py").write_text("raise ImportError('another')")
+    assert run_kernel(tmp_path).returncode == 0
+    (passed_on / "rsnape_kit" / "competition" / "priors.py").unlink()
+    manifest = (passed_on / "manifest.json")
+    manifest.write_text(manifest.read_text().replace("__init__", "prior"))
+    assert "rsnape_kit/competition/priors.py" in run_kernel(tmp_path).stderr
+
+
+def test_a_bundle_for_the_other_image_is_refused_on_a_tpu(tmp_path):
+    competition(tmp_path / "input" / COMPETITION)
+    (tmp_path / "working").mkdir()
+    bundled(tmp_path / "input" / "rsnape-kit", "gpu")
+    tpu = {"KAGGLE_KERNEL_RUN_TYPE": "Batch", "ISTPUVM": "1"}
+    assert "this session has a TPU: attach the one made with --target tpu" in run_kernel(tmp_path, environ=tpu).stderr
+
+
+def test_every_kernel_begins_with_the_header():
+    for path in (ROOT / "nbs" / "kernels").glob("*.ipynb"):
+        first = next(cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code")
+        assert "".join(first["source"]).removeprefix("#| eval: false\n").strip() == HEADER.strip(), path
+
+
+def run_kernel(kaggle, name="submit", then="import rsnape_kit; print(rsnape_kit.__file__)", values=(),
+               environ=()):
+    "A kernel's cells as one script, /kaggle moved to a folder, then a line of ours."
+    code = source(name, **dict(values)).replace("/kaggle/", f"{kaggle}/")
+    return subprocess.run([sys.executable, "-c", code + "\n" + then], cwd=kaggle, capture_output=True, text=True,
+                          env={"PATH": "/usr/bin:/bin", "RSNAPE_KAGGLE": str(kaggle), **dict(environ)})
+
+
+def test_the_kernel_that_push_sends_is_there():
+    metadata = json.loads((ROOT / "kernel-metadata.json").read_text())
+    assert json.loads((ROOT / metadata["code_file"]).read_text())["metadata"]["kernelspec"]["language"] == "python"
+    assert metadata["enable_internet"] is False  # the client's default is true
+    assert metadata["id"].split("/")[1] == metadata["title"].lower().replace(" ", "-")
+
+
+def test_the_readmes_commands_are_ones_that_the_library_takes(monkeypatch):
+    "From clone to submission, and through training."
+    section = (ROOT / "README.md").read_text().partition("## To Kaggle")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```sh\n(.*?)```", section, re.S)
+    commands = [line.split() for line in re.findall(r"\brsnape ([^#&;\n]+)", "".join(blocks))]
+    assert len(commands) == 5 + 9
+    for command in commands:
+        parser().parse_args(command)
+    made = []
+    monkeypatch.setattr("rsnape_kit.kaggle.bundle.make_bundle", lambda out, **settings: made.append(out))
+    for command in commands:
+        if command[0] == "bundle":
+            main(command)
+    assert made == ["build/bundle", "build/bundle-tpu"]
+    assert [["push", out] in commands for out in made] == [True, True]
+
+
+def test_exported_kernels_are_in_step_with_their_notebooks(tmp_path):
+    "Whoever they are exported for: `rsnape kernels --owner NAME` puts a name into the metadata."
+    owner = json.loads((ROOT / "kernel-metadata.json").read_text())["id"].partition("/")[0]
+    shutil.copytree(ROOT / "nbs" / "kernels", tmp_path / "nbs" / "kernels")
+    folders = export_kernels(owner, tmp_path)
+    assert {folder.name for folder in folders} <= {folder.name for folder in (ROOT / "kernels").iterdir()}
+    made = [tmp_path / "kernel-metadata.json", *(path for folder in folders for path in folder.iterdir())]
+    assert len(made) == 1 + 2 * len(folders) > 1
+    for path in made:
+        assert (ROOT / path.relative_to(tmp_path)).read_text() == path.read_text(), f"export {path.parent.name} again"

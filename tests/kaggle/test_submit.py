@@ -1,0 +1,326 @@
+"A submission under the clock: killed, late, broken, without models; always valid, always better or the same."
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from small_runs import expected, keras_run, torch_run
+from test_predict import BROKEN, break_study
+
+from rsnape_kit.competition.labels import EXAM_LABELS, STUDY
+from rsnape_kit.competition.metric import competition_loss
+from rsnape_kit.competition.predictions import Predictions
+from rsnape_kit.competition.submission import check_submission
+from rsnape_kit.competition.tables import read_csv
+from rsnape_kit.ensemble.blending import original_weights
+from rsnape_kit.ensemble.ensemble import Ensemble, fit_ensemble, unfitted
+from rsnape_kit.inference.torch_predictor import infer
+from rsnape_kit.kaggle.submitter import submit
+from rsnape_kit.phantom.generate import make_competition
+from rsnape_kit.store.dicom_source import DicomSource
+from rsnape_kit.testing import simulate_model, simulate_truth
+
+
+class World:
+    "A competition with one study broken in each way, two runs, and what they would say alone."
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.made = make_competition(folder / "competition", 3, len(BROKEN) + 1, slices=8, difficulty="demo")
+        self.test, self.sample = (read_csv(self.made / f"{name}.csv") for name in ("test", "sample_submission"))
+        self.studies = dict(zip([*BROKEN, "whole"], sorted(self.test[STUDY].unique())))
+        for kind in BROKEN:
+            paths = (self.made / "test" / self.studies[kind]).rglob("*.dcm")
+            break_study(kind, sorted(map(str, paths)))
+        self.torch, self.keras = torch_run(folder / "runs"), keras_run(folder / "runs", "efficientnet")
+        self.ensemble = unfitted(["efficientnet", "petaformer"], Predictions.from_train_csv(self.made / "train.csv"))
+
+    def valid(self, out) -> bool:
+        return check_submission(out, self.sample, self.test) == []
+
+    def prior(self, table: pd.DataFrame) -> dict:
+        "Which studies got what the prior alone would have said."
+        prior = self.ensemble({}, self.test).to_submission().set_index("id")["label"]
+        label = table.set_index("id")["label"]
+        return {kind: all(label[f"{study}_{name}"] == prior[f"{study}_{name}"] for name in EXAM_LABELS)
+                for kind, study in self.studies.items()}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return World(tmp_path_factory.mktemp("submit"))
+
+
+def test_broken_studies_end_in_a_complete_valid_submission(world, tmp_path):
+    out = tmp_path / "submission.csv"
+    draft = submit([world.keras, world.torch], world.ensemble, competition=world.made, out=out, progress=False)
+    assert world.valid(out) and draft.finished
+    by_prior = {kind for kind, is_prior in world.prior(read_csv(out)).items() if is_prior}
+    assert by_prior == {kind for kind, answered in BROKEN.items() if not answered} == {"no folder", "all broken"}
+    assert draft.studies == {"all": 8, "by every model": 6, "by some": 0, "by the prior": 2}
+    assert "has no slices" in draft.problems[world.studies["no folder"]]
+    assert "can be read" in draft.problems[world.studies["all broken"]]
+    assert "filled from" in draft.problems[world.studies["truncated"]]
+    report = json.loads((tmp_path / "submit.json").read_text())
+    assert report["finished"] and set(report["seconds"]) == {"first version", "scan", "keras", "torch"}
+
+
+def test_a_whole_study_is_the_ensemble_of_what_infer_says(world, tmp_path):
+    out = tmp_path / "submission.csv"
+    submit([world.torch], world.ensemble, competition=world.made, out=out, progress=False)
+    study = world.studies["whole"]
+    alone = infer(world.torch, DicomSource(world.made / "test" / study))
+    ours = world.ensemble({"petaformer": alone}).to_submission().set_index("id")["label"]
+    label = read_csv(out).set_index("id")["label"]
+    np.testing.assert_allclose(label[ours.index], ours, atol=1e-5)
+
+
+@pytest.mark.parametrize("seconds", [0, 3])
+def test_a_deadline_of_a_few_seconds_gives_a_valid_submission(world, tmp_path, seconds):
+    out, runs = tmp_path / "submission.csv", [world.keras, world.torch]
+    draft = submit(runs, world.ensemble, competition=world.made, out=out, deadline=seconds, progress=False)
+    assert world.valid(out) and not draft.finished and "time was up" in draft.summary
+    assert draft.studies["by every model"] == 0  # the frameworks alone take longer to load
+
+
+def test_nothing_attached_but_the_competition(world, tmp_path):
+    "And no train.csv either: the constants of the competition's real one."
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("test.csv", "sample_submission.csv"):
+        (bare / name).write_bytes((world.made / name).read_bytes())
+    draft = submit([], competition=bare, out=tmp_path / "submission.csv")
+    assert draft.finished and world.valid(tmp_path / "submission.csv")
+    assert set(read_csv(draft.out).set_index("id")["label"][world.test.SOPInstanceUID]) == {.29}
+    draft = submit([world.torch], competition=bare, out=tmp_path / "submission.csv", work=tmp_path / "work")  # no test/
+    assert not draft.finished and "could not be scanned" in draft.problems["submit"]
+    assert world.valid(tmp_path / "submission.csv")
+
+
+def test_a_run_that_cannot_be_opened_leaves_the_others_at_work(world, tmp_path):
+    bad = torch_run(tmp_path / "bad", fold=1)
+    (bad / "weights.pt").write_bytes(b"not weights")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    draft = submit([bad, world.torch, empty], world.ensemble, competition=world.made, out=tmp_path / "submission.csv",
+                   progress=False)
+    assert draft.models["petaformer"] == {"runs": 2, "studies": 6, "with all runs": 0, "answers": 6}
+    assert not draft.finished
+    assert str(bad) in draft.problems and str(empty) in draft.problems and world.valid(draft.out)
+
+
+def test_a_poorer_session_leaves_a_better_file_alone(world, tmp_path):
+    "Finished without augmented looks; then with some, and too little time."
+    out = tmp_path / "submission.csv"
+    first = submit([world.torch], world.ensemble, competition=world.made, out=out, progress=False)
+    before = out.read_bytes()
+    late = submit([world.torch], world.ensemble, competition=world.made, out=out, tta=4, deadline=3, progress=False)
+    assert out.read_bytes() == before and late.studies == first.studies and not late.finished
+    (tmp_path / "submit.json").unlink()  # and one that nobody knows the origin of
+    found = submit([world.torch], world.ensemble, competition=world.made, out=out, deadline=0)
+    assert out.read_bytes() == before and "nothing says who" in found.summary
+    better = submit([world.torch], world.ensemble, competition=world.made, out=out, tta=1, progress=False)
+    assert out.read_bytes() != before and better.looks == 1 and world.valid(out)
+
+
+def test_a_model_that_says_nan_has_said_nothing(world, tmp_path):
+    spoilt = Path(shutil.copytree(world.torch, tmp_path / "spoilt"))
+    state = torch.load(spoilt / "weights.pt", weights_only=False)
+    state = {name: v * float("nan") if v.is_floating_point() else v for name, v in state.items()}
+    torch.save(state, spoilt / "weights.pt")
+    draft = submit([spoilt], world.ensemble, competition=world.made, out=tmp_path / "submission.csv", progress=False)
+    assert draft.studies["by the prior"] == 8 and world.studies["whole"] in draft.problems
+    assert world.valid(draft.out)
+
+
+def test_a_test_set_and_a_sample_that_disagree_still_get_an_answer(world, tmp_path):
+    for name, change in {"more": lambda s: pd.concat([s, s[:1].assign(id="abcdef012345")]), "less": lambda s: s[1:],
+                         "twice": None}.items():
+        made = tmp_path / name
+        made.mkdir()
+        test = pd.concat([world.test, world.test[:1]]) if change is None else world.test
+        sample = world.sample if change is None else change(world.sample)
+        test.to_csv(made / "test.csv", index=False)
+        sample.to_csv(made / "sample_submission.csv", index=False)
+        for seconds in (0, None):
+            draft = submit([world.torch], world.ensemble, world.made / "test", seconds, competition=made,
+                           out=made / "s.csv", work=tmp_path / "work", progress=False)
+            assert check_submission(draft.out, sample) == []
+        assert draft.studies["by every model"] == 6 and ("sample_submission.csv" in draft.problems) == (name != "twice")
+
+
+def test_whatever_is_wrong_with_an_ensemble_or_with_the_folders_there_is_a_submission(world, tmp_path):
+    file, out = tmp_path / "ensemble.json", tmp_path / "submission.csv"
+    for text in ("[]", "null", '"x"', "{}", '{"weights": "x"}'):
+        file.write_text(text)
+        draft = submit([world.torch], file, competition=world.made, out=out, deadline=0)
+        assert world.valid(out) and draft.ensemble.models == ("petaformer",)
+        assert "all models count the same" in draft.summary
+    original_weights().save(file)
+    draft = submit([world.torch], file, competition=world.made, out=out, deadline=0)
+    assert draft.ensemble.weights == original_weights()
+    (tmp_path / "work").write_text("a file")
+    draft = submit([world.torch], competition=world.made, out=out, work=tmp_path / "work")
+    assert world.valid(out) and "submit" in draft.problems
+
+
+def test_a_model_that_missed_a_study_falls_back_to_the_other(world, tmp_path):
+    "The answer of one model for one study is taken away."
+    out, work = tmp_path / "submission.csv", tmp_path / "work"
+    runs = [world.keras, world.torch]
+    submit(runs, world.ensemble, competition=world.made, out=out, work=work, progress=False)
+    from rsnape_kit.inference.predict_runs import plan
+    table = pd.read_parquet(work / "slices.parquet")
+    done = plan(runs, table, work)
+    study = world.studies["whole"]
+    (done.folders[str(world.torch)] / done.asked.names[study]).unlink()
+    said, prior = (world.ensemble(preds, world.test).exams.loc[study] for preds in (done.gather(), {}))
+    assert (said == prior).all()  # only PetaFormer says exams
+    images = done.gather()["efficientnet"].images[study]
+    blended = world.ensemble.blend(done.gather(), world.test).images[study]
+    np.testing.assert_allclose(blended, images.reindex(blended.index))
+
+
+SESSION = """
+import sys
+import time
+from pathlib import Path
+sys.path[:0] = {path!r}
+from rsnape_kit.ensemble.ensemble import Ensemble
+from rsnape_kit.kaggle.submitter import submit
+submit({runs!r}, {ensemble!r}, competition={made!r}, out={out!r}, progress=False)
+"""
+
+
+def killed_until_done(world, folder: Path, runs: list, kills: int, within: float, seed: int) -> bytes:
+    "Submit, killed with all its children after a random time, again and again; the last time it may finish."
+    folder.mkdir()
+    world.ensemble.save(folder / "ensemble.json")
+    out, rng = folder / "submission.csv", random.Random(seed)
+    code = SESSION.format(path=[p for p in sys.path if p], runs=[str(run) for run in runs], made=str(world.made),
+                          out=str(out), ensemble=str(folder / "ensemble.json"))
+    killed = 0
+    for turn in range(kills + 1):
+        session = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.DEVNULL)
+        try:
+            assert session.wait(rng.uniform(0, within) if turn < kills else 300) == 0
+        except subprocess.TimeoutExpired:
+            os.killpg(session.pid, signal.SIGKILL)
+            session.wait()
+            killed += 1
+        assert not out.exists() or world.valid(out)
+    assert killed >= kills / 2 and json.loads((folder / "submit.json").read_text())["finished"]
+    return out.read_bytes()
+
+
+@pytest.mark.slow
+def test_killed_at_random_points_and_resumed_it_is_the_same_to_the_byte(world, tmp_path):
+    for runs, kills in (([world.torch], 14), ([world.keras, world.torch], 3)):
+        began = time.time()
+        unbroken = killed_until_done(world, tmp_path / f"{len(runs)}-unbroken", runs, 0, 0, 0)
+        within = (time.time() - began) / 2  # the first half of an unbroken run, lest it is over before the kill
+        assert killed_until_done(world, tmp_path / f"{len(runs)}-broken", runs, kills, within, seed=1) == unbroken
+
+
+def session(world, folder: Path) -> subprocess.Popen:
+    "One that submits with one run, in a process group of its own."
+    folder.mkdir(exist_ok=True)
+    world.ensemble.save(folder / "ensemble.json")
+    code = SESSION.format(path=[p for p in sys.path if p], runs=[str(world.torch)], made=str(world.made),
+                          out=str(folder / "submission.csv"), ensemble=str(folder / "ensemble.json"))
+    return subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+def test_killed_while_answers_come_and_resumed_it_is_the_same_to_the_byte(world, tmp_path):
+    "In the second half of the work: after a random number of answers, and a random moment; the parent alone, or all."
+    rng = random.Random(2)
+    assert session(world, tmp_path / "unbroken").wait(300) == 0
+    for turn in range(3):
+        folder = tmp_path / f"broken{turn}"
+        broken, wanted = session(world, folder), rng.randint(1, 5)
+        while broken.poll() is None and len(list(folder.glob("submit-work/petaformer-*/" + "[0-9a-f]" * 16))) < wanted:
+            time.sleep(.005)
+        time.sleep(rng.uniform(0, .05))
+        os.kill(broken.pid, signal.SIGTERM) if turn % 2 else os.killpg(broken.pid, signal.SIGKILL)
+        assert broken.wait() < 0 and world.valid(folder / "submission.csv")  # ended by the signal, not before it
+        assert session(world, folder).wait(300) == 0
+        assert (folder / "submission.csv").read_bytes() == (tmp_path / "unbroken" / "submission.csv").read_bytes()
+
+
+def heuristic(pred: Predictions, positive) -> Predictions:
+    "The usual repair: choose who is positive, then clip every label that contradicts it to its side of 0.5."
+    exams, images, e = pred.exams.copy(), pred.images.copy(), 1e-6
+    neither = ["negative_exam_for_pe", "indeterminate"]
+    pe = [label for label in EXAM_LABELS if label not in neither]
+    at = pd.Series(positive, exams.index)
+    no, yes = at.index[~at], at.index[at]
+    exams.loc[no, pe] = exams.loc[no, pe].clip(upper=.5 - e)
+    exams.loc[yes, neither] = exams.loc[yes, neither].clip(upper=.5)
+    pairs = ((no, *neither), (yes, "rv_lv_ratio_gte_1", "rv_lv_ratio_lt_1"))
+    for studies, a, b in pairs:
+        first = exams.loc[studies, a] >= exams.loc[studies, b]
+        for chosen, other, there in ((a, b, studies[first]), (b, a, studies[~first])):
+            exams.loc[there, chosen] = exams.loc[there, chosen].clip(lower=.5 + e)
+            exams.loc[there, other] = exams.loc[there, other].clip(upper=.5)
+    chronic = exams.loc[yes, "chronic_pe"] >= exams.loc[yes, "acute_and_chronic_pe"]
+    exams.loc[yes[chronic], "acute_and_chronic_pe"] = exams.loc[yes[chronic], "acute_and_chronic_pe"].clip(upper=.5)
+    exams.loc[yes[~chronic], "chronic_pe"] = exams.loc[yes[~chronic], "chronic_pe"].clip(upper=.5)
+    sides = ["central_pe", "leftsided_pe", "rightsided_pe"]
+    best = exams.loc[yes, sides].idxmax(axis=1)
+    for side in sides:
+        exams.loc[best.index[best == side], side] = exams.loc[best.index[best == side], side].clip(lower=.5 + e)
+    of = at.reindex(images.index.get_level_values(0)).to_numpy()
+    images[~of] = images[~of].clip(upper=.5)
+    highest = images[of].groupby(level=0).idxmax()
+    images.loc[highest] = images.loc[highest].clip(lower=.5 + e)
+    return Predictions(exams, images)
+
+
+def costs(skill: float, seed: int) -> dict:
+    "What being consistent costs on studies that nothing was fitted on, our way and the usual ways."
+    truth = simulate_truth(2400, slices=(10, 30, 80), seed=seed)
+    oofs = {"a": simulate_model(truth, skill, seed + 1)[0], "b": simulate_model(truth, .8 * skill, seed + 20)[0]}
+    known, new = truth.exams.index[:1200], truth.exams.index[1200:]
+    ensemble = fit_ensemble({name: oof.select(known) for name, oof in oofs.items()}, truth.select(known))
+    preds, there = {name: oof.select(new) for name, oof in oofs.items()}, truth.select(new)
+    pred, slices = ensemble.blend(preds), there.images.index.to_frame(index=False)
+    positive = {"by negative_exam": pred.exams.negative_exam_for_pe <= .5,
+                "by both": pred.exams.negative_exam_for_pe + pred.exams.indeterminate <= .5,
+                "by images": pred.images.groupby(level=0).max()[pred.exams.index] > .5}
+    repaired = {"ours": ensemble(preds)} | {name: heuristic(pred, p.to_numpy()) for name, p in positive.items()}
+    for one in repaired.values():
+        assert check_submission(one.to_submission(), one.to_submission(), slices) == []
+    before = competition_loss(there, pred)
+    return {name: competition_loss(there, one) - before for name, one in repaired.items()}
+
+
+@pytest.mark.parametrize("skill", [.6, 1.4])
+def test_the_whole_ensemble_costs_less_than_the_usual_repairs(skill):
+    "At the competition's prevalences, over five test sets of 1,200 studies; on a single one chance may favour another."
+    mean = pd.DataFrame([costs(skill, seed) for seed in range(5)]).mean()
+    assert (mean.drop("ours") > mean["ours"]).all()
+
+
+def test_an_ensemble_comes_back_from_its_file_and_fills_gaps(tmp_path):
+    truth = expected()
+    oofs = {"a": simulate_model(truth, 1., 1)[0], "b": simulate_model(truth, .5, 2)[0]}
+    fit_ensemble(oofs, truth).save(tmp_path / "ensemble.json")
+    ensemble = Ensemble.load(tmp_path / "ensemble.json")
+    slices = truth.images.index.to_frame(index=False)
+    missing = {"a": oofs["a"].select(truth.exams.index[:10])}
+    pred = ensemble(missing, slices)
+    table = pred.to_submission()
+    assert check_submission(table, table, slices) == []
+    alone = ensemble.blend({"a": oofs["a"]}, slices).exams.iloc[0]
+    assert (ensemble.blend(missing, slices).exams.iloc[0] == alone).all()
+    assert ensemble.blend(missing, slices).exams.iloc[10:].nunique().eq(1).all()

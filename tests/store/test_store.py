@@ -1,0 +1,480 @@
+"The store: lossless, the same to the byte whoever makes it, and whole after kill -9 at any moment."
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+
+import ct_files
+import numpy as np
+import pandas as pd
+import pytest
+from ct_files import NATIVE, ct_file, reference, stored_values
+from pydicom.uid import JPEGLosslessSV1
+
+from rsnape_kit.dicom.decode import DicomError
+from rsnape_kit.dicom.series import read_series
+from rsnape_kit.dicom.slices import scan
+from rsnape_kit.store import build
+from rsnape_kit.store.build import build_store
+from rsnape_kit.store.dicom_source import DicomSource
+from rsnape_kit.store.downsample import to_quarter_hu
+from rsnape_kit.store.slice_store import CODECS, SliceStore, read_footer
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    ct_files.quiet()
+
+
+def competition(root, studies=6, slices=8, shape=(64, 64), syntaxes=NATIVE[:2]):
+    "A folder in the competition's layout."
+    for s in range(studies):
+        for i in range(slices):
+            study, series, name = f"{s:012x}", f"{s:03x}aaaaaaaaa", f"{s:03x}{i:09x}"
+            path = root / study / series / f"{name}.dcm"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            ct_file(path, stored_values(shape, bits=12, seed=100 * s + i), syntaxes[i % len(syntaxes)], bits=12,
+                    StudyInstanceUID=study, SeriesInstanceUID=series, SOPInstanceUID=name,
+                    ImagePositionPatient=[-150, -150, 1.5 * (slices - i)])
+    return root
+
+
+def shards(folder):
+    "Name and bytes of every shard."
+    return {p.name: p.read_bytes() for p in folder.glob("*.slices")}
+
+
+def test_equals_pydicom_whatever_the_way(tmp_path):
+    root = competition(tmp_path / "train", shape=(512, 512), slices=3)
+    store, direct = SliceStore(build_store(root, tmp_path / "store")), DicomSource(root)
+    for i, path in enumerate(direct.table.path):
+        hu = reference(path).clip(-1024, 8191).astype(int)
+        expected = hu[::2, ::2] + hu[1::2, ::2] + hu[::2, 1::2] + hu[1::2, 1::2]
+        np.testing.assert_array_equal(store[i], expected)
+        np.testing.assert_array_equal(direct[i], expected)
+    columns = [c for c in direct.table if c != "path"]
+    pd.testing.assert_frame_equal(store.table[columns], direct.table[columns])
+    full = SliceStore(build_store(root, tmp_path / "full", size=512))
+    assert full.size == 512 and full.table.exact.all()
+    np.testing.assert_array_equal(full[2] / 4, reference(direct.table.path[2]).clip(-1024, 8191))
+
+
+def test_codecs_hold_the_same_slices_and_open_as_one(tmp_path):
+    root = competition(tmp_path / "train", shape=(512, 512), slices=4)
+    expected = SliceStore(build_store(root, tmp_path / "tiles"))[:]
+    paths = [build_store(root, tmp_path / f"{i}{name}", part=(i, 2), codec=name) for i, name in enumerate(CODECS)]
+    mixed = SliceStore(*paths)
+    assert [len(SliceStore(path)) > 0 for path in paths] == [True, True]
+    np.testing.assert_array_equal(mixed[:], expected)
+    rows = np.random.default_rng(0).integers(0, len(mixed), 100)
+    with ThreadPoolExecutor(4) as threads:
+        for row, image in zip(rows, threads.map(mixed.__getitem__, rows)):
+            np.testing.assert_array_equal(image, expected[row])
+    shard = next(paths[1].glob("*.slices"))
+    first, raw = read_footer(shard)[0].iloc[0], bytearray(shard.read_bytes())
+    raw[first.start:first.start + first.bytes] = bytes(first.bytes)  # not even a chunk
+    shard.write_bytes(raw)
+    damaged = SliceStore(paths[1])
+    with pytest.raises(ValueError, match="slice 0 is damaged.*delete it and build"):
+        damaged[:]
+    with pytest.warns(UserWarning, match=f"{shard.name}: 1 slices are damaged; copy the shard again, or delete it"):
+        assert damaged.verify() == [0]
+    with pytest.raises(ValueError, match="choose one of tiles, blosc2"):
+        build_store(root, tmp_path / "zip", codec="zip")
+
+
+def test_sizes_and_padding(tmp_path):
+    for name, shape in {"a": (512, 512), "b": (768, 768), "c": (512, 400), "d": (256, 256)}.items():
+        values = stored_values(shape, bits=13)
+        values[:9, :9] = 0
+        (tmp_path / "in" / name).mkdir(parents=True)
+        ct_file(tmp_path / f"in/{name}/1.dcm", values, intercept="-3024", StudyInstanceUID="1", SeriesInstanceUID=name)
+    store = SliceStore(build_store(tmp_path / "in", tmp_path / "store"))
+    assert store.table.exact.tolist() == [True, False, False, True]
+    raw = SliceStore(build_store(tmp_path / "in", tmp_path / "raw", keep_padding=True))
+    for i, path in enumerate(scan(tmp_path / "in").path):
+        assert store[i].min() == -4096 and raw[i].min() == -4 * 3024
+        np.testing.assert_array_equal(store[i], to_quarter_hu(reference(path)))
+        np.testing.assert_array_equal(raw[i], to_quarter_hu(reference(path, -8192), lowest=-8192))
+    big = reference(scan(tmp_path / "in").path[1]).reshape(256, 3, 256, 3).sum((1, 3))
+    np.testing.assert_array_equal(store[1], np.rint(big * 4 / 9))
+
+
+def test_same_bytes_on_any_executor_from_any_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "STUDIES", 2)
+    root = competition(tmp_path / "train")
+    expected = shards(build_store(root, tmp_path / "here"))
+    assert len(expected) == 3
+    shuffled = scan(root).sample(frac=1, random_state=1)
+    with ThreadPoolExecutor(3) as threads, ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
+        assert shards(build_store(shuffled, tmp_path / "threads", executor=threads)) == expected
+        assert shards(build_store(root, tmp_path / "processes", executor=processes)) == expected
+    monkeypatch.setattr(build, "pool_for", lambda *_: ProcessPoolExecutor(1, mp_context=get_context("spawn")))
+    assert shards(build_store(root, tmp_path / "own")) == expected
+
+
+@pytest.mark.slow
+def test_same_bytes_on_dask(tmp_path, monkeypatch):
+    distributed = pytest.importorskip("distributed", reason="dask.distributed is not installed")
+    monkeypatch.setattr(build, "STUDIES", 2)
+    root = competition(tmp_path / "train")
+    expected = shards(build_store(root, tmp_path / "here"))
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        with distributed.Client(cluster) as client:
+            table = scan(root, client.get_executor(), part=10)
+            pd.testing.assert_frame_equal(table, scan(root))
+            assert shards(build_store(root, tmp_path / "dask", executor=client.get_executor())) == expected
+
+
+def test_parts_on_many_mounts(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "STUDIES", 2)
+    root = competition(tmp_path / "train", studies=9, slices=4)
+    whole = SliceStore(build_store(root, tmp_path / "whole"))
+    parts = [build_store(root, tmp_path / f"part{i}", part=(i, 3)) for i in range(3)]
+    counts = [len(SliceStore(p)) for p in parts]
+    assert sum(counts) == 36 and max(counts) < 36
+    moved = parts[0].rename(tmp_path / "elsewhere")
+    store = SliceStore(parts[2], moved, parts[1])
+    pd.testing.assert_frame_equal(store.table, whole.table)
+    np.testing.assert_array_equal(store[:], whole[:])
+    study = whole.table.StudyInstanceUID[20]
+    np.testing.assert_array_equal(store[store.study(study)], whole[(whole.table.StudyInstanceUID == study).to_numpy()])
+    some = [build_store(root, tmp_path / f"of40-{i}", part=(i, 40)) for i in range(40)]  # most of them empty
+    np.testing.assert_array_equal(SliceStore(*some)[:], whole[:])
+    empty = next(s for s in map(SliceStore, some) if len(s) == 0)
+    assert empty[:].shape == (0, 256, 256) and list(empty.table) == list(whole.table)
+    full = build_store(root, tmp_path / "full", size=512)
+    with pytest.raises(ValueError, match="parts of one size"):
+        SliceStore(moved, full)
+    padded = build_store(root, tmp_path / "padded", part=(1, 3), keep_padding=True)
+    with pytest.raises(ValueError, match="parts of one lowest"):
+        SliceStore(moved, padded)
+    study = scan(root).query("StudyInstanceUID == @study")
+    halves = [build_store(half, tmp_path / name) for name, half in
+              {"low": study.iloc[:2], "high": study.iloc[2:].assign(order=[5, 6])}.items()]
+    with pytest.raises(ValueError, match="is in more than one of"):
+        SliceStore(*halves)
+
+
+CHILD = """
+import sys
+import ct_files
+from rsnape_kit.store import build
+ct_files.quiet()
+build.STUDIES = 1
+if __name__ == "__main__":
+    build.build_store(sys.argv[1], sys.argv[2], size=64)
+"""
+
+
+def test_kill_9_at_any_moment(tmp_path, monkeypatch):
+    "A child is killed again and again while it builds; what it leaves is whole shards and a build that resumes."
+    monkeypatch.setattr(build, "STUDIES", 1)
+    root = competition(tmp_path / "train", studies=40, slices=12, shape=(128, 128))
+    expected = shards(build_store(root, tmp_path / "expected", size=64))
+    assert len(expected) == 40
+    out, rng, kills, kept = tmp_path / "out", np.random.default_rng(0), 0, {}
+    (tmp_path / "child.py").write_text(CHILD)
+    path = os.pathsep.join([os.path.dirname(ct_files.__file__), *sys.path])
+    while not (out / build.INDEX).exists():
+        before = len(list(out.glob("*.slices"))) if out.exists() else 0
+        child = subprocess.Popen([sys.executable, tmp_path / "child.py", root, out], start_new_session=True,
+                                 stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path})
+        try:
+            until = before + rng.integers(2, 12)
+            while child.poll() is None and (len(list(out.glob("*.slices"))) if out.exists() else 0) < until:
+                time.sleep(.002)
+            time.sleep(rng.random() * .02)
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                kills += 1
+            child.wait()
+        if child.returncode != -signal.SIGKILL:
+            assert child.returncode == 0
+        for shard in out.glob("*.slices"):
+            assert shard.read_bytes() == expected[shard.name]
+            assert kept.setdefault(shard.name, shard.stat().st_mtime_ns) == shard.stat().st_mtime_ns, "made twice"
+    assert kills >= 3
+    assert shards(out) == expected and not list(out.glob("*.tmp"))
+    np.testing.assert_array_equal(SliceStore(out)[:], SliceStore(tmp_path / "expected")[:])
+
+
+def test_a_script_without_main_is_told_what_to_do(tmp_path):
+    "Its processes would start the script again; they end at once instead, and the error says why."
+    competition(tmp_path / "train", studies=2, slices=2)
+    (tmp_path / "script.py").write_text(
+        "from rsnape_kit.store import build\n"
+        "from concurrent.futures import ProcessPoolExecutor\nfrom multiprocessing import get_context\n"
+        "build.pool_for = lambda *_: ProcessPoolExecutor(1, mp_context=get_context('spawn'))\n"
+        f"build.build_store({os.fspath(tmp_path / 'train')!r}, {os.fspath(tmp_path / 'out')!r}, size=32)\n")
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert done.returncode == 1 and "keep its main part under `if __name__" in done.stderr.splitlines()[-1]
+
+
+def test_half_written_files_are_not_trusted(tmp_path):
+    out = build_store(competition(tmp_path / "train"), tmp_path / "out", size=64)
+    (shard, raw), = shards(out).items()
+    for damage in (raw[:len(raw) // 2], raw[:-1], b"", raw[:-20] + b"x" + raw[-19:]):
+        (out / shard).write_bytes(damage)
+        with pytest.raises(ValueError, match="not a complete shard"):
+            read_footer(out / shard)
+        build_store(tmp_path / "train", out, size=64)
+        assert shards(out) == {shard: raw}
+    (out / build.INDEX).unlink()
+    with pytest.raises(FileNotFoundError, match="build it again, it resumes"):
+        SliceStore(out)
+
+
+def test_a_damaged_shard_is_made_anew_once_it_is_deleted(tmp_path):
+    root = competition(tmp_path / "train")
+    out = build_store(root, tmp_path / "out", size=64)
+    (shard, raw), = shards(out).items()
+    (out / shard).write_bytes(raw[:300] + bytes([raw[300] ^ 1]) + raw[301:])
+    build_store(root, out, size=64)
+    with pytest.raises(ValueError, match=f"{shard}.* delete it and build the store again"):
+        SliceStore(out)[:]
+    (out / shard).unlink()
+    build_store(root, out, size=64)
+    assert shards(out) == {shard: raw}
+
+
+def test_a_shard_that_shrinks_once_the_store_is_open_is_damaged_and_nothing_worse(tmp_path):
+    out = build_store(competition(tmp_path / "train"), tmp_path / "out", size=64)
+    (shard, raw), = shards(out).items()
+    store = SliceStore(out)
+    os.truncate(out / shard, 800)
+    for i in range(len(store)):
+        with pytest.raises(ValueError, match=f"{shard}: slice {i} is damaged"):
+            store[i]
+
+
+def test_an_index_that_points_elsewhere_is_damage_too(tmp_path):
+    out = build_store(competition(tmp_path / "train"), tmp_path / "out", size=64)
+    index = pd.read_parquet(out / build.INDEX)
+    for wrong in (index.start - 2 ** 40, index.start + 1):
+        index.assign(start=wrong).to_parquet(out / build.INDEX)
+        store = SliceStore(out)
+        for i in range(len(store)):
+            with pytest.raises(ValueError, match=f"slice {i} is damaged"):
+                store[i]
+
+
+def test_only_memory_that_fits_is_filled(tmp_path):
+    root = competition(tmp_path / "train", studies=1, slices=3)
+    for source in (SliceStore(build_store(root, tmp_path / "out", size=32)), DicomSource(root, 32)):
+        for out in (np.empty((2, 32, 32), np.int16), np.empty((3, 16, 16), np.int16), np.empty((3, 32, 32), np.uint16),
+                    np.empty((3, 32, 32, 2), np.int16)[..., 0]):
+            with pytest.raises(ValueError, match="expected int16"):
+                source.read([0, 1, 2], out)
+
+
+def test_too_many_files_are_no_damage(tmp_path, monkeypatch):
+    store = SliceStore(build_store(competition(tmp_path / "train"), tmp_path / "out", size=64))
+
+    def fails(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+    monkeypatch.setattr("builtins.open", fails)
+    with pytest.raises(OSError, match="Too many open files"):
+        store[0]
+
+
+def test_a_finished_store_is_not_touched(tmp_path):
+    "It may lie on a read-only mount: opening it and building it again write nothing."
+    root = competition(tmp_path / "train")
+    out = build_store(root, tmp_path / "out", size=64)
+    before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
+    inside = out.stat().st_mtime_ns  # which a file made and removed again would change
+    build_store(root, out, size=64)
+    assert len(SliceStore(out)) == 48
+    assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before and out.stat().st_mtime_ns == inside
+
+
+def test_two_builds_at_a_time(tmp_path):
+    "A child holds the folder; a build says so. The child is killed, and the build goes on."
+    root, out = competition(tmp_path / "train"), tmp_path / "out"
+    code = f"import time; from pathlib import Path; from rsnape_kit.utils.processes import alone\n" \
+           f"with alone(Path({os.fspath(out)!r})):\n print('holds', flush=True); time.sleep(600)"
+    out.mkdir()
+    (out / "0000-0000000000000000.slices.00.tmp").touch()
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+                             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    try:
+        assert child.stdout.readline() == "holds\n"
+        with pytest.raises(RuntimeError, match="out is being built by another process; wait for it"):
+            build_store(root, out, size=64)
+        assert list(out.glob("*.tmp"))
+    finally:
+        child.kill()
+        child.wait()
+    build_store(root, out, size=64)
+    assert not list(out.glob("*.tmp")) and len(SliceStore(out)) == 48
+
+
+def test_what_a_store_is_made_of_decides_what_it_is(tmp_path):
+    root = competition(tmp_path / "train", studies=1, slices=3)
+    os.symlink("/gone/slice.dcm", root / "000000000000/000aaaaaaaaa/lost.dcm")
+    out = build_store(root, tmp_path / "out", size=64)
+    (tmp_path / "train").rename(tmp_path / "elsewhere")
+    assert shards(build_store(tmp_path / "elsewhere", out, size=64))  # a lost file's place is not part of it
+    with open(scan(tmp_path / "elsewhere").path[0], "ab") as file:
+        file.write(bytes(64))
+    with pytest.raises(ValueError, match="shards of other slices or settings"):
+        build_store(tmp_path / "elsewhere", out, size=64)
+    source = DicomSource(tmp_path / "elsewhere", 64)
+    with pytest.raises(ValueError, match="keep_padding is for the source to decide"):
+        build_store(source, tmp_path / "padded", size=64, keep_padding=True)
+    with pytest.raises(ValueError, match="size=0"):
+        build_store(tmp_path / "elsewhere", tmp_path / "none", size=0)
+
+
+def test_tables_that_were_csv_files_and_names_in_no_alphabet(tmp_path):
+    root = competition(tmp_path / "train", studies=1, slices=3)
+    first = scan(root).path[0]
+    os.rename(first, os.fsencode(os.path.dirname(first)) + b"/odd\xff\xfe.dcm")
+    store = SliceStore(build_store(root, tmp_path / "out", size=64))
+    assert [p for p in store.table.path if p.endswith("/odd\\udcff\\udcfe.dcm")]
+    scan(root).iloc[1:].to_csv(tmp_path / "table.csv", index=False, errors="ignore")
+    ids = dict.fromkeys(["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"], str)
+    again = DicomSource(pd.read_csv(tmp_path / "table.csv", dtype=ids), 64)
+    assert again[:].std() > 0 and set(again.table.problem) == {""}
+
+
+def test_another_build_is_not_mixed_in(tmp_path):
+    root = competition(tmp_path / "train")
+    out = build_store(root, tmp_path / "out", size=64)
+    for other in ({"size": 32}, {"size": 64, "part": (0, 2)}, {"size": 64, "keep_padding": True}):
+        with pytest.raises(ValueError, match="shards of other slices or settings"):
+            build_store(root, out, **other)
+    SliceStore(out)
+
+
+MEMORY = """
+import resource, sys
+import pandas as pd
+from rsnape_kit.store.build import build_store
+from rsnape_kit.dicom.slices import scan
+one, out, n = scan(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+def store(n, out):
+    table = pd.concat([one] * n, ignore_index=True)
+    table["order"] = range(n)
+    table["SOPInstanceUID"] = [f"{i:012x}" for i in range(n)]
+    table["StudyInstanceUID"] = [f"{i // 200:012x}" for i in range(n)]
+    build_store(table, out)
+store(50, out + "/warm")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+store(n, out + "/cold")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory_is_flat(tmp_path):
+    "1,900 slices hold 249 MB as images and some 110 MB compressed; a build needs a few, whatever their number."
+    (tmp_path / "in").mkdir()
+    ct_file(tmp_path / "in/1.dcm", stored_values((512, 512), bits=12))
+    path = os.pathsep.join(sys.path)
+    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path / "in", tmp_path, "1900"], capture_output=True,
+                          text=True, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 40 * 1024, f"{int(done.stdout) / 1024:.0f} MB more"
+
+
+def test_faults_are_filled_marked_and_listed(tmp_path):
+    root = competition(tmp_path / "train", studies=2, slices=5)
+    files = scan(root).path
+    os.truncate(files[2], 3000)
+    for path in files[5:]:
+        os.truncate(path, 3000)
+    out = build_store(root, tmp_path / "out", size=32)
+    store, names = SliceStore(out), scan(root).SOPInstanceUID
+    np.testing.assert_array_equal(store[2], store[1])
+    assert (store[5:] == -4096).all()
+    assert store.table.problem[2].count(f"filled from {names[1]}") == 1
+    assert store.table.problem[5:].str.contains("no slice of its series is readable").all()
+    assert store.table.exact.tolist() == [True, True, False, True, True] + [False] * 5
+    listed = pd.read_csv(out / "problems.csv", dtype=str)
+    assert listed.SOPInstanceUID.tolist() == [names[i] for i in (2, 5, 6, 7, 8, 9)]
+    with pytest.raises(DicomError, match="3000|less than expected|shorter"):
+        DicomSource(root, 32, on_error="raise")[2]
+    direct = DicomSource(root, 32)
+    with ThreadPoolExecutor(4) as pool:
+        for i, values in zip(list(range(10)) * 4, pool.map(direct.__getitem__, list(range(10)) * 4)):
+            np.testing.assert_array_equal(values, store[i])
+    assert direct.table.problem.tolist() == store.table.problem.tolist()
+
+
+def test_what_this_machine_lacks_ends_a_build_and_is_not_kept_as_air(tmp_path, monkeypatch):
+    root = competition(tmp_path / "train", studies=2, slices=3, syntaxes=[JPEGLosslessSV1])
+    with monkeypatch.context() as patch, pytest.raises(ImportError, match="pip install imagecodecs"):
+        patch.setitem(sys.modules, "imagecodecs", None)
+        build_store(root, tmp_path / "out", size=32)
+    assert not shards(tmp_path / "out") and not list((tmp_path / "out").glob("*.tmp"))
+    store = SliceStore(build_store(root, tmp_path / "out", size=32))
+    assert not store.table.problem.any() and store[:].std() > 0
+
+
+def test_slices_that_were_filled_are_said_and_can_be_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "STUDIES", 1)
+    root = competition(tmp_path / "train", studies=2, slices=3)
+    expected, table = shards(build_store(root, tmp_path / "expected", size=32)), scan(root)
+    first = root / table.StudyInstanceUID[0]
+    first.rename(tmp_path / "away")
+    out = tmp_path / "out"
+    with pytest.warns(UserWarning, match="out: 3 of 6 slices .* filled, see problems.csv .* build again"):
+        build_store(table, out, size=32)
+    (tmp_path / "away").rename(first)
+    (shard,) = set(pd.read_csv(out / "problems.csv").shard)
+    (out / shard).unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_store(table, out, size=32)
+    assert shards(out) == expected
+
+
+def test_a_neighbour_is_found_wherever_its_row_is(tmp_path):
+    table = scan(competition(tmp_path / "train", studies=2, slices=4))
+    os.truncate(table.path[1], 3000)
+    mixed = DicomSource(table.iloc[[0, 4, 1, 5, 2, 6, 3, 7]], 32)
+    np.testing.assert_array_equal(mixed[2], mixed[0])
+    assert f"filled from {table.SOPInstanceUID[0]}" in mixed.table.problem[2]
+    twice = table.iloc[[1, 2, 3, 0, 1]]  # rows with one index
+    stack = read_series(twice, on_error="fill")
+    np.testing.assert_array_equal(stack[[0, 4]], stack[[3, 3]])
+    assert twice.problem.str.count("filled").tolist() == [1, 0, 0, 0, 1]
+
+
+def test_labels_beside_the_pixels(tmp_path):
+    root = competition(tmp_path / "train", studies=3, slices=3)
+    table = scan(root)
+    keys = ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"]
+    labels = table[keys].assign(pe_present_on_image=np.arange(9) % 2).sample(frac=1, random_state=0)
+    store = SliceStore(build_store(root, tmp_path / "out", size=32, labels=labels))
+    assert store.table.pe_present_on_image.tolist() == [0, 1, 0, 1, 0, 1, 0, 1, 0]
+    assert store.table.SOPInstanceUID.tolist() == table.SOPInstanceUID.tolist()
+    with pytest.raises(ValueError, match="labels name none of these slices"):
+        build_store(root, tmp_path / "none", size=32, labels=labels.assign(StudyInstanceUID="0"))
+
+
+def test_many_threads_read_one_store(tmp_path):
+    store = SliceStore(build_store(competition(tmp_path / "train"), tmp_path / "out", size=64))
+    expected, rng = store[:], np.random.default_rng(0)
+    jobs = [rng.integers(0, len(store), 16) for _ in range(200)]
+    with ThreadPoolExecutor(8) as pool:
+        for rows, values in zip(jobs, pool.map(store.__getitem__, jobs)):
+            np.testing.assert_array_equal(values, expected[rows])
+
+
+def test_real_ct(real_ct, tmp_path):
+    store = SliceStore(build_store(real_ct / "lidc_small", tmp_path / "out"))
+    assert len(store) == 39 and store.table.exact.all() and store.verify() == []
+    for i, path in enumerate(scan(real_ct / "lidc_small").path):
+        hu = reference(path).clip(-1024, 8191)
+        np.testing.assert_array_equal(store[i], hu.reshape(256, 2, 256, 2).sum((1, 3)))
+    small = SliceStore(build_store(real_ct / "cip_ct64_series", tmp_path / "small"))
+    np.testing.assert_array_equal(small[40][::4, ::4], 4 * reference(scan(real_ct / "cip_ct64_series").path[40]))
