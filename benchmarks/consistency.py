@@ -24,14 +24,14 @@ from rsnape_kit.competition.labels import (
     NOT_POSITIVE,
     RV_LV,
     STUDY,
-    allowed_answers,
+    allowed_combinations,
 )
 from rsnape_kit.competition.metric import competition_loss
 from rsnape_kit.competition.predictions import Predictions
 from rsnape_kit.competition.submission import violations
-from rsnape_kit.ensemble.consistency import MARGIN, expected_cost, fit_q, make_consistent, study_q
+from rsnape_kit.ensemble.consistency import MARGIN, expected_cost, fit_positive_share, make_consistent, study_q
 from rsnape_kit.ensemble.ensemble import Ensemble, nested_blend
-from rsnape_kit.inference.predict_runs import load_folds, load_oofs, plan
+from rsnape_kit.inference.predict_runs import load_folds, load_oofs, plan_predictions
 from rsnape_kit.report.scores import resample, study_losses
 from rsnape_kit.testing import simulate_model, simulate_truth
 
@@ -88,7 +88,7 @@ def loop(pred: Predictions, q: pd.Series) -> Predictions:
         for_no = sum(divergence(p, LO) for p in mine if p > .5)
         for_yes = 0 if mine.max() > .5 else divergence(mine.max(), HI)
         best = None
-        for yes, positive in zip(*allowed_answers()):
+        for yes, positive in zip(*allowed_combinations()):
             cost = IMAGE_WEIGHT * q[study] * (for_yes if positive else for_no)
             cost += sum(w * divergence(p, HI if y else LO) for w, p, y in zip(weights, exams[i], yes) if (p > .5) != y)
             if best is None or cost < best[0]:
@@ -128,7 +128,8 @@ def simulated(studies: int, slices: tuple, skill: float, seed: int) -> pd.DataFr
     oof_truth, truth = simulate_truth(studies, slices, seed), simulate_truth(studies, slices, seed + 1000)
     oof, _ = simulate_model(oof_truth, skill, seed)
     pred, q = simulate_model(truth, skill, seed)
-    made = {"exact, q exactly as expected": make_consistent(pred, q)} | repairs(pred, fit_q(oof, oof_truth))
+    share = fit_positive_share(oof, oof_truth)
+    made = {"exact, q exactly as expected": make_consistent(pred, q)} | repairs(pred, share)
     return costs(truth, pred, made, q)
 
 
@@ -142,7 +143,7 @@ def demo_blends(folder: Path) -> dict:  # what -> (truth, blend, q)
     truth = Predictions.from_train_csv(folder / "competition" / "train.csv")
     test = pd.read_parquet(folder / "test.parquet")
     _, oof = nested_blend(load_oofs(runs), truth, load_folds(runs), ensemble.weights.space, bool(ensemble.calibrations))
-    asked = plan(runs, test, folder / "answers", tta)
+    asked = plan_predictions(runs, test, folder / "answers", tta)
     if not asked.answered().all(axis=None):
         raise SystemExit(f"{folder}/answers lacks some of what the runs say of the test studies with {tta} looks more; "
                          "run the demo again to fill it")

@@ -29,7 +29,7 @@ from rsnape_kit.store.dicom_source import DicomSource
 from rsnape_kit.store.slice_store import SliceStore
 from rsnape_kit.transforms.affine import AffineRange
 from rsnape_kit.transforms.masks import SideMask
-from rsnape_kit.transforms.render import Pixels
+from rsnape_kit.transforms.render import InputConfig
 
 
 class Same:
@@ -68,7 +68,7 @@ def main():
     size, small = (256, {}) if args.full else (64, {"width": .25})
     with tempfile.TemporaryDirectory() as folder:
         store = made_store(Path(folder), args.studies)
-        how = dict(batch=batch, mask=SideMask(), affine=AffineRange(), shuffle=True, pixels=Pixels(size=size))
+        how = dict(batch=batch, mask=SideMask(), affine=AffineRange(), shuffle=True, pixels=InputConfig(size=size))
         host, device = (ImageBatches(store, make_truth(store.table), device=device, **how) for device in (False, True))
         plain = efficientnet("b1", size, policy=args.policy, **small)
         beside = with_pixels(efficientnet("b1", size, policy=args.policy, **small), device)

@@ -24,14 +24,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from rsnape_kit.competition.folds import folds
+from rsnape_kit.competition.folds import make_folds
 from rsnape_kit.competition.labels import EXAM_LABELS, IMAGE_LABEL, STUDY
 from rsnape_kit.competition.predictions import Predictions
-from rsnape_kit.competition.priors import position_prior, prior
+from rsnape_kit.competition.priors import constant_prior, position_prior
 from rsnape_kit.dicom.slices import scan
 from rsnape_kit.phantom.generate import make_competition
 from rsnape_kit.report.scores import gain_over
-from rsnape_kit.runs.recipes import DEMO, change
+from rsnape_kit.runs.recipes import DEMO, override_settings
 from rsnape_kit.store.build import build_store
 from rsnape_kit.store.slice_store import SliceStore
 
@@ -82,7 +82,7 @@ def teach(args):
     truth = Predictions.from_train_csv(folder / "competition" / "train.csv")
     if args.shuffled:
         truth = dealt(truth.align(truth), 1)
-    config = change(DEMO[name], [f"seed={args.seeds[0]}", *args.set])
+    config = override_settings(DEMO[name], [f"seed={args.seeds[0]}", *args.set])
     if name == "petaformer":
         from rsnape_kit.inference.torch_predictor import infer
         from rsnape_kit.training.torch_trainer import train
@@ -91,7 +91,7 @@ def teach(args):
         from rsnape_kit.training.keras_trainer import train
     source, wall, cpu = SliceStore(folder / "train"), time.perf_counter(), time.process_time()
     names = source.table[STUDY].unique()[:args.use]
-    split = folds(names, truth.select(names), args.folds)
+    split = make_folds(names, truth.select(names), args.folds)
     more = {"weights": body_of(folder / "learned", args)} if name == "efficientnet3d" else {}
     run = train(name, source, 0, config, truth=truth, folds=split, out=out, earlier=(), **more)
     spent = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
@@ -110,7 +110,7 @@ def judge(folder: Path, out: Path) -> dict:
     train_truth = Predictions.from_train_csv(folder / "competition" / "train.csv")
     truth = Predictions.from_train_csv(folder / "competition" / "truth" / "test.csv")
     slices = {part: pd.read_parquet(folder / f"{part}.parquet") for part in SPLITS}
-    rivals = {"constant": prior(train_truth, slices["test"]),
+    rivals = {"constant": constant_prior(train_truth, slices["test"]),
               "position": position_prior(train_truth, slices["train"], slices["test"])}
     pred, twin = (Predictions.load(out / part) for part in ("test", "twins"))
     pred = pred.align(truth)

@@ -9,9 +9,9 @@ import time
 
 import numpy as np
 
-from rsnape_kit.models.efficientnet import body, efficientnet
-from rsnape_kit.models.keras_backend import costs, import_keras, jit
-from rsnape_kit.models.losses import pack, weighted_bce
+from rsnape_kit.models.efficientnet import backbone, efficientnet
+from rsnape_kit.models.keras_backend import import_keras, jit, profile
+from rsnape_kit.models.losses import pack_targets, weighted_bce
 from rsnape_kit.models.volume import efficientnet3d, fold_frames, resnet3d
 
 rng = np.random.default_rng(0)
@@ -43,7 +43,7 @@ def random_batch(model, n):
     x = rng.integers(0, 256, (n, *model.input_shape[1:]), dtype=np.uint8)
     outputs = model.output if isinstance(model.output, dict) else {"": model.output}
     y = {head: rng.integers(0, 2, (n, *tensor.shape[1:])).astype("float32") for head, tensor in outputs.items()}
-    packed = {head: pack(value, np.ones_like(value)) for head, value in y.items()}
+    packed = {head: pack_targets(value, np.ones_like(value)) for head, value in y.items()}
     return x, packed if isinstance(model.output, dict) else packed[""]
 
 
@@ -80,7 +80,7 @@ def measure(name, model, n, args):
     x, packed = random_batch(model, n)
     _, forward, forward_cpu = seconds(lambda: model.predict_on_batch(x), args.repeat)
     first, step, step_cpu = seconds(lambda: np.max(model.train_on_batch(x, packed)), args.repeat)
-    rate = 3 * costs(model, n)["flops"] / step
+    rate = 3 * profile(model, n)["flops"] / step
     share = f"{rate / args.peak / 1e12:8.1%}" if args.peak else ""
     print(f"{name:<20}{n:>8}{forward:>9.3f}s{forward_cpu:>7.2f}s{n / forward:>9.1f}{step:>9.3f}s{step_cpu:>7.2f}s"
           f"{n / step:>9.2f}{first:>7.1f}s{rate / 1e9:>9.1f}{device_memory() / 2**30:>10.2f}{share}", flush=True)
@@ -96,7 +96,7 @@ def run_models(args):
 def run_folded(args):
     "Alternating, on the same weights."
     keras = import_keras()
-    frame, frames = body("b0", 32, width=.25, depth=.1), 8
+    frame, frames = backbone("b0", 32, width=.25, depth=.1), 8
     x, made = rng.normal(size=(2, frames, 32, 32, 3)).astype("float32"), {}
     for name, layer in {"TimeDistributed": keras.layers.TimeDistributed(frame), "folded": fold_frames(frame)}.items():
         inputs = keras.Input(x.shape[1:])

@@ -36,7 +36,7 @@ from rsnape_kit.data.slice_loader import cores
 from rsnape_kit.store.build import build_store
 from rsnape_kit.store.dicom_source import DicomSource
 from rsnape_kit.store.slice_store import SliceStore
-from rsnape_kit.store.tfrecords import LABELS, TAGS, read_organisers, write_organisers
+from rsnape_kit.store.tfrecords import LABELS, TAGS, read_tfrecords, write_tfrecords
 from rsnape_kit.transforms.affine import STUDY_RANGE, AffineRange
 from rsnape_kit.transforms.masks import SideMask
 
@@ -284,7 +284,7 @@ def run(args, folder: Path):
     total, whole = len(dicom.table), len(dicom.table) // args.batch * args.batch
     if not whole:
         raise SystemExit(f"{total} slices do not fill a batch of {args.batch}: give more --slices or a smaller --batch")
-    records, = write_organisers(dicom.table.join(labels).iloc[:whole], folder, per_file=10**6)
+    records, = write_tfrecords(dicom.table.join(labels).iloc[:whole], folder, per_file=10**6)
     write_studies(dicom, truth, folder / "studies.tfrec")
     with ThreadPoolExecutor(cores()) as pool:
         build_store(dicom, folder / "store", executor=pool)
@@ -296,7 +296,7 @@ def run(args, folder: Path):
         return ImageBatches(source, truth, studies, **how, **extra)
 
     if "training" in args.only:
-        graph, recorded = original_images(records, args.batch), read_organisers(records)
+        graph, recorded = original_images(records, args.batch), read_tfrecords(records)
         from_records, from_dicom, from_store = (
             images(recorded, recorded.table[STUDY].unique()), images(dicom), images(store))
         device, one_thread = images(store, device=True), images(store, device=True, workers=1)

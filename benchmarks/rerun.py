@@ -26,7 +26,7 @@ import pandas as pd
 from rsnape_kit.competition.labels import SERIES, SLICE, STUDY
 from rsnape_kit.competition.tables import read_csv, sample_submission, slice_index
 from rsnape_kit.phantom.generate import make_competition
-from rsnape_kit.runs.recipes import RECIPES, change
+from rsnape_kit.runs.recipes import RECIPES, override_settings
 
 SMALL = {"efficientnet": ["pixels.size=32", "network.width=.25"], "resnet3d": ["pixels.size=32", "network.width=.125"],
          "efficientnet3d": ["pixels.size=32", "network.width=.25"], "petaformer": ["size=32", "net.width=.125"]}
@@ -36,7 +36,7 @@ def make_run(folder: Path, model: str):
     "A run folder with untrained weights; in this process."
     from rsnape_kit.runs.folder import open_run
 
-    config = change(replace(RECIPES["quick"][model], seed=0), SMALL[model])
+    config = override_settings(replace(RECIPES["quick"][model], seed=0), SMALL[model])
     run = open_run(folder / config.name, config)
     if model == "petaformer":
         import torch

@@ -12,10 +12,10 @@ from pathlib import Path
 # %% ../nbs/16_commands.ipynb #1ae7ac71
 def train(args):
     "Train a fold, or go on training it."
-    from rsnape_kit.competition.folds import folds
+    from rsnape_kit.competition.folds import make_folds
     from rsnape_kit.competition.labels import STUDY
     from rsnape_kit.competition.predictions import Predictions
-    from rsnape_kit.runs.recipes import RECIPES, change
+    from rsnape_kit.runs.recipes import RECIPES, override_settings
     from rsnape_kit.store.slice_store import SliceStore
 
     recipe = RECIPES[args.recipe]
@@ -26,8 +26,8 @@ def train(args):
     else:
         from rsnape_kit.training.keras_trainer import train
     source, truth = SliceStore(*args.store), Predictions.from_train_csv(args.train_csv)
-    split = folds(source.table[STUDY].unique(), truth, args.folds)
-    config = change(replace(recipe[args.model], seed=args.seed), args.set)
+    split = make_folds(source.table[STUDY].unique(), truth, args.folds)
+    config = override_settings(replace(recipe[args.model], seed=args.seed), args.set)
     print(train(args.model, source, args.fold, config, truth=truth, folds=split, out=args.out, earlier=args.earlier,
                 weights=args.weights, tta=args.tta, hours=args.hours))
 
@@ -36,7 +36,7 @@ def blend(args):
     "Fit an ensemble on out-of-fold predictions."
     from rsnape_kit.competition.predictions import Predictions
     from rsnape_kit.ensemble.ensemble import fit_ensemble
-    from rsnape_kit.ensemble.weight_fitting import loss_by_label, plot_weights, verdict
+    from rsnape_kit.ensemble.weight_fitting import loss_by_label, plot_weights, summary
     from rsnape_kit.inference.predict_runs import load_folds, load_oofs
 
     truth = Predictions.from_train_csv(args.train_csv)
@@ -45,7 +45,7 @@ def blend(args):
     picture = Path(args.out).with_suffix(".png")
     plot_weights(ensemble.weights).savefig(picture, dpi=80)
     print(loss_by_label(ensemble.weights).round(4).to_string())
-    print(f"\n{verdict(ensemble.weights)}\nlosses of the whole, out of fold: {_listed(ensemble.losses)}\n{args.out}   {picture}")
+    print(f"\n{summary(ensemble.weights)}\nlosses of the whole, out of fold: {_listed(ensemble.losses)}\n{args.out}   {picture}")
 
 
 def _listed(losses: dict) -> str:
@@ -69,7 +69,7 @@ def predict(args):
     if not args.runs:
         raise ValueError("say who predicts: folders of trained runs, as rsnape train and make demo leave them in runs/")
     from rsnape_kit.dicom.slices import scan
-    from rsnape_kit.inference.predict_runs import plan, predict
+    from rsnape_kit.inference.predict_runs import plan_predictions, predict
     from rsnape_kit.store.dicom_source import DicomSource
     from rsnape_kit.store.slice_store import SliceStore
 
@@ -79,21 +79,21 @@ def predict(args):
         pred.save(Path(args.out) / name)
         print(f"{Path(args.out) / name}: {pred}")
     if args.dicom:
-        _read_out(args, preds, source, plan(args.runs, source, answers, args.tta).problems())
+        _read_out(args, preds, source, plan_predictions(args.runs, source, answers, args.tta).problems())
 
 
 def _read_out(args, preds: dict, source, problems: dict):
     "The exam labels in print, the slices on a page."
     from rsnape_kit.competition.labels import SLICE, STUDY
-    from rsnape_kit.ensemble.ensemble import as_ensemble, unfitted
-    from rsnape_kit.report.pages import NOTE, SILENT, as_said, exam_table, write_reading
+    from rsnape_kit.ensemble.ensemble import as_ensemble, default_ensemble
+    from rsnape_kit.report.pages import NOTE, SILENT, exam_table, label_text, write_study_page
 
-    ensemble = as_ensemble(args.ensemble) if args.ensemble else unfitted(list(preds))
+    ensemble = as_ensemble(args.ensemble) if args.ensemble else default_ensemble(list(preds))
     blended = ensemble(preds, source.table.drop_duplicates([STUDY, SLICE]))
-    pred = as_said(blended, preds)
+    pred = label_text(blended, preds)
     note = f"{len(args.runs)} runs of {', '.join(preds)}; " + (
         f"blended as fitted in {args.ensemble}." if args.ensemble else "blended as equals, not calibrated.")
-    page = write_reading(Path(args.out) / "report.html", pred, source, note=note, problems=problems)
+    page = write_study_page(Path(args.out) / "report.html", pred, source, note=note, problems=problems)
     print(f"\n{exam_table(pred).T.round(3).to_string(na_rep=SILENT)}\n\n{page}\n{NOTE}")
     lost = pred.images.groupby(level=0).count().loc[lambda said: said == 0].index
     if len(lost):

@@ -18,13 +18,13 @@ import pandas as pd
 from .competition.labels import EXAM_LABELS, IMAGE_LABEL
 from .competition.metric import competition_loss, loss_table
 from .competition.predictions import Predictions
-from .competition.priors import position_prior, prior
+from .competition.priors import constant_prior, position_prior
 from .competition.submission import violations
 from .dicom.slices import scan
 from .ensemble.consistency import make_consistent
 from .ensemble.ensemble import Ensemble, fit_ensemble
-from .ensemble.weight_fitting import verdict
-from .inference.predict_runs import load_folds, load_oofs, plan
+from .ensemble.weight_fitting import summary
+from .inference.predict_runs import load_folds, load_oofs, plan_predictions
 from .kaggle.submitter import submit
 from .phantom.generate import make_competition
 from .report.pages import write_report
@@ -33,7 +33,7 @@ from .runs.recipes import RECIPES
 from .store.build import build_store
 from .store.dicom_source import DicomSource
 from .store.slice_store import SliceStore
-from .training.cross_validation import Team, train_all
+from .training.cross_validation import CrossValidation, train_all
 from .transforms.windows import PE, apply_windows
 
 # %% ../nbs/15_demo.ipynb #c3fe1fb5
@@ -122,9 +122,9 @@ def montage(
 def demo_team(
     folder: Path,  # the demo's folder, prepared
     settings: DemoSettings,
-) -> Team:
+) -> CrossValidation:
     "Who is trained on what."
-    return Team(folder / "store", folder / "competition" / "train.csv", folder / "runs", settings.models, settings.folds,
+    return CrossValidation(folder / "store", folder / "competition" / "train.csv", folder / "runs", settings.models, settings.folds,
                 settings.recipe, settings.seed, settings.tta)
 
 # %% ../nbs/15_demo.ipynb #1157ce7e
@@ -169,12 +169,12 @@ def demo(
         ensemble = fit_ensemble(load_oofs(runs), truth, load_folds(runs))
         ensemble.save(folder / "ensemble.json")
         print(ensemble.weights.table().round(2).to_string())
-        print(verdict(ensemble.weights))
+        print(summary(ensemble.weights))
     with _stage("the test studies, from DICOM to submission.csv", seconds, "submission"):
         draft = submit(runs, ensemble, test, competition=folder / "competition", out=folder / "submission.csv",
                        work=folder / "answers", tta=settings.tta)
     with _stage("score and report", seconds, "report"):
-        preds = plan(runs, test, folder / "answers", settings.tta).gather()
+        preds = plan_predictions(runs, test, folder / "answers", settings.tta).gather()
         scores = _judge(folder, settings, ensemble, preds, truth, (train, test), {**draft.seconds, **seconds})
     _say(folder, settings, scores, seconds)
     return scores
@@ -193,7 +193,7 @@ def _judge(folder: Path, settings: DemoSettings, ensemble: Ensemble, preds: dict
            seconds: dict) -> pd.DataFrame:
     "Score all contenders on the hidden truth, and write report.html."
     held_out = Predictions.from_train_csv(folder / "competition" / "truth" / "test.csv")
-    rivals = {"constant prior": prior(truth, tables[1]), "position prior": position_prior(truth, *tables)}
+    rivals = {"constant prior": constant_prior(truth, tables[1]), "position prior": position_prior(truth, *tables)}
     blended = ensemble.blend(preds, tables[1])
     consistent = make_consistent(blended, ensemble.q)
     scores = score(preds | {"blend": blended, "consistent blend": consistent}, rivals, held_out)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy import special, stats
 
-from .competition.labels import CHRONICITY, EXAM_LABELS, LOCATIONS, NOT_POSITIVE, RV_LV, allowed_answers
+from .competition.labels import CHRONICITY, EXAM_LABELS, LOCATIONS, NOT_POSITIVE, RV_LV, allowed_combinations
 from .competition.predictions import Predictions
 from .competition.tables import slice_index
 
@@ -23,7 +23,7 @@ QS = stats.beta(1, 4.5).ppf((np.arange(24) + .5) / 24)  # equally likely values 
 
 def answer_probabilities() -> np.ndarray:  # float [44], in the order of allowed_answers; sums to 1
     "How often each answer is the true one, by train.csv's prevalences."
-    yes, positive = allowed_answers()
+    yes, positive = allowed_combinations()
     said = {label: yes[:, i] for i, label in enumerate(EXAM_LABELS)}
     p = np.ones(len(yes))
     for label in (RV_LV[0], *LOCATIONS):
@@ -47,7 +47,7 @@ def simulate_truth(
     least, median, most = slices
     count = np.clip(np.rint(median * rng.lognormal(0, .35, studies)).astype(int), least, most)
     study = np.repeat(np.arange(studies), count)
-    yes, positive = allowed_answers()
+    yes, positive = allowed_combinations()
     answer = rng.choice(len(yes), studies, p=answer_probabilities())
     images = rng.random(len(study)) < _share(positive[answer], rng)[study]
     first = np.cumsum(count) - count
@@ -93,7 +93,7 @@ def simulate_model(
     "What a calibrated model of some skill says."
     common, own = np.random.default_rng(len(truth.images)), np.random.default_rng(seed)
     share, seen, ratio, study = _image_evidence(truth, 2.4 * skill, mimics, common, own)
-    yes, positive = allowed_answers()
+    yes, positive = allowed_combinations()
     distance = skill * np.array(list(EVIDENCE.values()))
     evidence = distance * truth.exams[list(EXAM_LABELS)].to_numpy() + _normal((len(truth.exams), 9), common, own)
     log_p = np.log(answer_probabilities()) + (evidence * distance - distance**2 / 2) @ yes.T

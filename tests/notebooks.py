@@ -43,7 +43,8 @@ def main(*names):
             process, path, began = running.pop(sentinel)
             process.join()
             failed += [str(path.relative_to(ROOT))] if process.exitcode else []
-            print(f"{str(path.relative_to(ROOT / 'nbs')):<44}{time.time() - began:>6.0f} s{'   FAILED' if process.exitcode else ''}", flush=True)
+            name, ending = str(path.relative_to(ROOT / "nbs")), "   FAILED" if process.exitcode else ""
+            print(f"{name:<44}{time.time() - began:>6.0f} s{ending}", flush=True)
     sys.exit(f"failed: {', '.join(failed)}" if failed else None)
 
 

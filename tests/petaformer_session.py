@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from rsnape_kit.competition.folds import folds
+from rsnape_kit.competition.folds import make_folds
 from rsnape_kit.competition.labels import EXAM_LABELS, SLICE, STUDY
 from rsnape_kit.competition.predictions import Predictions
 from rsnape_kit.competition.tables import slice_index
-from rsnape_kit.runs.config import Net, PetaFormerConfig
-from rsnape_kit.runs.recipes import change
+from rsnape_kit.runs.config import PetaFormerConfig, PetaFormerNetwork
+from rsnape_kit.runs.recipes import override_settings
 from rsnape_kit.training import torch_checkpoint as resume_torch
 from rsnape_kit.training.torch_trainer import train
 
@@ -82,10 +82,11 @@ def main(out, *rest):
         at = rest.index("--tear")
         tear_at(int(rest[at + 1]))
         del rest[at:at + 2]
-    net = Net(slices=3, width=.125, depth=.1, dim=24, layers=1, heads=4)
-    config = change(PetaFormerConfig(net=net, size=32, groups=4, epochs=4, batch=2, lr=1e-2, body_lr=1.), rest)
+    net = PetaFormerNetwork(slices=3, width=.125, depth=.1, dim=24, layers=1, heads=4)
+    small = PetaFormerConfig(net=net, size=32, groups=4, epochs=4, batch=2, lr=1e-2, body_lr=1.)
+    config = override_settings(small, rest)
     source, truth = toy()
-    split = folds(source.table[STUDY].unique(), None, 4)
+    split = make_folds(source.table[STUDY].unique(), None, 4)
     print(train("petaformer", source, 0, config, truth=truth, folds=split, out=out, earlier=(), device="cpu",
                 progress=False))
     assert not {"tensorflow", "keras", "jax"} & set(sys.modules), "a process that trains with PyTorch imported it"

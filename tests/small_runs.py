@@ -2,18 +2,18 @@
 from pathlib import Path
 
 from rsnape_kit.models.keras_backend import save_weights
-from rsnape_kit.runs.config import Net, PetaFormerConfig, TrainConfig, build_model
+from rsnape_kit.runs.config import KerasConfig, PetaFormerConfig, PetaFormerNetwork, build_model
 from rsnape_kit.runs.folder import open_run
-from rsnape_kit.transforms.render import Pixels
+from rsnape_kit.transforms.render import InputConfig
 from rsnape_kit.transforms.windows import PE
 
-PIXELS = Pixels((PE,), "fixed", 32)
+PIXELS = InputConfig((PE,), "fixed", 32)
 
 
 def keras_run(folder, model: str, fold: int = 0) -> Path:
     "A Keras run that was never trained."
     network = {"width": .125} if model == "resnet3d" else {"variant": "b0", "width": .25, "depth": .1}
-    config = TrainConfig(model=model, fold=fold, seed=fold, pixels=PIXELS, frames=4, batch=8, network=network)
+    config = KerasConfig(model=model, fold=fold, seed=fold, pixels=PIXELS, frames=4, batch=8, network=network)
     run = open_run(Path(folder) / config.name, config)
     save_weights(build_model(config), run / "best.npz")
     return run
@@ -24,7 +24,7 @@ def torch_run(folder, fold: int = 0) -> Path:
     import torch
 
     from rsnape_kit.training.torch_trainer import new_model
-    net = Net(slices=3, width=.125, depth=.1, dim=24, layers=1, heads=4)
+    net = PetaFormerNetwork(slices=3, width=.125, depth=.1, dim=24, layers=1, heads=4)
     config = PetaFormerConfig(net=net, size=32, groups=4, batch=2, fold=fold, seed=fold)
     run = open_run(Path(folder) / config.name, config)
     torch.save(new_model(config, expected()).state_dict(), run / "weights.pt")

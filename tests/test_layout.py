@@ -1,4 +1,4 @@
-"The layout that CONTRIBUTING promises: packages follow the data, imports run downwards, modules and pictures are small."
+"The layout that CONTRIBUTING promises: packages follow the data, imports run downwards, modules are small."
 import ast
 import json
 from pathlib import Path

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXAM_WEIGHTS', 'EXAM_LABELS', 'IMAGE_LABEL', 'IMAGE_WEIGHT', 'AUX_LABELS', 'STUDY', 'SERIES', 'SLICE', 'LOCATIONS',
-           'RV_LV', 'CHRONICITY', 'NOT_POSITIVE', 'RULES', 'Rule', 'exam_id', 'parse_ids', 'allowed_answers']
+           'RV_LV', 'CHRONICITY', 'NOT_POSITIVE', 'RULES', 'Rule', 'exam_id', 'parse_ids', 'allowed_combinations']
 
 # %% ../../nbs/01_competition/01_labels.ipynb #a8673d9e
 from dataclasses import dataclass
@@ -95,7 +95,7 @@ def parse_ids(
 
 # %% ../../nbs/01_competition/01_labels.ipynb #b5e37297
 @cache
-def allowed_answers() -> tuple:  # yes: bool [44, 9], columns as EXAM_LABELS; positive: bool [44]; both read-only
+def allowed_combinations() -> tuple:  # yes: bool [44, 9], columns as EXAM_LABELS; positive: bool [44]; both read-only
     "Every answer to the nine labels that the rules allow, with or without a positive image."
     answers = np.array(list(product([True, False], repeat=len(EXAM_LABELS) + 1)))
     answers = answers[np.all([rule.holds(answers[:, 1:], answers[:, 0]) for rule in RULES], axis=0)]

@@ -13,7 +13,7 @@ import pandas as pd
 
 from . import tables
 from .labels import AUX_LABELS, EXAM_LABELS, IMAGE_LABEL, SLICE, STUDY
-from ..utils.files import complete, replacing
+from ..utils.files import atomic_folder, complete_folder
 
 # %% ../../nbs/01_competition/03_predictions.ipynb #19cb1fed
 def _checked_exams(exams: pd.DataFrame) -> pd.DataFrame:
@@ -91,12 +91,12 @@ class Predictions:
             return table
         if "id" not in like:
             raise ValueError(f"like has no column 'id', only {', '.join(map(str, like.columns))}; give sample_submission.csv")
-        return pd.DataFrame({"id": like["id"].to_numpy(), "label": tables.answers(table, like["id"], repr(self))})
+        return pd.DataFrame({"id": like["id"].to_numpy(), "label": tables.labels_of(table, like["id"], repr(self))})
 
     def align(self, to):  # to: Predictions of some or all of these studies and slices
         "The same studies and slices as `to`, in its order; raises where one is missing."
         exams = self.exams.index.get_indexer(to.exams.index)
-        images = tables.positions(self.images.index, to.images.index)
+        images = tables.locate(self.images.index, to.images.index)
         for at, wanted, what in ((exams, to.exams.index, "study"), (images, to.images.index, "slice")):
             if (at < 0).any():
                 raise ValueError(f"no prediction for {what} {wanted[int(at.argmin())]}: {self!r} does not hold it")
@@ -115,14 +115,14 @@ class Predictions:
 
     def save(self, folder):  # made if need be; what it holds is replaced as a whole
         "Write exams.parquet and images.parquet."
-        with replacing(folder) as fresh:
+        with atomic_folder(folder) as fresh:
             self.exams.reset_index().to_parquet(fresh / "exams.parquet", index=False)
             self.images.reset_index().to_parquet(fresh / "images.parquet", index=False)
 
     @classmethod
     def load(cls, folder):  # as `save` wrote it
         "Read predictions back."
-        folder = complete(folder) or Path(folder)
+        folder = complete_folder(folder) or Path(folder)
         exams, images = (pd.read_parquet(folder / f"{name}.parquet") for name in ("exams", "images"))
         return cls(exams.set_index(STUDY), pd.Series(images[IMAGE_LABEL].to_numpy(), tables.slice_index(images)))
 

@@ -8,15 +8,15 @@ __all__ = ['class_weights', 'ImageBatches', 'StudyBatches', 'GroupBatches']
 # %% ../../nbs/06_data/05_batches.ipynb #d8971873
 import numpy as np
 
-from ..competition.folds import Folds, folds  # noqa: F401 (part of this module's names)
+from ..competition.folds import Folds, make_folds  # noqa: F401 (part of this module's names)
 from ..competition.labels import AUX_LABELS, EXAM_LABELS
 from ..competition.metric import sample_weights
-from .base import Batches, Known
-from .sampling import Luck, balanced_order, epoch_order, pick_frames, pick_groups, turns
+from .base import Batches, LabelledRows
+from .sampling import CounterRNG, balanced_order, epoch_order, occurrence, pick_frames, pick_groups
 
 # %% ../../nbs/06_data/05_batches.ipynb #c1a55e57
 def class_weights(
-    known: Known,
+    known: LabelledRows,
     drawn: float | None = None,  # share of positives among the slices shown; default: as they are
 ) -> np.ndarray:  # float32 [n], the metric's mean weight on average
     "A weight for positive slices and one for negative ones, so that each kind weighs what it weighs in the metric."
@@ -57,7 +57,7 @@ class ImageBatches(Batches):
             some = np.bincount(known.study[rows], positive)[known.study[rows]] > 0
             drawn = balanced_order(positive, some, self.seed, epoch)
             mine = slice(i, len(drawn) - len(drawn) % of, of)
-            self.again, order = turns(drawn)[mine], drawn[mine]
+            self.again, order = occurrence(drawn)[mine], drawn[mine]
         else:
             self.again, order = None, epoch_order(len(rows), self.seed, epoch, self.shuffle, self.shard)
         self.mean = known.weight[rows].mean()
@@ -138,7 +138,7 @@ class StudyBatches(_StudyWise):
 
     def _chosen(self, i: int) -> tuple:
         studies, known = self.order[self._part(i)], self.known
-        luck = Luck(self.seed, self.epoch, stream=4)
+        luck = CounterRNG(self.seed, self.epoch, stream=4)
         rows = [known.first[s] + pick_frames(known.count[s], self.frames, luck.at(known.study_name[s]) if self.random_frames else None)
                 for s in studies]
         return np.stack(rows), known.first[studies], None

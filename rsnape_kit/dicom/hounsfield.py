@@ -11,7 +11,7 @@ import threading
 import numpy as np
 
 from .decode import careful, file_fault
-from .header import FIELD, FIELDS, FOUND, NUMBER, NUMBERS, parse, walk
+from .header import FIELD, FIELDS, FOUND, NUMBER, NUMBERS, parse_header, walk_header
 from ..utils.native import close_file, compiled, file_size, open_file, raw_paths, read_at
 
 # %% ../../nbs/02_dicom/03_hounsfield.ipynb #0062ca03
@@ -114,7 +114,7 @@ def _is_plain(
     n,  # float64 [NUMBERS], filled
 ):
     "Walk a header; is this one 16-bit grey plane, with nothing odd about it?"
-    if walk(buf, got, False, at, length) != FOUND or parse(buf, at, length, n) != FOUND:
+    if walk_header(buf, got, False, at, length) != FOUND or parse_header(buf, at, length, n) != FOUND:
         return False
     area, place = n[_rows] * n[_rows + 1], at[_photometric]
     return (

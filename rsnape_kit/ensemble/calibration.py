@@ -16,12 +16,12 @@ from scipy.special import expit, logit
 from ..competition.labels import EXAM_LABELS, IMAGE_LABEL
 from ..competition.metric import loss_table
 from ..competition.predictions import Predictions
-from .cross_fit import LabelAnswers, answers_by_label, cross_fit
-from ..utils.files import Saved
+from .cross_fit import LabelArrays, arrays_by_label, cross_fit
+from ..utils.files import JSONFile
 
 # %% ../../nbs/11_ensemble/02_calibration.ipynb #b0c7bb68
 @dataclass(frozen=True)
-class Calibration(Saved):
+class Calibration(JSONFile):
     "A slope and an offset on the logit scale for each label."
     lines: dict[str, tuple[float, float]]  # label -> (slope, offset); labels left out stay as they are
     losses: dict = field(default_factory=dict)  # label -> {"before", "after"}: loss on studies not fitted on
@@ -46,7 +46,7 @@ def _logit(p):
     return logit(np.clip(p, 1e-6, 1 - 1e-6))
 
 # %% ../../nbs/11_ensemble/02_calibration.ipynb #cdfeb1e2
-def _fit_line(answers: LabelAnswers, offset: bool, pull: float) -> tuple:
+def _fit_line(answers: LabelArrays, offset: bool, pull: float) -> tuple:
     "Slope and offset of one label."
     said = ~np.isnan(answers.p[0])
     y, w = answers.y[said], answers.weight[said]
@@ -72,7 +72,7 @@ def fit_lines(
     pull: float = 3.,  # studies' worth of votes for leaving a label as it is
 ) -> Calibration:
     "Each label's line, fitted on all that is given."
-    answers = answers_by_label({"oof": oof}, truth)
+    answers = arrays_by_label({"oof": oof}, truth)
     return Calibration({label: _fit_line(own, offset, pull) for label, own in answers.items()})
 
 # %% ../../nbs/11_ensemble/02_calibration.ipynb #b9cf95df
@@ -136,7 +136,7 @@ def plot_reliability(
 ):  # the matplotlib figure
     "A small picture a label; dots grow with how often something near is said."
     import matplotlib.pyplot as plt
-    answers = answers_by_label(preds, truth)
+    answers = arrays_by_label(preds, truth)
     fig, axes = plt.subplots(-(-len(labels) // 5), min(5, len(labels)), figsize=(10, 2.3 * -(-len(labels) // 5)),
                              squeeze=False, sharex=True, sharey=True)
     for ax, label in zip(axes.flat, labels):

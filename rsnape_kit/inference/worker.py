@@ -19,10 +19,10 @@ from pathlib import Path
 
 from ..competition.labels import EXAM_LABELS
 from ..dicom.series import FILLED, FILLED_WITH_AIR
-from .results import fetch_study, load_answer, save_answer, save_failure
+from .results import fetch_study, load_result, save_failure, save_result
 from ..runs.config import MODELS
 from ..runs.folder import run_settings
-from ..utils.files import write_text
+from ..utils.files import atomic_write
 
 # %% ../../nbs/09_inference/05_worker.ipynb #7ea56dd3
 SLICES = 64  # most slices in a batch of an image model
@@ -32,11 +32,11 @@ SLICES = 64  # most slices in a batch of an image model
 def _keras():
     from rsnape_kit.inference.keras_predictor import predictor
     from rsnape_kit.models.keras_backend import all_devices, import_keras
-    from rsnape_kit.runs.config import TrainConfig
+    from rsnape_kit.runs.config import KerasConfig
     from rsnape_kit.runs.folder import load_config
 
     def open_run(run, tta):
-        config = load_config(run, TrainConfig)
+        config = load_config(run, KerasConfig)
         return predictor(run, tta, batch=1 if config.is_volume else min(config.batch, SLICES), devices=used)
 
     import_keras()
@@ -79,7 +79,7 @@ class Job:
 
     def missing(self, name: str, rows) -> list:  # folders of runs
         "Which runs have not yet dealt with a study."
-        return [run for run, folder in self.runs.items() if load_answer(folder, name, len(rows)) is None
+        return [run for run, folder in self.runs.items() if load_result(folder, name, len(rows)) is None
                 and not Path(folder, f"{name}.failed").exists()]
 
     def todo(self) -> list:  # (name, rows)
@@ -125,7 +125,7 @@ def _studies(job: Job):
             if began + slowest > job.deadline:
                 return
             if job.note:
-                write_text(job.note, name)
+                atomic_write(job.note, name)
             ready = coming.result() if coming else _fetch(job, rows, name)
             coming = pool.submit(_fetch, job, following[1], following[0]) if following and job.ahead else None
             yield name, rows, ready
@@ -142,7 +142,7 @@ def _answer(predict, folder, name: str, study):
             why = study.table["problem"].iloc[0].partition(f"; {FILLED_WITH_AIR}")[0]
             raise ValueError(f"none of its {len(lost)} slices can be read: {why}")
         pred = predict(study)
-        save_answer(folder, name, pred, lost)
+        save_result(folder, name, pred, lost)
         _check_numbers(pred, lost)
     except Exception as error:  # one study must never end the run
         save_failure(folder, name, f"{type(error).__name__}: {error}")
@@ -159,7 +159,7 @@ def work(
             try:
                 predict[run] = open_run(run, job.tta)
             except Exception as error:  # then the others go on without it
-                write_text(Path(folder) / "unusable", f"{type(error).__name__}: {error}")
+                atomic_write(Path(folder) / "unusable", f"{type(error).__name__}: {error}")
         for name, rows, study in _studies(job) if predict else ():
             _note_filled(job, name, study)
             for run in job.missing(name, rows):
@@ -182,7 +182,7 @@ def _note_filled(job: Job, name: str, study):
     if job.note and not isinstance(study, Exception) and "problem" in study.table:
         filled = study.table["problem"].str.contains(FILLED, regex=False)
         if filled.any():
-            write_text(job.note.parent / f"{name}.filled",
+            atomic_write(job.note.parent / f"{name}.filled",
                        f"{filled.sum()} of {len(filled)} slices: {study.table['problem'][filled].iloc[0]}")
 
 # %% ../../nbs/09_inference/05_worker.ipynb #db8d7e14

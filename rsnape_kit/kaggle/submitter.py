@@ -17,10 +17,10 @@ import pandas as pd
 
 from ..competition.labels import SLICE, STUDY
 from ..competition.tables import read_csv
-from .draft import Draft, stages, told
+from .draft import SubmissionState, one_line, stages
 from .inputs import attached_runs, enlist, find_ensemble
 from .runtime import HOUR, KAGGLE, competition_dir, session
-from ..utils.processes import child_environ, last_line
+from ..utils.processes import last_line, worker_environ
 
 # %% ../../nbs/13_kaggle/12_submitter.ipynb #c9d2990c
 _SCAN = "import sys; from rsnape_kit.dicom.slices import scan; scan(sys.argv[1]).to_parquet(sys.argv[2])"
@@ -33,7 +33,7 @@ def scan_in_time(
 ) -> pd.DataFrame:  # slices table
     "Scan a folder, or raise when time is up."
     try:
-        done = subprocess.run([sys.executable, "-c", _SCAN, str(folder), str(out)], env=child_environ(), capture_output=True,
+        done = subprocess.run([sys.executable, "-c", _SCAN, str(folder), str(out)], env=worker_environ(), capture_output=True,
                               text=True, timeout=max(0., min(end - time.time(), 1e6)))
     except subprocess.TimeoutExpired:
         raise TimeoutError(f"time was up before {folder} was scanned") from None
@@ -58,7 +58,7 @@ def submit(
     gpus=None,  # names of GPUs; default: those there are
     every: float = 600,  # seconds between better versions of the file
     progress: bool | None = None,
-) -> Draft:  # what happened
+) -> SubmissionState:  # what happened
     "Write the best submission.csv that time allows."
     began = time.time()
     draft = _first_draft(Path(competition or competition_dir()), weights, Path(out))
@@ -72,7 +72,7 @@ def submit(
             _improve(draft, asked, source, end, work, tta, gpus=gpus, every=every, progress=progress)
         draft.finished |= not asked and not draft.problems
     except Exception as error:  # whatever it is, there is a submission to hand in
-        draft.problems["submit"] = told(error)
+        draft.problems["submit"] = one_line(error)
     draft.note()
     print(draft.summary)
     return draft
@@ -86,28 +86,28 @@ def _end(deadline, began: float) -> float:
     return float("inf") if here.limit is None else here.started + min(HOURS * HOUR, here.limit - HOUR / 2)
 
 
-def _first_draft(competition: Path, weights, out: Path) -> Draft:
+def _first_draft(competition: Path, weights, out: Path) -> SubmissionState:
     "The prior's submission, unless an earlier session left something that is worth more."
     test, sample = (read_csv(competition / f"{name}.csv") for name in ("test", "sample_submission"))
     test, problems = test.drop_duplicates([STUDY, SLICE]), {}
     ensemble = find_ensemble(weights, test, competition / "train.csv", problems)
-    draft = Draft(ensemble, test, sample, out, problems=problems)
+    draft = SubmissionState(ensemble, test, sample, out, problems=problems)
     out.parent.mkdir(parents=True, exist_ok=True)
     draft.recall()
     draft.write({})
     return draft
 
 # %% ../../nbs/13_kaggle/12_submitter.ipynb #23aba178
-def _improve(draft: Draft, models: dict, source, end: float, work: Path, tta: int, **how):
+def _improve(draft: SubmissionState, models: dict, source, end: float, work: Path, tta: int, **how):
     "Ask the models, and write what they say."
-    from rsnape_kit.inference.predict_runs import alone, plan
+    from rsnape_kit.inference.predict_runs import exclusive_folder, plan_predictions
 
-    with alone(work):
+    with exclusive_folder(work):
         if isinstance(source, str | os.PathLike):
             began = time.time()
             source = scan_in_time(source, work / "slices.parquet", end)
             draft.seconds["scan"] = time.time() - began
-        all_runs = plan(models, source, work, tta, draft.test[STUDY].unique())
+        all_runs = plan_predictions(models, source, work, tta, draft.test[STUDY].unique())
         for study in set(draft.test[STUDY]) - set(all_runs.asked.rows):
             draft.problems[study] = "has no slices in the source"
         _ask(draft, all_runs, end, work / "scratch", **how)
@@ -117,9 +117,9 @@ def _improve(draft: Draft, models: dict, source, end: float, work: Path, tta: in
         draft.write(all_runs.gather(), all_runs)
 
 
-def _ask(draft: Draft, all_runs, end: float, scratch: Path, **how):
+def _ask(draft: SubmissionState, all_runs, end: float, scratch: Path, **how):
     "Ask stage by stage, with a better version now and then."
-    from rsnape_kit.inference.predict_runs import run_work
+    from rsnape_kit.inference.predict_runs import run_plan
 
     parts = stages(all_runs.models, draft.ensemble)
     if end == float("inf"):  # then nobody need come first, and each framework starts but once
@@ -130,8 +130,8 @@ def _ask(draft: Draft, all_runs, end: float, scratch: Path, **how):
         if k > 1:
             draft.attempt(all_runs)
         try:
-            took = run_work(all_runs.only(part), end, scratch, watch=lambda: draft.attempt(all_runs), **how)
+            took = run_plan(all_runs.only(part), end, scratch, watch=lambda: draft.attempt(all_runs), **how)
         except Exception as error:  # the others may do better, and what was said until then counts
-            draft.problems[f"stage {k}"] = told(error)
+            draft.problems[f"stage {k}"] = one_line(error)
             continue
         draft.seconds |= {what if len(parts) == 1 else f"{what}, stage {k}": seconds for what, seconds in took.items()}

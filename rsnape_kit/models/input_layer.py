@@ -13,7 +13,7 @@ import numpy as np
 
 from ..data.adapters import _need
 from ..transforms.affine import FRACTION
-from ..transforms.render import JOB, Pixels
+from ..transforms.render import RENDER_PARAMS, InputConfig
 
 # %% ../../nbs/07_models/02_input_layer.ipynb #7f6d41b3
 def _hidden(ops, stored, jobs):  # int32 [n, S, S], int32 [n, 9] -> the same, hidden
@@ -22,7 +22,7 @@ def _hidden(ops, stored, jobs):  # int32 [n, S, S], int32 [n, 9] -> the same, hi
     return ops.where(hidden[:, None], jobs[:, 8][:, None, None], stored)
 
 
-def _factors(ops, stored, pixels: Pixels):  # -> lowest, highest, factor: int32 [n or 1, 1, C] each
+def _factors(ops, stored, pixels: InputConfig):  # -> lowest, highest, factor: int32 [n or 1, 1, C] each
     first, last = (ops.convert_to_tensor(pixels.ends[:, side][None, None], "int32") for side in (0, 1))
     if pixels.scale == "image":
         low, high = ops.min(stored, (1, 2))[:, None, None], ops.max(stored, (1, 2))[:, None, None]
@@ -60,7 +60,7 @@ def _bilinear(ops, flat, jobs, source: int, size: int):
 def device_render(
     stored,  # int16 [..., S, S], quarter-HU
     jobs,  # int32 [..., 9], as make_jobs gives them
-    pixels: Pixels,
+    pixels: InputConfig,
 ):  # uint8 [..., size, size, C]
     "Mask, warp and window a batch, with whatever backend Keras runs on."
     ops = _need("keras", "pip install 'rsnape-kit[keras]' and TensorFlow or JAX").ops
@@ -84,7 +84,7 @@ def layer_class():  # a keras.layers.Layer
     class PixelLayer(keras.layers.Layer):
         def __init__(self, pixels, channels=False, **settings):
             super().__init__(trainable=False, dtype="uint8", autocast=False, **settings)
-            self.pixels, self.channels = pixels if isinstance(pixels, Pixels) else Pixels(**pixels), channels
+            self.pixels, self.channels = pixels if isinstance(pixels, InputConfig) else InputConfig(**pixels), channels
 
         def call(self, inputs):
             seen = device_render(inputs["stored"], inputs["jobs"], self.pixels)
@@ -102,7 +102,7 @@ def layer_class():  # a keras.layers.Layer
 
 
 def PixelLayer(
-    pixels: Pixels,
+    pixels: InputConfig,
     channels: bool = False,  # the last slices before the image axes become the channels (of one window)
     **settings,  # of a Keras layer
 ):
@@ -120,7 +120,7 @@ def with_pixels(
     keras = _need("keras", "pip install 'rsnape-kit[keras]' and TensorFlow or JAX")
     side, lead = batches.feed.source.size, batches.rows(0).shape[1:]
     inputs = {"stored": keras.Input((*lead, side, side), dtype="int16", name="stored"),
-              "jobs": keras.Input((*lead, JOB), dtype="int32", name="jobs")}
+              "jobs": keras.Input((*lead, RENDER_PARAMS), dtype="int32", name="jobs")}
     model = keras.Model(inputs, network(PixelLayer(batches.pixels, batches.channels)(inputs)))
     model.dtype_policy = network.dtype_policy  # by which compile() knows that losses in float16 must be scaled
     return model

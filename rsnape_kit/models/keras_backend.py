@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FRAMEWORKS', 'import_keras', 'precision', 'usable', 'jit', 'save_weights', 'read_arrays', 'load_weights',
-           'count_devices', 'all_devices', 'costs']
+           'count_devices', 'all_devices', 'profile']
 
 # %% ../../nbs/07_models/01_keras_backend.ipynb #20af199f
 import math
@@ -163,7 +163,7 @@ def _parallel(used: int):
         keras.distribution.set_distribution(before)
 
 # %% ../../nbs/07_models/01_keras_backend.ipynb #5877baa1
-def costs(
+def profile(
     model,  # keras.Model
     batch: int = 1,  # studies or slices
 ) -> dict:  # parameters; activations: bytes; flops of the forward pass

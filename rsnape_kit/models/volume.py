@@ -9,7 +9,7 @@ __all__ = ['bottleneck', 'fold_frames', 'add_heads', 'resnet3d', 'efficientnet3d
 from functools import cache
 
 from ..competition.labels import EXAM_LABELS
-from .efficientnet import body, log_odds, normalised
+from .efficientnet import backbone, log_odds, normalised
 from .keras_backend import import_keras, precision
 
 # %% ../../nbs/07_models/05_volume.ipynb #9ec173d1
@@ -197,7 +197,7 @@ def efficientnet3d(
     keras = import_keras()
     with precision(policy):
         inputs = keras.Input((frames, size, size, channels), dtype="uint8", name="volume")
-        frame = body(variant, size, channels, width, depth, drop_connect, momentum, weights)
+        frame = backbone(variant, size, channels, width, depth, drop_connect, momentum, weights)
         x = _folded_layer()(_in_pieces(frame) if recompute else frame, name="frames")(normalised(channels)(inputs))
         x = _stack(x, [("top", *_scaled(3, 256, width, depth), (3, 3, 3), 1)], momentum, recompute)
         return keras.Model(inputs, add_heads(x, expect_image, expect_exam, pool), name=f"efficientnet3d_{variant}")

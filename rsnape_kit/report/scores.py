@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['THICKNESS', 'StudyLosses', 'study_losses', 'resample', 'interval', 'gain_over', 'by_label', 'by_group',
-           'thickness_groups', 'study_tags', 'worst_studies', 'both_priors', 'Subject', 'make_subject']
+           'thickness_groups', 'study_tags', 'worst_studies', 'both_priors', 'ReportData', 'make_report_data']
 
 # %% ../../nbs/12_report/01_scores.ipynb #16a1ea81
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ import pandas as pd
 from ..competition.labels import EXAM_LABELS, IMAGE_LABEL, SLICE, STUDY
 from ..competition.metric import log_loss, sample_weights
 from ..competition.predictions import Predictions
-from ..competition.priors import position_prior, prior
-from ..competition.tables import positions, slice_index
+from ..competition.priors import constant_prior, position_prior
+from ..competition.tables import locate, slice_index
 
 # %% ../../nbs/12_report/01_scores.ipynb #55ea690a
 @dataclass(frozen=True, eq=False)
@@ -192,16 +192,16 @@ def both_priors(
     slices: pd.DataFrame | None = None,  # slices table with `order`; without it there is no position prior
 ) -> dict:  # name -> Predictions
     "What knowing nothing would score, at its best."
-    priors = {"constant prior": prior(truth)}
+    priors = {"constant prior": constant_prior(truth)}
     if slices is not None and "order" in slices:
         slices = slices.drop_duplicates([STUDY, SLICE])
-        if (positions(slice_index(slices), truth.images.index) >= 0).all():
+        if (locate(slice_index(slices), truth.images.index) >= 0).all():
             priors["position prior"] = position_prior(truth, slices)
     return priors
 
 # %% ../../nbs/12_report/01_scores.ipynb #17d7846c
 @dataclass(frozen=True, eq=False)
-class Subject:
+class ReportData:
     "What every section needs to know."
     truth: Predictions
     contenders: dict  # name -> Predictions; the first is the page's own
@@ -227,12 +227,12 @@ class Subject:
         return theirs.total() - self.own.total(), *interval(theirs.total(self.draws) - self.own.total(self.draws))
 
 
-def make_subject(
+def make_report_data(
     truth: Predictions,
     contenders: dict,  # name -> Predictions of at least the truth's studies
     priors: dict,  # name -> Predictions
     times: int = 300,  # draws of the bootstrap
-) -> Subject:
+) -> ReportData:
     "Score all that will be on the page."
     if not contenders:
         raise ValueError("nothing to report on: give contenders as {name: Predictions}, the page's own first")
@@ -244,4 +244,4 @@ def make_subject(
     if not spoken:
         raise ValueError(f"{next(iter(contenders))!r} predicts nothing: all its values are NaN")
     comparable = {name: own.only(spoken) for name, own in losses.items() if set(spoken) <= set(own.spoken)}
-    return Subject(truth, contenders, comparable, tuple(priors), resample(len(truth.exams), times))
+    return ReportData(truth, contenders, comparable, tuple(priors), resample(len(truth.exams), times))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['headline', 'label_section', 'curve_sections', 'group_section', 'blend_section', 'consistency_section',
-           'worst_section', 'duration', 'time_section']
+           'worst_studies_section', 'duration', 'time_section']
 
 # %% ../../nbs/12_report/05_sections.ipynb #d60c7376
 import pandas as pd
@@ -14,20 +14,20 @@ from ..competition.predictions import Predictions
 from ..competition.submission import violations
 from ..ensemble.blending import BlendWeights
 from ..ensemble.consistency import make_consistent
-from ..ensemble.weight_fitting import loss_by_label, verdict
+from ..ensemble.weight_fitting import loss_by_label, summary
 from .curves import precision_recall, rank_answers, reliability_band, roc
 from .figures import curve_panel, reliability_panel, strip
-from .html import SERIES_COLOURS, Html, bar, label_name, number, svg, table, tag, together, whisker
-from .scores import Subject, by_group, by_label, interval, study_losses, worst_studies
+from .html import SERIES_COLOURS, Html, bar, join_html, label_name, number, svg, table, tag, whisker
+from .scores import ReportData, by_group, by_label, interval, study_losses, worst_studies
 
 # %% ../../nbs/12_report/05_sections.ipynb #0835b5fa
-def headline(subject: Subject) -> Html:
+def headline(subject: ReportData) -> Html:
     "The loss with both priors beside it, and all contenders."
     best, own = subject.strongest_prior, subject.own
     tiles = [_tile(f"loss of {subject.name}", own.total(), *interval(own.total(subject.draws)), main=True)]
     tiles += [_tile(name, subject.losses[name].total()) for name in subject.priors]
     tiles.append(_tile(f"better than the {best} by", *subject.gain(best)))
-    return together(tag("div", *tiles, class_="tiles"), _standing(subject))
+    return join_html(tag("div", *tiles, class_="tiles"), _standing(subject))
 
 
 def _tile(name: str, value: float, low=None, high=None, main=False) -> Html:
@@ -35,7 +35,7 @@ def _tile(name: str, value: float, low=None, high=None, main=False) -> Html:
     return tag("div", tag("span", name), tag("b", number(value, digits=4)), band, class_="tile main" if main else "tile")
 
 
-def _standing(subject: Subject) -> Html:
+def _standing(subject: ReportData) -> Html:
     "A row a contender, with whiskers on a common scale."
     rows = {name: (own.total(), *interval(own.total(subject.draws))) for name, own in subject.losses.items()}
     limits = min(low for _, low, _ in rows.values()), max(high for *_, high in rows.values())
@@ -45,7 +45,7 @@ def _standing(subject: Subject) -> Html:
     return table(["", "loss, 95 % interval", "", f"{subject.name} is better by"], cells)
 
 # %% ../../nbs/12_report/05_sections.ipynb #b34e0bb5
-def label_section(subject: Subject) -> Html:
+def label_section(subject: ReportData) -> Html:
     "The loss label by label."
     own, best = by_label(subject.own, subject.draws), subject.strongest_prior
     reference = by_label(subject.losses[best], subject.draws).loss
@@ -55,11 +55,11 @@ def label_section(subject: Subject) -> Html:
     silent = [label for label in (*EXAM_LABELS, IMAGE_LABEL) if label not in own.index]
     notes = [f"Not predicted, and left out of the total: {', '.join(silent)}."] * bool(silent)
     notes += [f"{subject.own.gaps} single answers are missing and scored as 0.5."] * bool(subject.own.gaps)
-    return together(table(["", "loss, 95 % interval", "share of the total", best, "weight"], rows),
+    return join_html(table(["", "loss, 95 % interval", "share of the total", best, "weight"], rows),
                     *(tag("p", note) for note in notes))
 
 # %% ../../nbs/12_report/05_sections.ipynb #65b053cd
-def _label_answers(subject: Subject) -> dict:  # label -> {colour: Answers}, the first contender's first
+def _label_answers(subject: ReportData) -> dict:  # label -> {colour: Answers}, the first contender's first
     "The answers to draw; a label without both a yes and a no is left out."
     shown = [*zip(SERIES_COLOURS, subject.contenders.values())]
     ranked = {label: {colour: rank_answers(subject.truth, pred, label) for colour, pred in shown}
@@ -74,7 +74,7 @@ def _curve_figure(kind, what: str, axes: tuple, level):
         curves = {colour: kind(a, draws if colour == SERIES_COLOURS[0] else draws[:0]) for colour, a in answers.items()}
         own = answers[SERIES_COLOURS[0]]
         fig = curve_panel(curves, *axes, level and own.y @ own.weight / own.weight.sum())
-        return fig, together(f"{what} ", number(*curves[SERIES_COLOURS[0]].area))
+        return fig, join_html(f"{what} ", number(*curves[SERIES_COLOURS[0]].area))
     return draw
 
 
@@ -96,7 +96,7 @@ _CURVES = {
 }
 
 
-def curve_sections(subject: Subject) -> dict:  # heading -> Html
+def curve_sections(subject: ReportData) -> dict:  # heading -> Html
     "ROC, precision-recall and reliability of each label."
     ranked = _label_answers(subject)
     missing = [label for label in subject.own.spoken if label not in ranked]
@@ -110,13 +110,13 @@ def curve_sections(subject: Subject) -> dict:  # heading -> Html
             fig, caption = draw(label, answers, subject.draws)
             title = tag("figcaption", tag("b", label_name(label)), Html("<br>"), caption)
             figures.append(tag("figure", title, svg(fig, f"{heading} of {label}")))
-        sections[heading] = together(key, tag("p", words), note, tag("div", *figures, class_="panels"))
+        sections[heading] = join_html(key, tag("p", words), note, tag("div", *figures, class_="panels"))
         note = None  # once is enough
     return sections
 
 # %% ../../nbs/12_report/05_sections.ipynb #64895683
 def group_section(
-    subject: Subject,
+    subject: ReportData,
     groups: dict,  # what they are grouped by -> Series study -> group
     most: int = 12,  # groups shown of each kind, the largest
 ) -> Html | None:  # None without any groups
@@ -131,7 +131,7 @@ def group_section(
                 for name, row in found.iterrows()]
         head = [what, "studies", "loss, 95 % interval", "", best, "gain"]
         parts += [tag("h3", f"By {what}"), table(head, rows)]
-    return together(*parts) if parts else None
+    return join_html(*parts) if parts else None
 
 # %% ../../nbs/12_report/05_sections.ipynb #fb0c3182
 def blend_section(
@@ -148,8 +148,8 @@ def blend_section(
                 for label, row in losses.iterrows()]
         head = ["loss, out of fold", *weights.models, "equal weights", "blend", "gain on the best"]
         words = "Gains are on the best member of each label; in the last row, on the best single model."
-        parts = [tag("p", verdict(weights), "."), *parts, tag("p", words), table(head, rows)]
-    return together(*parts)
+        parts = [tag("p", summary(weights), "."), *parts, tag("p", words), table(head, rows)]
+    return join_html(*parts)
 
 
 def _heat(weight: float) -> Html:
@@ -159,7 +159,7 @@ def _heat(weight: float) -> Html:
 
 # %% ../../nbs/12_report/05_sections.ipynb #6462bc44
 def consistency_section(
-    subject: Subject,
+    subject: ReportData,
     submitted: Predictions | None = None,  # what is handed in; default: make_consistent
     q=None,  # for make_consistent
 ) -> Html:
@@ -175,11 +175,11 @@ def consistency_section(
     change = cost.total() - subject.own.total(), *interval(cost.total(subject.draws) - subject.own.total(subject.draws))
     words = tag("p", f"Loss {subject.own.total():.4f} before, {cost.total():.4f} after; a change of ",
                 number(*change, digits=5, sign=True), f", with {len(pred.exams)} studies.")
-    return together(words, table(["rule broken", "before", "after"], rows))
+    return join_html(words, table(["rule broken", "before", "after"], rows))
 
 # %% ../../nbs/12_report/05_sections.ipynb #61d3ca7e
-def worst_section(
-    subject: Subject,
+def worst_studies_section(
+    subject: ReportData,
     slices: pd.DataFrame | None = None,  # slices table; without it there is no order, and no profile
     source=None,  # pixel source, for pictures
     count: int = 6,  # studies
@@ -196,7 +196,7 @@ def worst_section(
     words = tag("p", f"These {len(worst)} of {len(subject.truth.exams)} studies carry {worst['share'].sum():.0%} of the "
                 "loss. Along the body: what was said of each slice, shaded where there is an embolus. Slices are in the PE "
                 "window, framed where there is an embolus.")
-    return together(words, *parts)
+    return join_html(words, *parts)
 
 
 def _chip(truth: Predictions, pred: Predictions, study: str, label: str) -> Html:

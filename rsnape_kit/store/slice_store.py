@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from . import codec as tiles
 from .codec import unpack_all
-from .dicom_source import memory, row_numbers
+from .dicom_source import as_row_numbers, memory_budget
 
 # %% ../../nbs/03_store/04_slice_store.ipynb #0ea24145
 CODECS = ("tiles", "blosc2")
@@ -219,7 +219,7 @@ class SliceStore:
         self,
         rows,  # int, slice, bool [n] or ints, numbering the table's rows
     ):
-        out = self.read(row_numbers(rows, len(self)))
+        out = self.read(as_row_numbers(rows, len(self)))
         return out if isinstance(rows, slice) or np.ndim(rows) else out[0]
 
     def read(
@@ -228,7 +228,7 @@ class SliceStore:
         out=None,  # int16 [n, S, S] to fill, which spares the operating system fresh pages
     ) -> np.ndarray:  # int16 [n, S, S], quarter HU
         "Slices by number, the fast way."
-        out, rows = memory(len(rows), self.size, out), np.asarray(rows, np.int64)
+        out, rows = memory_budget(len(rows), self.size, out), np.asarray(rows, np.int64)
         there = self._unpack(rows, out) if self._at_once else 0
         for i, into in zip(rows[there:], out[there:]):
             chunk = self._chunk(i)

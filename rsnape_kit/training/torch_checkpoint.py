@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ..competition.labels import IMAGE_LABEL
 from ..competition.metric import competition_loss, loss_table
-from ..inference.averaging import GroupAnswers
+from ..inference.averaging import GroupAverager
 from ..inference.torch_predictor import load_saved
 from ..runs.folder import load_checkpoint, saving_checkpoint
 from .torch_learner import Hook, add_over_processes, rates, unwrapped
@@ -30,7 +30,7 @@ class Score(Hook):
         self.truth = truth
 
     def before_validate(self):
-        self.answers = GroupAnswers(self.learn.dls.valid.targets.table)
+        self.answers = GroupAverager(self.learn.dls.valid.targets.table)
 
     def after_pred(self):
         if not self.learn.training:

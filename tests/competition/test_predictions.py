@@ -7,7 +7,7 @@ import pytest
 
 from rsnape_kit.competition.labels import AUX_LABELS, EXAM_LABELS, IMAGE_LABEL, SERIES, SLICE, STUDY
 from rsnape_kit.competition.predictions import Predictions
-from rsnape_kit.competition.tables import positions, slice_index
+from rsnape_kit.competition.tables import locate, slice_index
 
 COLUMNS = [STUDY, SERIES, SLICE, IMAGE_LABEL, "negative_exam_for_pe", "qa_motion", "qa_contrast", "flow_artifact",
            "rv_lv_ratio_gte_1", "rv_lv_ratio_lt_1", "leftsided_pe", "chronic_pe", "true_filling_defect_not_pe",
@@ -65,7 +65,7 @@ def test_positions_agrees_with_pandas_own_lookup():
     here, there = slice_index(pairs[:150]), slice_index(pairs.sample(frac=.7, random_state=5))
     naive = pd.MultiIndex.from_frame(pairs[:150]).get_indexer(pd.MultiIndex.from_frame(there.to_frame()))
     assert (naive < 0).any() and (naive >= 0).any()
-    assert positions(here, there).tolist() == naive.tolist()
+    assert locate(here, there).tolist() == naive.tolist()
 
 
 def test_select_and_align_give_the_same_rows_as_pandas(train):

@@ -8,14 +8,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rsnape_kit.competition.folds import folds
+from rsnape_kit.competition.folds import make_folds
 from rsnape_kit.competition.labels import EXAM_LABELS, SLICE, STUDY
 from rsnape_kit.competition.predictions import Predictions
 from rsnape_kit.competition.tables import slice_index
 from rsnape_kit.data.batches import GroupBatches, ImageBatches, StudyBatches
+from rsnape_kit.store.build import build_store
+from rsnape_kit.store.dicom_source import DicomSource
+from rsnape_kit.store.slice_store import SliceStore
 from rsnape_kit.transforms.affine import AffineRange
 from rsnape_kit.transforms.masks import SideMask
-from rsnape_kit.transforms.render import Pixels
+from rsnape_kit.transforms.render import InputConfig
 
 SETUP = '''
 import sys
@@ -62,7 +65,7 @@ def alone(code, blocked=(), **env):
     return done.stdout
 
 
-TRAINING = dict(batch=8, pixels=Pixels(size=32), mask=SideMask(), affine=AffineRange(), shuffle=True, seed=3)
+TRAINING = dict(batch=8, pixels=InputConfig(size=32), mask=SideMask(), affine=AffineRange(), shuffle=True, seed=3)
 
 
 def test_torch_alone():
@@ -249,10 +252,10 @@ def test_memory_in_use_is_never_lent_again():
 def test_no_study_on_both_sides_of_a_fold():
     rng = np.random.default_rng(0)
     source, truth = made_up(tuple(rng.integers(3, 9, 40)))
-    split = folds(truth.exams.index, truth)
+    split = make_folds(truth.exams.index, truth)
     seen = []
     for fold in range(5):
-        train, valid = (ImageBatches(source, truth, studies, batch=16, pixels=Pixels(size=32))
+        train, valid = (ImageBatches(source, truth, studies, batch=16, pixels=InputConfig(size=32))
                         for studies in (split.train(fold), split.valid(fold)))
         rows = [{row for i in range(len(part)) for row in part.rows(i)} for part in (train, valid)]
         studies = [set(source.table[STUDY].iloc[list(part)]) for part in rows]
@@ -279,33 +282,32 @@ def test_every_process_count_shows_the_same_epoch():
 
 def test_all_slices_of_every_study_are_predicted():
     source, _ = made_up(tuple(range(1, 40)) + (80, 81, 160), size=8)
-    groups = GroupBatches(source, groups=8, width=5, batch=3, pixels=Pixels(Pixels().windows[:1], size=8))
-    images = ImageBatches(source, batch=7, pixels=Pixels(size=8))
+    groups = GroupBatches(source, groups=8, width=5, batch=3, pixels=InputConfig(InputConfig().windows[:1], size=8))
+    images = ImageBatches(source, batch=7, pixels=InputConfig(size=8))
     for batches in (groups, images):
         shown = np.concatenate([batches.rows(i).ravel() for i in range(len(batches))])
         assert set(shown) == set(range(len(source.table)))
     for i in range(len(groups)):
         for item in groups.rows(i):
             assert source.table[STUDY].iloc[item.ravel()].nunique() == 1
-    studies = StudyBatches(source, frames=16, pixels=Pixels(size=8))
+    studies = StudyBatches(source, frames=16, pixels=InputConfig(size=8))
     for i in range(len(studies)):
         assert source.table[STUDY].iloc[studies.rows(i).ravel()].nunique() == 1
 
 
 def test_real_files_and_their_store_give_the_same_batches(real_ct, tmp_path):
-    store = pytest.importorskip("rsnape_kit.store.slice_store")
     from concurrent.futures import ThreadPoolExecutor
 
-    files = store.DicomSource(real_ct / "lidc_small")
+    files = DicomSource(real_ct / "lidc_small")
     with ThreadPoolExecutor(2) as pool:
-        store.build_store(files, tmp_path / "store", executor=pool)
-    built = store.SliceStore(tmp_path / "store")
+        build_store(files, tmp_path / "store", executor=pool)
+    built = SliceStore(tmp_path / "store")
     for kind, how in ((ImageBatches, {}), (GroupBatches, {"groups": 4}), (StudyBatches, {"frames": 5})):
         a, b = (kind(source, batch=2, affine=AffineRange(), **how) for source in (files, built))
         assert len(a) == len(b)
         for i in range(len(a)):
             np.testing.assert_array_equal(a[i], b[i])
-    cropped = ImageBatches(built, batch=4, pixels=Pixels(size=96, crop=213, mode="bilinear"))[0]
-    whole = ImageBatches(built, batch=4, pixels=Pixels(size=96, mode="bilinear"))[0]
+    cropped = ImageBatches(built, batch=4, pixels=InputConfig(size=96, crop=213, mode="bilinear"))[0]
+    whole = ImageBatches(built, batch=4, pixels=InputConfig(size=96, mode="bilinear"))[0]
     assert cropped.shape == whole.shape == (4, 96, 96, 3)
     assert (cropped[..., 0] == 0).mean() < (whole[..., 0] == 0).mean(), "a closer look holds less air"

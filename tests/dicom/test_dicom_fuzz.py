@@ -13,7 +13,7 @@ from pydicom.uid import RLELossless
 
 from rsnape_kit.dicom.decode import DicomError
 from rsnape_kit.dicom.hounsfield import read_hu
-from rsnape_kit.store.downsample import read_at_once
+from rsnape_kit.store.downsample import read_many
 from rsnape_kit.utils.native import raw_paths
 
 
@@ -64,7 +64,7 @@ def test_at_once_or_not_at_all(tmp_path, syntax, signed):
             mutations(raw, len(raw) - values.nbytes, rng), 600)):
         damaged.write_bytes(new)
         out = np.full((1, 16, 16), 7, np.int16)
-        done = read_at_once(raw_paths([damaged]), np.array([0]), out, lowest) == 1
+        done = read_many(raw_paths([damaged]), np.array([0]), out, lowest) == 1
         expected = outcome(reference, damaged, Exception)
         tally.append(done)
         assert done or (out == 7).all()

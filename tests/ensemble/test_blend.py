@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rsnape_kit.competition.labels import EXAM_LABELS, IMAGE_LABEL
 from rsnape_kit.competition.metric import competition_loss, loss_table
 from rsnape_kit.competition.predictions import Predictions
-from rsnape_kit.ensemble.blending import LABELS, BlendWeights, blend, mix
+from rsnape_kit.ensemble.blending import LABELS, BlendWeights, blend, combine
 from rsnape_kit.ensemble.calibration import calibrate, fit_calibration
 from rsnape_kit.ensemble.weight_fitting import blend_oof, fit_weights, loss_by_label
 from rsnape_kit.testing import simulate_model, simulate_truth
@@ -31,7 +31,7 @@ def test_mix_equals_a_loop_over_answers(models, seed, space):
     p = rng.uniform(.01, .99, (models, 12))
     p[rng.random(p.shape) < .4] = np.nan
     weights = rng.dirichlet(np.ones(models))
-    result = mix(p, weights, space)
+    result = combine(p, weights, space)
     for column, value in zip(p.T, result):
         pairs = [(w, v) for w, v in zip(weights, column) if not np.isnan(v)]
         if not pairs:
@@ -119,7 +119,7 @@ def test_any_mixture_of_gaps_blends_to_a_complete_prediction(world, space, tmp_p
     assert result.images.index.equals(truth.images.index)
     for study in truth.exams.index[:40]:
         p = np.array([[m.exams["leftsided_pe"].get(study, np.nan)] for m in gappy.values()])
-        wanted = mix(p, weights.weights["leftsided_pe"], space)[0]
+        wanted = combine(p, weights.weights["leftsided_pe"], space)[0]
         wanted = weights.prior["leftsided_pe"] if np.isnan(wanted) else wanted
         assert result.exams.loc[study, "leftsided_pe"] == pytest.approx(wanted, rel=1e-12)
     assert competition_loss(truth, result) < competition_loss(truth, blend({}, weights, like))

@@ -6,11 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import xlogy
 
-from rsnape_kit.competition.labels import EXAM_LABELS, EXAM_WEIGHTS, IMAGE_WEIGHT, allowed_answers
+from rsnape_kit.competition.labels import EXAM_LABELS, EXAM_WEIGHTS, IMAGE_WEIGHT, allowed_combinations
 from rsnape_kit.competition.predictions import Predictions
 from rsnape_kit.competition.submission import violations
 from rsnape_kit.competition.tables import slice_index
-from rsnape_kit.ensemble.consistency import MARGIN, QFit, expected_cost, fit_q, make_consistent
+from rsnape_kit.ensemble.consistency import (
+    MARGIN,
+    PositiveShareModel,
+    expected_cost,
+    fit_positive_share,
+    make_consistent,
+)
 
 PE = ("rv_lv_ratio_gte_1", "rv_lv_ratio_lt_1", "central_pe", "leftsided_pe", "rightsided_pe", "chronic_pe",
       "acute_and_chronic_pe")
@@ -125,7 +131,7 @@ def regular(studies: int, slices: int) -> pd.MultiIndex:
 
 def some_consistent(rng, studies: int, slices: int) -> Predictions:
     "Random predictions that obey the rules, anywhere on their side of 0.5."
-    yes, positive = allowed_answers()
+    yes, positive = allowed_combinations()
     answer = rng.integers(0, len(yes), studies)
     index = regular(studies, slices)
     image_yes = (rng.random((studies, slices)) < .4) & positive[answer, None]
@@ -188,7 +194,7 @@ def test_expected_cost_is_the_mean_of_realised_costs():
 
 def test_fit_q_finds_the_law_that_made_the_shares():
     rng = np.random.default_rng(3)
-    law, studies, slices = QFit(offset=-.4, slope=.8, power=1.3), 400, 500
+    law, studies, slices = PositiveShareModel(offset=-.4, slope=.8, power=1.3), 400, 500
     index = regular(studies, slices)
     exams = pd.DataFrame(.1, index.levels[0], EXAM_LABELS)
     exams["negative_exam_for_pe"], exams["indeterminate"] = rng.uniform(0, .95, studies), .01
@@ -197,5 +203,5 @@ def test_fit_q_finds_the_law_that_made_the_shares():
     count = np.rint(law(oof).to_numpy() * slices).astype(int)
     shown = np.tile(np.arange(slices), studies) < np.repeat(count, slices)
     truth = Predictions(exams * 0, pd.Series(shown * 1., index))
-    found = fit_q(oof, truth)
+    found = fit_positive_share(oof, truth)
     assert [found.offset, found.slope, found.power] == pytest.approx([-.4, .8, 1.3], abs=.03)

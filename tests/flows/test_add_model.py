@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from rsnape_kit.competition.folds import folds
+from rsnape_kit.competition.folds import make_folds
 from rsnape_kit.competition.predictions import Predictions
 from rsnape_kit.dicom.slices import scan
 from rsnape_kit.phantom.generate import make_competition
@@ -47,5 +47,5 @@ def test_a_model_of_one_function_trains_like_the_others(example, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     oof = Predictions.load(tmp_path / "runs" / "plain-fold0-seed0" / "oof")
     truth = Predictions.from_train_csv(made / "train.csv")
-    assert set(oof.exams.index) == set(folds(truth.exams.index, truth, 2).valid(0))
+    assert set(oof.exams.index) == set(make_folds(truth.exams.index, truth, 2).valid(0))
     assert np.isfinite(oof.images).all() and oof.images.between(0, 1).all()

@@ -18,7 +18,7 @@ from rsnape_kit.competition.submission import check_submission
 from rsnape_kit.competition.tables import read_csv, sample_submission, slice_index
 from rsnape_kit.demo import SIZES
 from rsnape_kit.dicom.slices import scan
-from rsnape_kit.utils.files import complete
+from rsnape_kit.utils.files import complete_folder
 
 CT = Path(os.environ.get("RSNAPE_CT", ROOT.parent / "shared" / "data"))
 SERIES_OF = {"lidc1": "lidc_small/LIDC-IDRI-0001", "lidc2": "lidc_small/LIDC-IDRI-0002",  # the second without contrast
@@ -43,7 +43,7 @@ def demo(tmp_path_factory):
     "The folder of a finished quick demo, and what it said; it was killed when its first training was done."
     folder = tmp_path_factory.mktemp("demo")
     first = rsnape("demo", "--size", "quick", "--folder", folder)
-    while not any(complete(run / "oof") for run in folder.glob("runs/*")):
+    while not any(complete_folder(run / "oof") for run in folder.glob("runs/*")):
         assert first.poll() is None, first.communicate()[0][-3000:]
         time.sleep(.2)
     os.killpg(first.pid, signal.SIGKILL)

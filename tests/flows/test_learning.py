@@ -9,16 +9,16 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 pytest.importorskip("torch._dynamo")  # before TensorFlow: after it, the wheel for GPUs ends the process
 pytest.importorskip("keras")
 
-from rsnape_kit.competition.folds import folds  # noqa: E402
+from rsnape_kit.competition.folds import make_folds  # noqa: E402
 from rsnape_kit.competition.labels import IMAGE_LABEL, STUDY  # noqa: E402
 from rsnape_kit.competition.predictions import Predictions  # noqa: E402
-from rsnape_kit.competition.priors import position_prior, prior  # noqa: E402
+from rsnape_kit.competition.priors import constant_prior, position_prior  # noqa: E402
 from rsnape_kit.dicom.slices import scan  # noqa: E402
 from rsnape_kit.phantom.generate import make_competition  # noqa: E402
 from rsnape_kit.report.scores import gain_over  # noqa: E402
 from rsnape_kit.runs.recipes import (
     DEMO,  # noqa: E402
-    change,  # noqa: E402
+    override_settings,  # noqa: E402
 )
 from rsnape_kit.store.build import build_store  # noqa: E402
 from rsnape_kit.store.slice_store import SliceStore
@@ -56,8 +56,8 @@ def trained(world):
             from rsnape_kit.training.keras_trainer import train
         if (model, shuffled) not in runs:
             truth = dealt(truths["train"]) if shuffled else truths["train"]
-            split = folds(tables["train"][STUDY].unique(), truth, 6)
-            config = change(DEMO[model], SMALLER[model])
+            split = make_folds(tables["train"][STUDY].unique(), truth, 6)
+            config = override_settings(DEMO[model], SMALLER[model])
             runs[model, shuffled] = train(model, stores["train"], 0, config, truth=truth, folds=split,
                                           out=folder / f"runs{shuffled}", earlier=(), progress=False)
         return lambda part, tta=0: infer(runs[model, shuffled], stores[part], tta=tta)
@@ -79,7 +79,7 @@ def dealt(truth: Predictions) -> Predictions:
 def gain(world, pred) -> dict:
     "Of the images over the better of both priors, on the studies to be tried on."
     _, _, tables, truths = world
-    rivals = {"constant": prior(truths["train"], tables["test"]),
+    rivals = {"constant": constant_prior(truths["train"], tables["test"]),
               "position": position_prior(truths["train"], tables["train"], tables["test"])}
     found = gain_over(truths["test"], pred, rivals, [IMAGE_LABEL])
     print(found)

@@ -16,14 +16,14 @@ from small_runs import keras_run, torch_run
 from rsnape_kit.competition.labels import EXAM_LABELS, STUDY
 from rsnape_kit.dicom.slices import scan
 from rsnape_kit.inference.keras_predictor import infer as infer_keras
-from rsnape_kit.inference.predict_runs import plan, predict, run_work
-from rsnape_kit.inference.results import load_answer
+from rsnape_kit.inference.predict_runs import plan_predictions, predict, run_plan
+from rsnape_kit.inference.results import load_result
 from rsnape_kit.inference.torch_predictor import infer as infer_torch
 from rsnape_kit.phantom.generate import make_competition
 from rsnape_kit.store.build import build_store
 from rsnape_kit.store.dicom_source import DicomSource
 from rsnape_kit.store.slice_store import SliceStore
-from rsnape_kit.utils.processes import child_environ
+from rsnape_kit.utils.processes import worker_environ
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +58,8 @@ def agrees(pred, alone):
 def test_all_at_once_equals_infer_run_by_run_and_both_frameworks_read_a_study_once(world, tmp_path):
     folder, table, runs, alone = world
     every = [run for folders in runs.values() for run in folders]
-    work = plan(every, table, tmp_path / "answers")
-    seconds = run_work(work, scratch=tmp_path / "scratch", gpus=[], progress=False)
+    work = plan_predictions(every, table, tmp_path / "answers")
+    seconds = run_plan(work, scratch=tmp_path / "scratch", gpus=[], progress=False)
     assert list(seconds) == ["keras", "torch"]
     preds = work.gather()
     assert {name: len(agrees(pred, [alone[run] for run in runs[name]])) for name, pred in preds.items()} == {
@@ -69,8 +69,8 @@ def test_all_at_once_equals_infer_run_by_run_and_both_frameworks_read_a_study_on
     for path in table.path:  # gone: whoever comes now can only have the studies from the scratch folder
         shutil.move(path, f"{path}.away")
     try:
-        again = plan(runs["petaformer"], table, tmp_path / "others")
-        run_work(again, scratch=tmp_path / "scratch", gpus=[], progress=False)
+        again = plan_predictions(runs["petaformer"], table, tmp_path / "others")
+        run_plan(again, scratch=tmp_path / "scratch", gpus=[], progress=False)
     finally:
         for path in table.path:
             shutil.move(f"{path}.away", path)
@@ -82,13 +82,13 @@ def test_two_processes_side_by_side_say_the_same_and_share_the_reading(world, tm
     "As with two GPUs; here their names mean nothing to the frameworks."
     folder, table, runs, alone = world
     both = [runs["resnet3d"][0], runs["petaformer"][0]]
-    work = plan(both, table, tmp_path / "answers")
-    seconds = run_work(work, scratch=tmp_path / "scratch", gpus=["0", "1"], progress=False)
+    work = plan_predictions(both, table, tmp_path / "answers")
+    seconds = run_plan(work, scratch=tmp_path / "scratch", gpus=["0", "1"], progress=False)
     assert list(seconds) == ["keras and torch"]
     for name, pred in work.gather().items():
         agrees(pred, [alone[run] for run in runs[name]])
-    work = plan(runs["petaformer"], table, tmp_path / "alone")  # one framework takes both
-    run_work(work, gpus=["0", "1"], progress=False)
+    work = plan_predictions(runs["petaformer"], table, tmp_path / "alone")  # one framework takes both
+    run_plan(work, gpus=["0", "1"], progress=False)
     agrees(work.gather()["petaformer"], [alone[runs["petaformer"][0]]])
     assert {path.name for path in (tmp_path / "alone").glob("*.log")} == {"torch-0.log", "torch-1.log"}
 
@@ -120,17 +120,17 @@ def test_answers_of_other_weights_settings_or_slices_are_never_used(world, tmp_p
     folder, table, runs, _ = world
     run = shutil.copytree(runs["petaformer"][0], tmp_path / "run")
     studies = table[STUDY].unique()
-    first = plan([run], table, tmp_path / "answers")
-    run_work(first, progress=False)
-    assert plan([run], table, tmp_path / "answers").answered().all(axis=None)
+    first = plan_predictions([run], table, tmp_path / "answers")
+    run_plan(first, progress=False)
+    assert plan_predictions([run], table, tmp_path / "answers").answered().all(axis=None)
     moved = shutil.copytree(run, tmp_path / "elsewhere")
-    assert plan([moved], table, tmp_path / "answers").answered().all(axis=None)  # the same run in another place
+    assert plan_predictions([moved], table, tmp_path / "answers").answered().all(axis=None)  # the run elsewhere
     grown = table[~((table[STUDY] == studies[0]) & (table["order"] == 8))]  # a slice less in the first study
-    assert plan([run], grown, tmp_path / "answers").answered().iloc[:, 0].tolist() == [False] + [True] * 4
+    assert plan_predictions([run], grown, tmp_path / "answers").answered().iloc[:, 0].tolist() == [False] + [True] * 4
     torch_weights = run / "weights.pt"
     other = shutil.copytree(torch_run(tmp_path / "fresh", fold=3), tmp_path / "other") / "weights.pt"
     shutil.copy(other, torch_weights)
-    assert not plan([run], table, tmp_path / "answers").answered().any(axis=None)
+    assert not plan_predictions([run], table, tmp_path / "answers").answered().any(axis=None)
 
 
 def break_study(kind: str, paths: list):
@@ -195,7 +195,7 @@ def test_a_deadline_is_kept_and_what_was_done_counts(world, tmp_path):
     folder, table, runs, alone = world
     late = predict(runs["resnet3d"], table, out=tmp_path / "answers", deadline=0, progress=False)["resnet3d"]
     assert late.exams.isna().all(axis=None) and len(late.exams) == 5
-    work = plan(runs["resnet3d"], table, tmp_path / "answers")
+    work = plan_predictions(runs["resnet3d"], table, tmp_path / "answers")
     name, rows = next(iter(work.asked.names.values())), next(iter(work.asked.rows.values()))
     full = predict(runs["resnet3d"], table, out=tmp_path / "full", progress=False)
     source = next((tmp_path / "full").glob("resnet3d*")) / name
@@ -203,7 +203,7 @@ def test_a_deadline_is_kept_and_what_was_done_counts(world, tmp_path):
     again = predict(runs["resnet3d"], table, out=tmp_path / "answers", deadline=0, progress=False)["resnet3d"]
     assert again.exams.notna().all(axis=1).sum() == 1
     agrees(full["resnet3d"], [alone[runs["resnet3d"][0]]])
-    assert load_answer(work.folders[str(runs["resnet3d"][0])], name, len(rows)) is not None
+    assert load_result(work.folders[str(runs["resnet3d"][0])], name, len(rows)) is not None
 
 
 @pytest.mark.slow
@@ -222,12 +222,12 @@ threading.Thread(target=end, daemon=True).start()
 predict([{str(runs['petaformer'][0])!r}], pd.read_parquet({str(tmp_path / 'slices.parquet')!r}),
         out={str(tmp_path / 'answers')!r}, tta=200, progress=False)
 """
-    done = subprocess.run([sys.executable, "-c", code], env=child_environ(), timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], env=worker_environ(), timeout=120)
     assert done.returncode == -signal.Signals[how]
     job = str(tmp_path / "answers" / "torch-0.job")
     time.sleep(2)
     assert not any(job in cmdline for cmdline in _commands())
-    work = plan(runs["petaformer"], table, tmp_path / "answers", tta=200)
+    work = plan_predictions(runs["petaformer"], table, tmp_path / "answers", tta=200)
     assert work.answered().to_numpy().sum() < 5
 
 

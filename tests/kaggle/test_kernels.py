@@ -11,10 +11,10 @@ import pytest
 from conftest import ROOT
 
 from rsnape_kit.cli import main, parser
-from rsnape_kit.competition.folds import folds
+from rsnape_kit.competition.folds import make_folds
 from rsnape_kit.competition.labels import AUX_LABELS, EXAM_LABELS, IMAGE_LABEL, SLICE, STUDY
 from rsnape_kit.competition.predictions import Predictions
-from rsnape_kit.competition.priors import prior
+from rsnape_kit.competition.priors import constant_prior
 from rsnape_kit.competition.tables import sample_submission, slice_index
 from rsnape_kit.ensemble.ensemble import Ensemble, fit_ensemble
 from rsnape_kit.kaggle.kernels import KERNELS, copies, export_kernels, pushed
@@ -62,8 +62,8 @@ def test_the_blend_kernel_fits_what_all_attached_runs_say(tmp_path):
     competition(tmp_path / "input" / COMPETITION)
     train = truth.images.rename(IMAGE_LABEL).reset_index().merge(truth.exams, left_on=STUDY, right_index=True)
     train.assign(**dict.fromkeys(AUX_LABELS, 0)).to_csv(tmp_path / "input" / COMPETITION / "train.csv", index=False)
-    split = folds(truth.exams.index, truth, 2)
-    oofs = {"efficientnet": prior(truth), "resnet3d": simulate_model(truth)[0]}
+    split = make_folds(truth.exams.index, truth, 2)
+    oofs = {"efficientnet": constant_prior(truth), "resnet3d": simulate_model(truth)[0]}
     for name, mount in (("efficientnet", "a-kernel/runs"), ("resnet3d", "datasets/owner/runs")):
         for fold in range(2):
             config = RunConfig(model=name, fold=fold, split=split.fingerprint)

@@ -22,7 +22,7 @@ from rsnape_kit.competition.predictions import Predictions
 from rsnape_kit.competition.submission import check_submission
 from rsnape_kit.competition.tables import read_csv
 from rsnape_kit.ensemble.blending import original_weights
-from rsnape_kit.ensemble.ensemble import Ensemble, fit_ensemble, unfitted
+from rsnape_kit.ensemble.ensemble import Ensemble, default_ensemble, fit_ensemble
 from rsnape_kit.inference.torch_predictor import infer
 from rsnape_kit.kaggle.submitter import submit
 from rsnape_kit.phantom.generate import make_competition
@@ -42,7 +42,8 @@ class World:
             paths = (self.made / "test" / self.studies[kind]).rglob("*.dcm")
             break_study(kind, sorted(map(str, paths)))
         self.torch, self.keras = torch_run(folder / "runs"), keras_run(folder / "runs", "efficientnet")
-        self.ensemble = unfitted(["efficientnet", "petaformer"], Predictions.from_train_csv(self.made / "train.csv"))
+        truth = Predictions.from_train_csv(self.made / "train.csv")
+        self.ensemble = default_ensemble(["efficientnet", "petaformer"], truth)
 
     def valid(self, out) -> bool:
         return check_submission(out, self.sample, self.test) == []
@@ -178,9 +179,9 @@ def test_a_model_that_missed_a_study_falls_back_to_the_other(world, tmp_path):
     out, work = tmp_path / "submission.csv", tmp_path / "work"
     runs = [world.keras, world.torch]
     submit(runs, world.ensemble, competition=world.made, out=out, work=work, progress=False)
-    from rsnape_kit.inference.predict_runs import plan
+    from rsnape_kit.inference.predict_runs import plan_predictions
     table = pd.read_parquet(work / "slices.parquet")
-    done = plan(runs, table, work)
+    done = plan_predictions(runs, table, work)
     study = world.studies["whole"]
     (done.folders[str(world.torch)] / done.asked.names[study]).unlink()
     said, prior = (world.ensemble(preds, world.test).exams.loc[study] for preds in (done.gather(), {}))

@@ -43,7 +43,7 @@ from rsnape_kit.phantom.study import (
 from rsnape_kit.store.build import build_store
 from rsnape_kit.store.slice_store import SliceStore
 from rsnape_kit.transforms.masks import SideMask
-from rsnape_kit.transforms.render import Pixels
+from rsnape_kit.transforms.render import InputConfig
 from rsnape_kit.transforms.windows import Window
 
 TRAIN = 7279  # studies, of which 2,211 have emboli and 157 are indeterminate (the competition's train.csv)
@@ -213,7 +213,7 @@ def test_a_hidden_side_never_holds_the_embolus(tmp_path):
 
     def hidden(truth):
         "(clot pixels that a mask that hides all it may takes away, pixels that it takes away)."
-        how = dict(batch=12, pixels=Pixels((Window(0, 4000),), "fixed", 96))
+        how = dict(batch=12, pixels=InputConfig((Window(0, 4000),), "fixed", 96))
         plain, masked = ImageBatches(store, truth, **how), ImageBatches(store, truth, mask=SideMask(p=1), **how)
         clot = gone = 0
         for i in range(len(plain)):

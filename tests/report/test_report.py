@@ -15,7 +15,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from rsnape_kit.competition.labels import EXAM_LABELS, IMAGE_LABEL
 from rsnape_kit.competition.metric import competition_loss, loss_table, sample_weights
 from rsnape_kit.competition.predictions import Predictions
-from rsnape_kit.competition.priors import prior
+from rsnape_kit.competition.priors import constant_prior
 from rsnape_kit.competition.tables import slice_index
 from rsnape_kit.ensemble.weight_fitting import blend_oof, fit_weights
 from rsnape_kit.phantom.generate import make_competition
@@ -100,12 +100,14 @@ def test_intervals_cover_as_often_as_they_say():
 def test_groups_are_scored_as_if_alone(world):
     truth, models, _ = world
     groups = pd.Series(np.resize(["a", "b", None], len(truth.exams)), truth.exams.index)
-    found = by_group(study_losses(truth, models["m0"]), groups, study_losses(truth, prior(truth)), resample(150, 10))
+    losses = (study_losses(truth, pred) for pred in (models["m0"], constant_prior(truth)))
+    found = by_group(next(losses), groups, next(losses), resample(150, 10))
     assert list(found.index) == ["a", "b", "unknown"]
     for name, row in found.iterrows():
         own = truth.exams.index[groups.fillna("unknown") == name]
         assert row.loss == pytest.approx(competition_loss(truth.select(own), models["m0"].select(own)), rel=1e-12)
-        assert row.reference == pytest.approx(competition_loss(truth.select(own), prior(truth).select(own)), rel=1e-12)
+        expected = competition_loss(truth.select(own), constant_prior(truth).select(own))
+        assert row.reference == pytest.approx(expected, rel=1e-12)
 
 
 class Reader(HTMLParser):
@@ -170,7 +172,7 @@ def test_page_is_whole_and_stands_alone(pages):
 def test_page_says_what_the_metric_says(pages, world):
     truth, models, slices = world
     text = " ".join(" ".join(Reader(pages[0].read_text()).text).split())
-    for pred in (pages[1], *models.values(), prior(truth)):
+    for pred in (pages[1], *models.values(), constant_prior(truth)):
         assert f"{competition_loss(truth, pred):.4f}" in text
     for label, row in loss_table(truth, pages[1]).iterrows():
         assert f"{row.loss:.3f}" in text and f"{row['share']:.1%}" in text and label in text.replace("_ ", "_")

@@ -22,7 +22,7 @@ from rsnape_kit.dicom.slices import scan
 from rsnape_kit.store import build
 from rsnape_kit.store.build import build_store
 from rsnape_kit.store.dicom_source import DicomSource
-from rsnape_kit.store.downsample import to_quarter_hu
+from rsnape_kit.store.downsample import to_fixed_point
 from rsnape_kit.store.slice_store import CODECS, SliceStore, read_footer
 
 
@@ -99,8 +99,8 @@ def test_sizes_and_padding(tmp_path):
     raw = SliceStore(build_store(tmp_path / "in", tmp_path / "raw", keep_padding=True))
     for i, path in enumerate(scan(tmp_path / "in").path):
         assert store[i].min() == -4096 and raw[i].min() == -4 * 3024
-        np.testing.assert_array_equal(store[i], to_quarter_hu(reference(path)))
-        np.testing.assert_array_equal(raw[i], to_quarter_hu(reference(path, -8192), lowest=-8192))
+        np.testing.assert_array_equal(store[i], to_fixed_point(reference(path)))
+        np.testing.assert_array_equal(raw[i], to_fixed_point(reference(path, -8192), lowest=-8192))
     big = reference(scan(tmp_path / "in").path[1]).reshape(256, 3, 256, 3).sum((1, 3))
     np.testing.assert_array_equal(store[1], np.rint(big * 4 / 9))
 
@@ -299,7 +299,7 @@ def test_a_finished_store_is_not_touched(tmp_path):
 def test_two_builds_at_a_time(tmp_path):
     "A child holds the folder; a build says so. The child is killed, and the build goes on."
     root, out = competition(tmp_path / "train"), tmp_path / "out"
-    code = f"import time; from pathlib import Path; from rsnape_kit.utils.processes import alone\n" \
+    code = f"import time; from pathlib import Path; from rsnape_kit.utils.processes import exclusive\n" \
            f"with alone(Path({os.fspath(out)!r})):\n print('holds', flush=True); time.sleep(600)"
     out.mkdir()
     (out / "0000-0000000000000000.slices.00.tmp").touch()

@@ -17,12 +17,12 @@ import pandas as pd
 
 from rsnape_kit.runs import config
 from rsnape_kit.training import keras_fit as fitting, keras_trainer as training
-from rsnape_kit.competition.folds import folds
+from rsnape_kit.competition.folds import make_folds
 from rsnape_kit.competition.labels import EXAM_LABELS, SLICE, STUDY
 from rsnape_kit.models.keras_backend import import_keras
 from rsnape_kit.models.efficientnet import normalised
 from rsnape_kit.models.volume import add_heads
-from rsnape_kit.transforms.render import Pixels
+from rsnape_kit.transforms.render import InputConfig
 from rsnape_kit.competition.predictions import Predictions
 
 backend, devices, model, first, then, out = sys.argv[1:]

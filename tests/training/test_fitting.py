@@ -15,7 +15,7 @@ import numpy as np
 from rsnape_kit.runs.config import Phase
 from rsnape_kit.training.keras_fit import fit_phases
 from rsnape_kit.inference.keras_predictor import predict_batch
-from rsnape_kit.models.losses import pack, packed_losses, weighted_bce
+from rsnape_kit.models.losses import pack_targets, packed_losses, weighted_bce
 from rsnape_kit.models.keras_backend import all_devices, import_keras, jit
 
 PHASES = (Phase(3, .01), Phase(3, .003, .0005))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rsnape_kit.transforms.affine import MODES, AffineRange, crop_matrix
 from rsnape_kit.transforms.masks import SideMask, fill_values
-from rsnape_kit.transforms.render import Pixels, make_jobs, render, slow_render
+from rsnape_kit.transforms.render import InputConfig, make_render_params, render, render_reference
 from rsnape_kit.transforms.windows import SCALES, Window
 
 DIGEST = """
@@ -20,7 +20,7 @@ import numpy as np
 if {blocked}:
     sys.modules["numba"] = None
 from rsnape_kit.transforms.affine import AffineRange
-from rsnape_kit.transforms.render import Pixels, make_jobs, render
+from rsnape_kit.transforms.render import InputConfig, make_render_params, render
 from rsnape_kit.transforms.windows import PE
 rng, digest = np.random.default_rng(5), hashlib.sha256()
 with warnings.catch_warnings(record=True) as caught:
@@ -54,11 +54,11 @@ def test_fused_is_the_slow_way_for_any_setting(seed, scale, mode, half, source, 
     low, high = np.sort(rng.integers(-4096, 32765, 2))
     stored = rng.integers(low, high + 1, (2 * source, 2 * source)).astype(np.int16)
     windows = tuple(Window(float(rng.uniform(-1200, 8000)), float(rng.uniform(.3, 8191))) for _ in range(channels))
-    pixels = Pixels(windows, scale, 2 * half, mode)
+    pixels = InputConfig(windows, scale, 2 * half, mode)
     matrix = AffineRange(20 * wild, 6 * wild, .1 * wild, .1 * wild).sample(rng)
     matrix = crop_matrix(rng.uniform(50, 500), 300, 350) @ matrix
-    job = make_jobs(matrix[None], rng.random((1, 2)) < .5, rng.integers(-4096, 32765, 1), 2 * source, 2 * half)[0]
-    np.testing.assert_array_equal(rendered(stored, job, pixels), slow_render(stored.copy(), job, pixels))
+    job = make_render_params(matrix[None], rng.random((1, 2)) < .5, rng.integers(-4096, 32765, 1), 2 * source, 2 * half)[0]
+    np.testing.assert_array_equal(rendered(stored, job, pixels), render_reference(stored.copy(), job, pixels))
 
 
 def test_same_bytes_without_numba_and_one_warning():
@@ -76,14 +76,14 @@ def test_many_threads_at_once():
     rng = np.random.default_rng(0)
     slices = rng.integers(-4096, 9000, (24, 96, 96)).astype(np.int16)
     maps, hide = AffineRange().matrices(rng.standard_normal((24, 6))), rng.random((24, 2)) < .5
-    jobs, pixels = make_jobs(maps, hide, [-4096] * 24, 96, 96), Pixels(size=96)
+    jobs, pixels = make_render_params(maps, hide, [-4096] * 24, 96, 96), InputConfig(size=96)
 
     def all_of_them(way):
         return hashlib.sha256(b"".join(way(slices[i].copy(), jobs[i], pixels) for i in range(24)))
 
     with ThreadPoolExecutor(8) as pool:
         digests = {digest.hexdigest() for digest in pool.map(all_of_them, [rendered] * 16)}
-    assert digests == {all_of_them(slow_render).hexdigest()}
+    assert digests == {all_of_them(render_reference).hexdigest()}
 
 
 def original(raw, slope, intercept, hide, matrix):
@@ -111,8 +111,8 @@ def against_the_original(raw, slope, intercept, seed):
     hu = np.clip(raw * slope + intercept, -1024, 8191)
     stored = np.rint(hu).astype(np.int32).reshape(256, 2, 256, 2).sum((1, 3)).astype(np.int16)
     one_column = np.array([[1, 0, 0], [0, 1, -1 / 256], [0, 0, 1]])  # the original's identity moves the image by one
-    job = make_jobs((matrix @ one_column)[None], hide[None], fill_values([intercept], "zero"), 256, 256)[0]
-    ours = rendered(stored, job, Pixels(fill="zero"))
+    job = make_render_params((matrix @ one_column)[None], hide[None], fill_values([intercept], "zero"), 256, 256)[0]
+    ours = rendered(stored, job, InputConfig(fill="zero"))
     return np.abs(ours - 255 * original(raw, slope, intercept, hide, matrix))
 
 
@@ -149,7 +149,7 @@ def test_a_masked_slice_keeps_its_embolus():
         for spot in spots:
             stored[spot] = 1700
         hide = SideMask(p=.8).sample(rng, float(left), float(right))
-        job = make_jobs(np.eye(3)[None], [hide], [-4096], 64, 64)[0]
-        seen = rendered(stored, job, Pixels((Window(100, 700),), "fixed", 64))[..., 0]
+        job = make_render_params(np.eye(3)[None], [hide], [-4096], 64, 64)[0]
+        seen = rendered(stored, job, InputConfig((Window(100, 700),), "fixed", 64))[..., 0]
         assert [seen[spot] for spot in spots] == [246] * len(spots)
         assert (seen == 246).sum() == len(set(spots))

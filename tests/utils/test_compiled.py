@@ -20,11 +20,11 @@ import rsnape_kit.phantom.generate
 from rsnape_kit.dicom import header
 from rsnape_kit.store import codec as tiles
 from rsnape_kit.transforms.affine import AffineRange
-from rsnape_kit.dicom.header import decimal
+from rsnape_kit.dicom.header import parse_decimal
 from rsnape_kit.dicom.hounsfield import read_hu
 from rsnape_kit.dicom.slices import scan
 from rsnape_kit.transforms.render import fused
-from rsnape_kit.transforms.render import Pixels, make_jobs, render
+from rsnape_kit.transforms.render import InputConfig, make_render_params, render
 from rsnape_kit.store.dicom_source import DicomSource
 from rsnape_kit.store.slice_store import SliceStore
 from rsnape_kit.store.build import build_store
