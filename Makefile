@@ -2,12 +2,11 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 READY := $(VENV)/.ready
-LONG := $(foreach name,submit demo predict rehearse learning models fitting,$(wildcard tests/*/test_$(name).py))
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export MPLBACKEND ?= agg
 
-.PHONY: help demo demo-quick test lint bench notebooks hooks lock clean
+.PHONY: help demo demo-quick test lint docs bench notebooks hooks lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -18,17 +17,18 @@ demo: $(READY)  ## the main job, end to end, on made-up data
 demo-quick: $(READY)  ## the same in some three minutes, with models that learn nothing
 	python -m rsnape_kit.cli demo --size quick --folder demo-quick
 
-# Two processes run side by side; more threads than cores wait for each other, busily.
-test: export OMP_NUM_THREADS = 1
-test: export TF_NUM_INTRAOP_THREADS = 1
-test: export TF_NUM_INTEROP_THREADS = 1
 test: $(READY) lint  ## exports, every notebook, every test
 	nbdev_export
-	python tests/notebooks.py
-	echo $(LONG) $(filter-out $(LONG),$(sort $(wildcard tests/test_*.py tests/*/test_*.py))) | xargs -P 2 -n 1 pytest -q
+	python tests/run.py
 
-lint: $(READY)  ## ruff over notebooks, modules, tests and benchmarks
+lint: $(READY)  ## ruff everywhere, mypy on the packages that are typed
 	ruff check .
+	mypy
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(READY)  ## the documentation site, into build/site, without a network
+	mkdocs build --strict --quiet
+	@echo "build/site/index.html; with search: python -m http.server -d build/site"
 
 bench: $(READY)  ## side-by-side speed, as ratios
 	for script in benchmarks/[a-z]*.py; do echo "== $$script"; python $$script || exit 1; done

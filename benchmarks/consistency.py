@@ -1,10 +1,10 @@
-"""Making a submission consistent, at the size of the whole test set: what it costs, and how long it takes.
+"""Cost and run time of making predictions consistent, at the size of the whole test set.
 
-Made-up calibrated models at the competition's prevalence. Each repair is compared in the loss it is expected to add
-(by the predictions themselves and the exactly expected q) and the loss it adds in truth; then its time, in turns,
-beside a plain loop over the studies that tries all 44 answers and beside the usual repair with groupby.
+Simulated calibrated models at the competition's prevalence. For each repair, the expected increase of the loss (by the
+predictions and the true expected q) and the realised increase; then run times, interleaved, of the exact repair, of a
+plain loop over the studies that tries all 44 label combinations and of the usual repair.
 
-    python benchmarks/consistency.py                       # made-up models
+    python benchmarks/consistency.py                       # simulated models
     python benchmarks/consistency.py --demos demo demo-1   # trained ones: folders that `rsnape demo` has filled
 """
 import argparse
@@ -29,7 +29,13 @@ from rsnape_kit.competition.labels import (
 from rsnape_kit.competition.metric import competition_loss
 from rsnape_kit.competition.predictions import Predictions
 from rsnape_kit.competition.submission import violations
-from rsnape_kit.ensemble.consistency import MARGIN, expected_cost, fit_positive_share, make_consistent, study_q
+from rsnape_kit.ensemble.consistency import (
+    MARGIN,
+    expected_cost,
+    expected_positive_share,
+    fit_positive_share,
+    make_consistent,
+)
 from rsnape_kit.ensemble.ensemble import Ensemble, nested_blend
 from rsnape_kit.inference.predict_runs import load_folds, load_oofs, plan_predictions
 from rsnape_kit.report.scores import resample, study_losses
@@ -41,7 +47,7 @@ PE = [AT[label] for label in EXAM_LABELS if label not in NOT_POSITIVE]
 
 
 def clip_study(exam: np.ndarray, images: np.ndarray, positive: bool):
-    "The usual repair of one study, in place: once its side is chosen, clip."
+    "The usual repair of one study, in place: clip every label to the chosen side."
     def exactly_one(labels):
         columns = [AT[label] for label in labels]
         top = columns[int(exam[columns].argmax())]
@@ -68,9 +74,9 @@ def clip(pred: Predictions, by_image: bool) -> Predictions:
     exams, images = pred.exams.to_numpy().copy(), pred.images.to_numpy().copy()
     rows = pred.images.groupby(level=0, sort=False).indices
     for i, study in enumerate(pred.exams.index):
-        mine = images[rows[study]]
-        clip_study(exams[i], mine, (mine > .5).any() if by_image else exams[i, 0] <= .5)
-        images[rows[study]] = mine
+        own = images[rows[study]]
+        clip_study(exams[i], own, (own > .5).any() if by_image else exams[i, 0] <= .5)
+        images[rows[study]] = own
     return Predictions(pd.DataFrame(exams, pred.exams.index, EXAM_LABELS), pd.Series(images, pred.images.index))
 
 
@@ -79,14 +85,14 @@ def divergence(p: float, c: float) -> float:
 
 
 def loop(pred: Predictions, q: pd.Series) -> Predictions:
-    "The exact repair as one would first write it: every study, every allowed answer."
+    "The exact repair as a plain loop over every study and every allowed combination."
     exams, images = pred.exams.to_numpy().copy(), pred.images.to_numpy().copy()
     rows = pred.images.groupby(level=0, sort=False).indices
     weights = list(EXAM_WEIGHTS.values())
     for i, study in enumerate(pred.exams.index):
-        mine = images[rows[study]]
-        for_no = sum(divergence(p, LO) for p in mine if p > .5)
-        for_yes = 0 if mine.max() > .5 else divergence(mine.max(), HI)
+        own = images[rows[study]]
+        for_no = sum(divergence(p, LO) for p in own if p > .5)
+        for_yes = 0 if own.max() > .5 else divergence(own.max(), HI)
         best = None
         for yes, positive in zip(*allowed_combinations()):
             cost = IMAGE_WEIGHT * q[study] * (for_yes if positive else for_no)
@@ -97,59 +103,60 @@ def loop(pred: Predictions, q: pd.Series) -> Predictions:
         crosses = yes != (exams[i] > .5)
         exams[i] = np.where(crosses, np.where(yes, HI, LO), exams[i])
         if not positive:
-            mine[mine > .5] = LO
-        elif not (mine > .5).any():
-            mine[mine.argmax()] = HI
-        images[rows[study]] = mine
+            own[own > .5] = LO
+        elif not (own > .5).any():
+            own[own.argmax()] = HI
+        images[rows[study]] = own
     return Predictions(pd.DataFrame(exams, pred.exams.index, EXAM_LABELS), pd.Series(images, pred.images.index))
 
 
 def repairs(pred: Predictions, q) -> dict:  # name -> Predictions
-    "All repairs but those that need to know more than a user can."
-    made = {"exact, q fitted on OOF": make_consistent(pred, q), "exact, q = mean of images": make_consistent(pred),
+    "All repairs that need no knowledge of the truth."
+    repaired = {"exact, q fitted on OOF": make_consistent(pred, q), "exact, q = mean of images": make_consistent(pred),
             "clip, side by negative_exam": clip(pred, False), "clip, side by image maximum": clip(pred, True)}
-    assert all(violations(to).empty for to in made.values())
-    return made
+    assert all(violations(to).empty for to in repaired.values())
+    return repaired
 
 
-def costs(truth: Predictions, pred: Predictions, made: dict, q) -> pd.DataFrame:
+def costs(truth: Predictions, pred: Predictions, repaired: dict, q) -> pd.DataFrame:
     "Contradictory studies, expected and realised cost of each repair of one set of predictions."
     counts = pred.images.groupby(level=0, sort=False).size().reindex(truth.exams.index)
-    weights = len(truth.exams) + IMAGE_WEIGHT * (counts * study_q(truth)).sum()
+    weights = len(truth.exams) + IMAGE_WEIGHT * (counts * expected_positive_share(truth)).sum()
     before, contradictory = competition_loss(truth, pred), violations(pred)[STUDY].nunique()
     return pd.DataFrame({name: {
         "contradictory before": contradictory, "loss before": before,
         "expected cost": expected_cost(pred, to, q).sum() / weights,
-        "realised cost": competition_loss(truth, to) - before} for name, to in made.items()}).T
+        "realised cost": competition_loss(truth, to) - before} for name, to in repaired.items()}).T
 
 
 def simulated(studies: int, slices: tuple, skill: float, seed: int) -> pd.DataFrame:
-    "The costs for a made-up model."
+    "The costs for a simulated model."
     oof_truth, truth = simulate_truth(studies, slices, seed), simulate_truth(studies, slices, seed + 1000)
     oof, _ = simulate_model(oof_truth, skill, seed)
     pred, q = simulate_model(truth, skill, seed)
     share = fit_positive_share(oof, oof_truth)
-    made = {"exact, q exactly as expected": make_consistent(pred, q)} | repairs(pred, share)
-    return costs(truth, pred, made, q)
+    repaired = {"exact, true expected q": make_consistent(pred, q)} | repairs(pred, share)
+    return costs(truth, pred, repaired, q)
 
 
 def demo_blends(folder: Path) -> dict:  # what -> (truth, blend, q)
-    "What a demo's ensemble says of the studies it learned from, nested by fold, and of those held out."
+    "A demo's nested out-of-fold blend, and its blend of the held-out studies."
     if not (folder / "ensemble.json").exists():
-        raise SystemExit(f"{folder} holds no ensemble.json: it is no folder of `rsnape demo`, or not a finished one")
+        raise SystemExit(f"{folder} has no ensemble.json; give the folder of a finished `rsnape demo`")
     ensemble = Ensemble.load(folder / "ensemble.json")
     runs = sorted(path.parent for path in folder.glob("runs/*/config.json"))
-    tta = json.loads((folder / "submit.json").read_text()).get("looks", 1)
+    tta = json.loads((folder / "submit.json").read_text()).get("views", 1)
     truth = Predictions.from_train_csv(folder / "competition" / "train.csv")
     test = pd.read_parquet(folder / "test.parquet")
-    _, oof = nested_blend(load_oofs(runs), truth, load_folds(runs), ensemble.weights.space, bool(ensemble.calibrations))
-    asked = plan_predictions(runs, test, folder / "answers", tta)
-    if not asked.answered().all(axis=None):
-        raise SystemExit(f"{folder}/answers lacks some of what the runs say of the test studies with {tta} looks more; "
-                         "run the demo again to fill it")
-    said = ensemble.blend(asked.gather(), test)
-    held_out = Predictions.from_train_csv(folder / "competition" / "truth" / "test.csv").align(said)
-    return {"out of fold": (truth.align(oof), oof, ensemble.q), "held out": (held_out, said, ensemble.q)}
+    space, calibrated = ensemble.blend_weights.space, bool(ensemble.calibrations)
+    _, oof = nested_blend(load_oofs(runs), truth, load_folds(runs), space, calibrated)
+    plan = plan_predictions(runs, test, folder / "results", tta)
+    if not plan.done().all(axis=None):
+        raise SystemExit(f"{folder}/answers lacks predictions of some test studies with {tta} TTA views; run the demo "
+                         "again to complete it")
+    pred = ensemble.blend(plan.gather(), test)
+    held_out = Predictions.from_train_csv(folder / "competition" / "truth" / "test.csv").align(pred)
+    return {"out of fold": (truth.align(oof), oof, ensemble.q), "held out": (held_out, pred, ensemble.q)}
 
 
 def together(preds: list) -> Predictions:
@@ -158,39 +165,39 @@ def together(preds: list) -> Predictions:
 
 
 def on_demos(folders: list):
-    "The costs for trained models, over all demos, and how sure the difference to the exact repair is."
+    "The costs for trained models over all demos, with intervals of the difference to the exact repair."
     blends = [demo_blends(Path(folder)) for folder in folders]
     for what in blends[0]:
         truths, preds, fits = zip(*(blend[what] for blend in blends))
-        made = [repairs(pred, q) for pred, q in zip(preds, fits)]
-        made = {name: together([each[name] for each in made]) for name in made[0]}
+        repaired = [repairs(pred, q) for pred, q in zip(preds, fits)]
+        repaired = {name: together([each[name] for each in repaired]) for name in repaired[0]}
         truth, pred, q = together(truths), together(preds), pd.concat([q(pred) for pred, q in zip(preds, fits)])
-        table, draws = costs(truth, pred, made, q), resample(len(truth.exams))
-        exact = study_losses(truth, made["exact, q fitted on OOF"]).total(draws)
-        more = {name: study_losses(truth, to).total(draws) - exact for name, to in made.items()}
+        table, draws = costs(truth, pred, repaired, q), resample(len(truth.exams))
+        exact = study_losses(truth, repaired["exact, q fitted on OOF"]).total(draws)
+        more = {name: study_losses(truth, to).total(draws) - exact for name, to in repaired.items()}
         table["more than exact"] = table["realised cost"] - table["realised cost"].iloc[0]
         table["at least"], table["at most"] = (pd.Series({name: np.quantile(d, level) for name, d in more.items()})
                                                for level in (.05, .95))
         print(f"\n{what}: {len(truth.exams)} studies of {len(folders)} demos, loss {table['loss before'].iloc[0]:.4f}, "
               f"{table['contradictory before'].iloc[0]:.0f} contradict themselves")
         print(table.drop(columns=["contradictory before", "loss before"]).round(5).to_string())
-        print(verdict(table))
+        print(summary(table))
 
 
-def verdict(table: pd.DataFrame) -> str:
-    "Whether being consistent our way costs at most what it costs the usual way."
+def summary(table: pd.DataFrame) -> str:
+    "State whether the exact repair costs at most as much as the usual ones."
     rivals = table[table.index.str.startswith("clip")]
     cheapest = rivals["realised cost"].idxmin()
     holds = bool((rivals["more than exact"] >= 0).all())
     sure = "; beyond chance" if holds and (rivals["at least"] > 0).all() else \
         "; within chance" if (rivals["at least"] <= 0).any() and (rivals["at most"] >= 0).all() else ""
-    return (f"VERDICT: the exact repair's realised cost, {table['realised cost'].iloc[0]:+.5f}, is "
-            f"{'AT MOST' if holds else 'MORE THAN'} the heuristics' (the cheapest: {cheapest}, "
+    return (f"SUMMARY: the exact repair's realised cost, {table['realised cost'].iloc[0]:+.5f}, is "
+            f"{'AT MOST' if holds else 'MORE THAN'} that of the heuristics (the cheapest: {cheapest}, "
             f"{rivals['realised cost'].min():+.5f}){sure}")
 
 
 def in_turns(functions: dict, repeat: int) -> pd.DataFrame:
-    "Least CPU and wall seconds of each function, called one after the other."
+    "Minimum CPU and wall seconds of each function; calls are interleaved."
     times = {name: [] for name in functions}
     for _ in range(repeat):
         for name, function in functions.items():
@@ -207,7 +214,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=4, help="test sets to average over")
     parser.add_argument("--skills", type=float, nargs="+", default=[.7, 1., 1.3])
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--demos", nargs="+", help="folders of finished demos: nothing is made up or timed then")
+    parser.add_argument("--demos", nargs="+", help="folders of finished demos, instead of simulated models")
     args = parser.parse_args()
     if args.demos:
         return on_demos(args.demos)
@@ -226,7 +233,7 @@ def main():
     assert np.array_equal(exact.exams, slow.exams) and np.array_equal(exact.images, slow.images)
     table = in_turns({"make_consistent": lambda: make_consistent(pred, q), "violations": lambda: violations(pred),
                       "clip, study by study": lambda: clip(pred, False),
-                      "all answers, study by study": lambda: loop(pred, q)}, args.repeat)
+                      "all combinations, study by study": lambda: loop(pred, q)}, args.repeat)
     table["ratio"] = table["wall s"] / table.loc["make_consistent", "wall s"]
     print(f"\n{len(pred.exams)} studies, {len(pred.images)} slices\n{table.round(3).to_string()}")
 

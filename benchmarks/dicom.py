@@ -1,13 +1,13 @@
-"""DICOM in: listing a folder and reading slices, beside pydicom and beside reading the bytes alone.
+"""Speed of scanning a folder and of reading slices, compared with pydicom and with reading the bytes alone.
 
-Everything is in the operating system's cache, so these are costs of the processor, not of a disk. The ways take turns
-within one process; figures are medians over rounds. "read()" is open(path, "rb").read(), the least any reader can do.
+Files are in the operating system's cache, so these are costs of the processor, not of a disk. The variants alternate
+within one process; figures are medians over rounds. "read()" is open(path, "rb").read(), the lower bound of any reader.
 """
 import argparse
 import tempfile
 from pathlib import Path
 
-import _made_up as made_up
+import _synthetic as synthetic
 import imagecodecs
 import numpy as np
 import pydicom
@@ -22,8 +22,8 @@ FIELDS = ("StudyInstanceUID SeriesInstanceUID SOPInstanceUID Rows Columns PixelS
           "RescaleIntercept PixelRepresentation ImagePositionPatient ImageOrientationPatient InstanceNumber").split()
 
 
-def ordinary(path):
-    "pydicom's ordinary path to HU."
+def by_pydicom(path):
+    "The usual way to HU with pydicom."
     ds = pydicom.dcmread(path)
     return apply_modality_lut(ds.pixel_array, ds)
 
@@ -53,7 +53,7 @@ def each(function, paths):
 
 
 def as_jpeg(path, out):
-    "The same slice as JPEG Lossless, which 8 % of the competition is."
+    "Write the same slice as JPEG Lossless, the format of 8 % of the competition."
     ds = pydicom.dcmread(path)
     values = ds.pixel_array.astype(np.uint16)
     ds.PixelData = encapsulate([bytes(imagecodecs.jpeg8_encode(values, lossless=True, bitspersample=16))])
@@ -65,48 +65,48 @@ def as_jpeg(path, out):
 def measure(root, many, rounds, n):
     paths = list_files(many)
     few = paths[:2 * n]
-    seconds = made_up.alternate({
+    seconds = synthetic.alternate({
         "scan(root)": lambda: scan(many),
         "pydicom stop_before_pixels": lambda: headers(few),
-        "pydicom, the table's fields asked for": lambda: headers(few, FIELDS),
+        "pydicom, with the table's fields": lambda: headers(few, FIELDS),
         "read() of 4 KB": each(beginning, paths),
     }, rounds)
     counts = dict.fromkeys(seconds, len(few)) | {"scan(root)": len(paths), "read() of 4 KB": len(paths)}
-    made_up.table("Listing a folder", seconds, counts, ["pydicom stop_before_pixels", "read() of 4 KB"])
+    synthetic.table("Listing a folder", seconds, counts, ["pydicom stop_before_pixels", "read() of 4 KB"])
 
     paths = list_files(root)
     few, scratch = paths[:n], np.empty(512 * 512 * 2, np.uint8)
-    seconds = made_up.alternate({
+    seconds = synthetic.alternate({
         "read_hu(path)": each(read_hu, paths[:4 * n]),
         "read_hu(path, scratch=)": each(lambda p: read_hu(p, scratch=scratch), paths[:4 * n]),
-        "pydicom + apply_modality_lut": each(ordinary, few),
+        "pydicom + apply_modality_lut": each(by_pydicom, few),
         "read()": each(read, paths[:4 * n]),
     }, rounds)
     counts = dict.fromkeys(seconds, len(paths[:4 * n])) | {"pydicom + apply_modality_lut": len(few)}
-    made_up.table("DICOM to int16 HU", seconds, counts, ["pydicom + apply_modality_lut", "read()"])
+    synthetic.table("DICOM to int16 HU", seconds, counts, ["pydicom + apply_modality_lut", "read()"])
 
     with tempfile.TemporaryDirectory() as folder:
         jpegs = [Path(folder) / f"{i}.dcm" for i in range(20)]
         for path, jpeg in zip(paths, jpegs):
             as_jpeg(path, jpeg)
-        seconds = made_up.alternate({"read_hu(path), JPEG Lossless SV1": each(read_hu, jpegs),
+        seconds = synthetic.alternate({"read_hu(path), JPEG Lossless SV1": each(read_hu, jpegs),
                                      "read_hu(path), uncompressed": each(read_hu, paths[:20])}, rounds)
-        made_up.table("Compressed", seconds, dict.fromkeys(seconds, 20), ["read_hu(path), uncompressed"])
+        synthetic.table("Compressed", seconds, dict.fromkeys(seconds, 20), ["read_hu(path), uncompressed"])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", help="a folder of DICOM, instead of made-up slices of 512x512")
-    parser.add_argument("--studies", type=int, default=4, help="made-up studies")
+    parser.add_argument("--folder", help="a folder of DICOM, instead of synthetic slices of 512x512")
+    parser.add_argument("--studies", type=int, default=4, help="synthetic studies")
     parser.add_argument("--slices", type=int, default=200, help="slices in each")
-    parser.add_argument("--headers", type=int, default=10_000, help="made-up headers to scan")
+    parser.add_argument("--headers", type=int, default=10_000, help="synthetic headers to scan")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         few, many = Path(folder) / "few", Path(folder) / "many"
         if not args.folder:
-            made_up.write(few, args.studies, args.slices)
-            made_up.write_headers(many, args.headers // 250)
+            synthetic.write(few, args.studies, args.slices)
+            synthetic.write_headers(many, args.headers // 250)
         measure(args.folder or few, args.folder or many, args.rounds, 100)
 
 

@@ -1,12 +1,12 @@
-"""Does the accelerator wait for its input? Images a second of EfficientNet's training, by where they come from.
+"""Whether the accelerator waits for its input: images per second of EfficientNet's training, by source of the images.
 
-Three trainings of the same network take turns: on one batch over and over, which is as fast as the device goes; on a
-store with pixels made beside the network; on a store with pixels made by the processor. An epoch ends when its last
-step is done, and the least time of a few rounds counts. Only processors have given figures so far;
-the one GPU it met had given none after four minutes.
+Three trainings of the same network take turns: on one batch repeated, which is the device's maximum; on a store with
+rendering on the device; on a store with rendering on the CPU. An epoch ends when its last step is done, and the minimum
+time over several rounds counts. Results so far are from CPUs only; on the one GPU tried, a run took over four minutes
+without finishing.
 
     python benchmarks/feeding.py                                              # a small network, two minutes
-    python benchmarks/feeding.py --full --backend jax --policy mixed_bfloat16 # EfficientNet-B1 at 256 px, on a GPU
+    python benchmarks/feeding.py --full --backend jax --precision bfloat16 # EfficientNet-B1 at 256 px, on a GPU
 """
 import argparse
 import tempfile
@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from _made_up import write
+from _synthetic import write
 from pipeline import Repeated, make_truth
 
 from rsnape_kit.data.adapters import keras_dataset
@@ -33,7 +33,7 @@ from rsnape_kit.transforms.render import InputConfig
 
 
 class Same:
-    "One batch, as often as wanted."
+    "One batch, repeated."
 
     varies = False
 
@@ -47,7 +47,7 @@ class Same:
         return self.batch
 
 
-def made_store(folder: Path, studies: int) -> SliceStore:
+def synthetic_store(folder: Path, studies: int) -> SliceStore:
     write(folder / "dicom", studies, 234)
     with ThreadPoolExecutor(cores()) as pool:
         return SliceStore(build_store(DicomSource(folder / "dicom"), folder / "store", executor=pool))
@@ -56,7 +56,7 @@ def made_store(folder: Path, studies: int) -> SliceStore:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="tensorflow")
-    parser.add_argument("--policy", default="float32")
+    parser.add_argument("--precision", default="float32")
     parser.add_argument("--full", action="store_true", help="EfficientNet-B1 at 256 px; needs a GPU")
     parser.add_argument("--batch", type=int, help="default 16, or 256 with --full")
     parser.add_argument("--steps", type=int, help="of an epoch; default 12, or 60 with --full")
@@ -67,21 +67,21 @@ def main():
     batch, steps = args.batch or (256 if args.full else 16), args.steps or (60 if args.full else 12)
     size, small = (256, {}) if args.full else (64, {"width": .25})
     with tempfile.TemporaryDirectory() as folder:
-        store = made_store(Path(folder), args.studies)
+        store = synthetic_store(Path(folder), args.studies)
         how = dict(batch=batch, mask=SideMask(), affine=AffineRange(), shuffle=True, pixels=InputConfig(size=size))
         host, device = (ImageBatches(store, make_truth(store.table), device=device, **how) for device in (False, True))
-        plain = efficientnet("b1", size, policy=args.policy, **small)
-        beside = with_pixels(efficientnet("b1", size, policy=args.policy, **small), device)
-        for model in (plain, beside):
+        on_cpu = efficientnet("b1", size, precision=args.precision, **small)
+        on_device = with_pixels(efficientnet("b1", size, precision=args.precision, **small), device)
+        for model in (on_cpu, on_device):
             model.compile("sgd", "binary_crossentropy", jit_compile=jit())
-        ways = {"one batch over and over": (beside, Same(device[0], steps)),
-                "store, pixels beside the network": (beside, Repeated(device, -(-steps // len(device)))),
-                "store, pixels by the processor": (plain, Repeated(host, -(-steps // len(host))))}
+        ways = {"one batch repeated": (on_device, Same(device[0], steps)),
+                "store, rendered on the device": (on_device, Repeated(device, -(-steps // len(device)))),
+                "store, rendered on the CPU": (on_cpu, Repeated(host, -(-steps // len(host))))}
         run(args, batch, ways)
 
 
 def run(args, batch: int, ways: dict):
-    "Take turns; print images a second and the share of what the device could do."
+    "Run the trainings in turns; print images per second and the share of the maximum."
     spent = {name: [] for name in ways}
     for i in range(args.rounds + 1):
         for name, (model, batches) in ways.items():
@@ -91,8 +91,8 @@ def run(args, batch: int, ways: dict):
                 spent[name].append((time.perf_counter() - start) / len(batches) / batch)
     best = {name: 1 / np.min(seconds) for name, seconds in spent.items()}
     most = next(iter(best.values()))
-    print(f"{cores()} cores, {args.backend}, {args.policy}, batches of {batch}")
-    print(f"{'':<34}{'images / s':>12}{'of the device':>16}")
+    print(f"{cores()} cores, {args.backend}, {args.precision}, batches of {batch}")
+    print(f"{'':<34}{'images / s':>12}{'of the maximum':>16}")
     for name, rate in best.items():
         print(f"{name:<34}{rate:>12,.0f}{rate / most:>16.0%}", flush=True)
 

@@ -1,8 +1,8 @@
-"""What the models learn: on a made-up competition, from scratch, on this machine.
+"""What the models learn: on a synthetic competition, from scratch, on this machine.
 
 Each model is trained on a few seeds and scored on held-out studies against the constant and the position prior, over
-images and over exams, with the 90 % interval of the paired study bootstrap. Two checks say whether it looks at emboli:
-trained on labels that were dealt to other studies it must not beat the priors; on the twin of a study, the same
+images and over exams, with the 90 % interval of the paired study bootstrap. Two checks show whether it detects emboli:
+trained on labels shuffled among the studies it must not beat the priors; on the twin of a study, the same
 patient without the clots, its probabilities must fall.
 
     python benchmarks/learning.py                     # all models, one seed
@@ -10,7 +10,7 @@ patient without the clots, its probabilities must fall.
     python benchmarks/learning.py --models resnet3d --set batch=8
     python benchmarks/learning.py --use 240 --folds 3 # 160 studies to learn from, 80 to choose the epoch by
 
-EfficientNet3D begins with the body of the image model of the same seed, which must be trained first.
+EfficientNet3D starts from the backbone of the image model of the same seed, which must be trained first.
 Each training runs in a process of its own and is kept: run the same command again to go on.
 """
 import argparse
@@ -34,6 +34,7 @@ from rsnape_kit.report.scores import gain_over
 from rsnape_kit.runs.recipes import DEMO, override_settings
 from rsnape_kit.store.build import build_store
 from rsnape_kit.store.slice_store import SliceStore
+from rsnape_kit.training.trainer import train
 
 SPLITS = {"train": "train", "test": "test", "twins": "truth/twins"}
 
@@ -51,8 +52,8 @@ def prepare(args) -> Path:
     return folder
 
 
-def dealt(truth: Predictions, seed: int) -> Predictions:
-    "Each study with the labels of another, its images stretched to fit."
+def shuffle_labels(truth: Predictions, seed: int) -> Predictions:
+    "Give each study the labels of another, its image labels stretched to fit."
     rng, names = np.random.default_rng(seed), truth.exams.index
     other = pd.Series(rng.permutation(names), names)
     exams = truth.exams.loc[other].set_axis(names)
@@ -64,8 +65,8 @@ def dealt(truth: Predictions, seed: int) -> Predictions:
     return Predictions(exams, pd.concat(parts).rename(truth.images.name))
 
 
-def body_of(learned: Path, args) -> Path:
-    "The image model of the same seed, fold and labels, whose body the 3-D model begins with."
+def backbone_of(learned: Path, args) -> Path:
+    "Return the weights of the image model of the same seed, fold and labels, which the 3-D model starts from."
     run = args.run.replace("efficientnet3d", "efficientnet")
     path = learned / run / f"efficientnet-fold0-seed{args.seeds[0]}" / "best.npz"
     if not path.exists():
@@ -73,7 +74,7 @@ def body_of(learned: Path, args) -> Path:
     return path
 
 
-def teach(args):
+def train_one(args):
     "Train one model on one seed and predict test and twins; in this process."
     folder, name = Path(args.data), args.models[0]
     out = folder / "learned" / args.run
@@ -81,18 +82,16 @@ def teach(args):
         return
     truth = Predictions.from_train_csv(folder / "competition" / "train.csv")
     if args.shuffled:
-        truth = dealt(truth.align(truth), 1)
+        truth = shuffle_labels(truth.align(truth), 1)
     config = override_settings(DEMO[name], [f"seed={args.seeds[0]}", *args.set])
     if name == "petaformer":
         from rsnape_kit.inference.torch_predictor import infer
-        from rsnape_kit.training.torch_trainer import train
     else:
         from rsnape_kit.inference.keras_predictor import infer
-        from rsnape_kit.training.keras_trainer import train
     source, wall, cpu = SliceStore(folder / "train"), time.perf_counter(), time.process_time()
     names = source.table[STUDY].unique()[:args.use]
     split = make_folds(names, truth.select(names), args.folds)
-    more = {"weights": body_of(folder / "learned", args)} if name == "efficientnet3d" else {}
+    more = {"weights": backbone_of(folder / "learned", args)} if name == "efficientnet3d" else {}
     run = train(name, source, 0, config, truth=truth, folds=split, out=out, earlier=(), **more)
     spent = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     for part in ("test", "twins"):
@@ -105,7 +104,7 @@ def auc(y, p) -> float:
     return roc_auc_score(y, p)
 
 
-def judge(folder: Path, out: Path) -> dict:
+def score(folder: Path, out: Path) -> dict:
     "Score one training."
     train_truth = Predictions.from_train_csv(folder / "competition" / "train.csv")
     truth = Predictions.from_train_csv(folder / "competition" / "truth" / "test.csv")
@@ -121,7 +120,7 @@ def judge(folder: Path, out: Path) -> dict:
     positive = truth.images[truth.images == 1].index
     inside = truth.images.groupby(level=0).transform("max") == 1
     row["images AUC in positives"] = auc(truth.images[inside], pred.images[inside])
-    row["seen"], row["in twins"] = pred.images[positive].mean(), twin.images.reindex(positive).mean()
+    row["positive slices"], row["same in twins"] = pred.images[positive].mean(), twin.images.reindex(positive).mean()
     if "exams" in heads:
         row["exam AUC"] = auc(1 - truth.exams.negative_exam_for_pe, 1 - pred.exams.negative_exam_for_pe)
         for label in EXAM_LABELS:
@@ -144,23 +143,23 @@ def main():
     parser.add_argument("--use", type=int, help="how many of the studies to train and validate on; default: all")
     parser.add_argument("--folds", type=int, default=6, help="one of them is held out to choose the best epoch")
     parser.add_argument("--tta", type=int, default=0)
-    parser.add_argument("--shuffled", action="store_true", help="also train on labels dealt to other studies")
+    parser.add_argument("--shuffled", action="store_true", help="also train on labels shuffled among the studies")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change the recipe")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
-        return teach(args)
+        return train_one(args)
     folder, rows = prepare(args), {}
     tag = "".join(f"_{text}" for text in args.set).replace("/", "-") + (f"_of{args.use}" if args.use else "")
     for name in args.models:
-        for seed, dealt_out in [(seed, False) for seed in args.seeds] + [(args.seeds[0], True)] * args.shuffled:
-            run = f"{name}-{seed}{'-dealt' * dealt_out}{tag}"
+        for seed, shuffled in [(seed, False) for seed in args.seeds] + [(args.seeds[0], True)] * args.shuffled:
+            run = f"{name}-{seed}{'-shuffled' * shuffled}{tag}"
             command = [sys.executable, __file__, "--data", str(folder), "--models", name, "--seeds", str(seed), "--run",
                        run, "--folds", str(args.folds), "--tta", str(args.tta)]
             command += ["--use", str(args.use)] * bool(args.use)
-            command += ["--shuffled"] * dealt_out + [word for text in args.set for word in ("--set", text)]
+            command += ["--shuffled"] * shuffled + [word for text in args.set for word in ("--set", text)]
             subprocess.run(command, check=True, env=os.environ)
-            rows[run] = judge(folder, folder / "learned" / run)
+            rows[run] = score(folder, folder / "learned" / run)
             print(pd.Series(rows[run]).round(4).to_string(), "\n")
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.to_csv(folder / "learning.csv")

@@ -1,7 +1,7 @@
-"""The Keras models: forward passes and training steps, and frames folded against TimeDistributed.
+"""Speed and memory of the Keras models: forward passes, training steps, and folded frames against TimeDistributed.
 
     python benchmarks/models.py                                  # demo sizes, two minutes on two cores
-    python benchmarks/models.py --full --backend jax --policy mixed_bfloat16 --peak 989    # on a GPU of 989 TFLOP/s
+    python benchmarks/models.py --full --backend jax --precision bfloat16 --peak 989    # on a GPU of 989 TFLOP/s
 """
 import argparse
 import resource
@@ -20,21 +20,21 @@ rng = np.random.default_rng(0)
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="tensorflow")
-    parser.add_argument("--policy", default="float32")
+    parser.add_argument("--precision", default="float32")
     parser.add_argument("--full", action="store_true", help="full-size models; needs a GPU")
     parser.add_argument("--batch", type=int, help="slices; default 16, or 256 with --full")
     parser.add_argument("--frames", type=int, help="frames of a study; default 16, or 256 with --full")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--peak", type=float, help="the device's peak in TFLOP/s, to tell the share of it")
+    parser.add_argument("--peak", type=float, help="the device's peak in TFLOP/s, to print the share reached")
     return parser.parse_args()
 
 
 def models(args):
-    "(name, model, batch) for each."
+    "Yield (name, model, batch)."
     size, small = (256, {}) if args.full else (64, {"width": .25})
     frames, batch = args.frames or (256 if args.full else 16), args.batch or (256 if args.full else 16)
-    shared = {"size": size, "policy": args.policy, "recompute": args.full}
-    yield "efficientnet b1", efficientnet("b1", size, policy=args.policy, **small), batch
+    shared = {"size": size, "precision": args.precision, "recompute": args.full}
+    yield "efficientnet b1", efficientnet("b1", size, precision=args.precision, **small), batch
     yield f"resnet3d x {frames}", resnet3d(frames, **shared, **small), 1
     yield f"efficientnet3d x {frames}", efficientnet3d("b0", frames, **shared, **small), 1
 
@@ -48,7 +48,7 @@ def random_batch(model, n):
 
 
 def seconds(call, repeat):
-    "First call, then the median of wall and CPU seconds."
+    "Return seconds of the first call, then the median wall and CPU seconds."
     start = time.perf_counter()
     call()
     first, walls, cpus = time.perf_counter() - start, [], []
@@ -61,7 +61,7 @@ def seconds(call, repeat):
 
 
 def device_memory():
-    "Most bytes in use on the device so far, if it tells; else this process' peak."
+    "Return the device's peak memory in bytes if known, else this process' peak."
     keras = import_keras()
     if keras.config.backend() == "jax":
         import jax
@@ -73,7 +73,7 @@ def device_memory():
 
 
 def measure(name, model, n, args):
-    "A line of the table."
+    "Print a line of the table."
     several = isinstance(model.output, dict)
     losses = {head: weighted_bce() for head in model.output} if several else weighted_bce()
     model.compile("adam", losses, jit_compile=jit())
@@ -94,7 +94,7 @@ def run_models(args):
 
 
 def run_folded(args):
-    "Alternating, on the same weights."
+    "Compare folded frames with TimeDistributed, alternating."
     keras = import_keras()
     frame, frames = backbone("b0", 32, width=.25, depth=.1), 8
     x, made = rng.normal(size=(2, frames, 32, 32, 3)).astype("float32"), {}
@@ -122,6 +122,6 @@ def run_folded(args):
 if __name__ == "__main__":
     arguments = parse()
     keras = import_keras(arguments.backend)
-    print(f"Keras {keras.version()} on {arguments.backend}, {arguments.policy}")
+    print(f"Keras {keras.version()} on {arguments.backend}, {arguments.precision}")
     run_models(arguments)
     run_folded(arguments)

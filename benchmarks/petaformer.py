@@ -16,10 +16,12 @@ from rsnape_kit.inference.torch_predictor import autocast, group_batches, resolv
 from rsnape_kit.models.petaformer import ATTENTION, PetaFormer, make_attention
 from rsnape_kit.runs.config import PetaFormerConfig
 from rsnape_kit.training.torch_learner import group_loss
+from rsnape_kit.transforms.render import InputConfig
+from rsnape_kit.transforms.windows import PE
 
 
 class Noise:
-    "A source of made-up slices in memory; one slice stands for all."
+    "A source of synthetic slices in memory; every row is the same slice."
 
     def __init__(self, studies: int, slices: int, size: int = 256):
         self.size = size
@@ -106,7 +108,7 @@ def main():
         show(f"transformer alone, {tokens.shape[1]} tokens, {'forward and backward' if train else 'forward'}",
              turns(tasks, args.repeat, device), args.batch, "as reformer-pytorch's defaults")
 
-    config = PetaFormerConfig(size=args.size, groups=args.groups, batch=args.batch)
+    config = PetaFormerConfig(pixels=InputConfig((PE,), "fixed", args.size), groups=args.groups, batch=args.batch)
     source = Noise(4 * args.batch, args.slices)
     batches = group_batches(source, source.table[STUDY].unique(), config, tta=1)
     images = next(iter(tensors(batches)))[0].to(device)
@@ -116,7 +118,7 @@ def main():
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         for model in models.values():
-            model.body.to(memory_format=torch.channels_last)
+            model.backbone.to(memory_format=torch.channels_last)
     optimizers = {kind: torch.optim.AdamW(model.parameters(), 1e-4) for kind, model in models.items()}
     tasks = {kind: partial(forward, model, images, precision) for kind, model in models.items()}
     show("whole network, forward", turns(tasks, args.repeat, device), args.batch, "reformer")

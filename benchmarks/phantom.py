@@ -1,9 +1,9 @@
-"""How fast phantom slices are made, and in how much memory.
+"""Speed and memory of the phantom.
 
-Per slice of 512x512: labels alone (no pixels), rendering with its tissue map, and a whole study with DICOM writing in
-each transfer syntax, as CPU-seconds of this process. Beside them the cost of two plain ways to do a part of the work:
-drawing correlated noise afresh for each slice, and writing through pydicom's `save_as`. Memory is the growth of the
-peak from a short study to one four times longer. Stages take turns, so that a slow spell of the machine falls on all.
+Per slice of 512x512: labels without rendering, rendering with the tissue map, and a whole study with DICOM writing in
+each transfer syntax, in CPU-seconds of this process. For comparison, two plain ways to do a part of the work: computing
+correlated noise for each slice, and writing with pydicom's `save_as`. Memory is the growth of the peak from a short
+study to one four times longer. Stages are interleaved, so that variations of the machine's speed affect all of them.
 """
 import argparse
 import resource
@@ -24,7 +24,7 @@ from rsnape_kit.phantom.study import DEMO, draw_study, exam_labels, image_labels
 
 
 def peak() -> float:
-    "Megabytes that this process has had at most."
+    "Peak memory of this process, MB."
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -41,7 +41,7 @@ def series(study, syntax, folder):
 
 
 def save_as(study, images, folder):
-    "The same files by pydicom's own way, from images already rendered."
+    "Write the same files with pydicom's dcmwrite, from rendered images."
     ds = header(study, Style(ExplicitVRLittleEndian), "1.2", "1.3")
     for k, hu in enumerate(images):
         ds.SOPInstanceUID = f"1.4.{k}"
@@ -67,7 +67,7 @@ def main():
             "study, implicit": lambda r: series(study, ImplicitVRLittleEndian, folder),
             "study, explicit": lambda r: series(study, ExplicitVRLittleEndian, folder),
             "study, lossless JPEG": lambda r: series(study, JPEGLosslessSV1, folder),
-            "only noise, drawn afresh": lambda r: [gaussian_filter(rng.normal(size=(512, 512)), 1.) for _ in images],
+            "only noise, per slice": lambda r: [gaussian_filter(rng.normal(size=(512, 512)), 1.) for _ in images],
             "only writing, by save_as": lambda r: save_as(study, images, folder),
         }
         cost = {k: [] for k in stages}

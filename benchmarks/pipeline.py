@@ -1,13 +1,13 @@
-"""From files to batches: the 30th place's input pipelines, written anew after its notebooks, and this library's.
+"""Input pipelines, from files to batches: the 30th-place solution's, rewritten after its notebooks, and this library's.
 
-Everything runs in one process in turns, so that ratios hold on a busy machine too: a round lets each pipeline make
-batches for a while; figures are medians over rounds. Rates are slices per CPU-second (all threads together) and per
-second. Every pipeline makes exactly the slices it is credited with: the records hold whole batches only.
+All pipelines run in one process in turns, so that ratios also hold on a busy machine: in each round every pipeline
+makes batches for some seconds; results are medians over rounds. Rates are slices per CPU-second (all threads together)
+and per second. Every pipeline makes exactly the slices it is credited with: the records hold complete batches only.
 
-What is not like for like, and so is said beside the figures:
-- The original's study pipeline maps one study at a time (seconds flatter us on many cores, CPU-seconds do not) and adds
-  random JPEG quality as noise, which ours does not; the variant without it is the comparison of equal work.
-- The original's reader for inference gives 512 px, which its network makes 256 later; ours gives 256.
+Differences that matter for the comparison:
+- The original's study pipeline processes one study at a time (an advantage for this library in seconds on many cores,
+  not in CPU-seconds) and adds random JPEG quality as noise; the variant without it compares equal work.
+- The original's reader for inference gives 512 px, which its network resizes to 256; this library's gives 256.
 
     python benchmarks/pipeline.py                        # some six minutes
     python benchmarks/pipeline.py --rounds 5 --seconds 3 --only training fit
@@ -25,7 +25,7 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 import numpy as np
 import pandas as pd
-from _made_up import write
+from _synthetic import write
 
 from rsnape_kit.competition.labels import AUX_LABELS, EXAM_LABELS, IMAGE_LABEL, SLICE, STUDY
 from rsnape_kit.competition.predictions import Predictions
@@ -107,12 +107,12 @@ def original_images(path: Path, batch: int, times: int = 1):
     data = data.map(prepare, tf.data.AUTOTUNE)
     data = data.map(lambda image, label: (gathered(image, *draw(16.), 256), label), tf.data.AUTOTUNE)
     options = tf.data.Options()
-    options.deterministic = False  # it said experimental_deterministic
+    options.deterministic = False  # named experimental_deterministic in the original
     return data.with_options(options).prefetch(tf.data.AUTOTUNE).repeat(times).batch(batch, drop_remainder=True)
 
 
 def draw(shift: float):
-    "Its random numbers: rotation, shear, two zooms, two shifts."
+    "The original's random numbers: rotation, shear, two zooms, two shifts."
     import tensorflow as tf
 
     z = tf.random.normal([6])
@@ -120,7 +120,7 @@ def draw(shift: float):
 
 
 def gathered(image, rotation, shear, height, width, up, right, size: int):
-    "Its affine map: four matrices multiplied, all coordinates, gather_nd."
+    "The original's affine transform: a product of four matrices, all coordinates, gather_nd."
     import tensorflow as tf
 
     r, s, zero, one = rotation * np.pi / 180, shear * np.pi / 180, tf.zeros([]), tf.ones([])
@@ -140,7 +140,7 @@ def gathered(image, rotation, shear, height, width, up, right, size: int):
 # ---- the originals of studies and of inference
 
 def original_studies(path: Path, noise: bool):
-    "tf.data as in the volume model's notebook, study after study: 56 JPEG frames, decoded, made noisier, warped alike."
+    "tf.data as in the volume model's notebook, study by study: 56 JPEG frames, decoded, with noise, transformed alike."
     import tensorflow as tf
 
     form = {"study_labels": tf.io.FixedLenFeature([13], tf.int64), "images": tf.io.FixedLenFeature([], tf.string),
@@ -165,40 +165,40 @@ def original_studies(path: Path, noise: bool):
 
 
 def original_inference(folder: Path):
-    "The submission's reader: every file opened and decoded to find its position, and again for its pixels, at 512 px."
+    "The original submission's reader: decodes every file for its position, and again for its pixels, at 512 px."
     import pydicom
     import torch
     from pydicom.pixels import apply_modality_lut
 
-    torch.set_num_threads(1)  # more would wait busily for each other, at the original's cost
+    torch.set_num_threads(1)  # more threads would wait busily for each other, which would count against the original
 
     rows = []
     for path in sorted(folder.glob("*/*/*.dcm")):
         data = pydicom.dcmread(path)
-        data.pixel_array  # noqa: B018 (it does, to leave out what cannot be decoded)
+        data.pixel_array  # noqa: B018 (decodes, to skip damaged files)
         rows.append((data.StudyInstanceUID, float(data.ImagePositionPatient[2]), data.SOPInstanceUID, path))
     table = pd.DataFrame(rows, columns=[STUDY, "z", SLICE, "path"]).sort_values([STUDY, "z"])
     for _, study in table.groupby(STUDY):
-        seen = []
+        images = []
         for path in study.path:
             data = pydicom.dcmread(path)
             hu = torch.from_numpy(apply_modality_lut(data.pixel_array, data).astype(np.float32))[None, None]
             hu = torch.nn.functional.interpolate(hu, size=512, mode="nearest")[0, 0]
-            seen.append(((torch.clamp(hu, -250, 450) + 250) * 255 / 700).to(torch.uint8))
-        at = np.linspace(2, len(seen) - 3, 63).round().astype(int)
-        yield torch.stack([torch.stack([seen[k] for k in range(i - 2, i + 3)]) for i in at])
+            images.append(((torch.clamp(hu, -250, 450) + 250) * 255 / 700).to(torch.uint8))
+        at = np.linspace(2, len(images) - 3, 63).round().astype(int)
+        yield torch.stack([torch.stack([images[k] for k in range(i - 2, i + 3)]) for i in at])
 
 
 # ---- measuring
 
 def compare(title: str, args, pipelines: dict) -> dict:  # name -> [rounds, CPU and wall s] a slice
-    "Let each pipeline, which answers how many slices it made, take its turn; print medians of rates and of ratios."
+    "Run the pipelines, which return the number of slices made, in turns; print medians of rates and of ratios."
     spent = {name: [] for name in pipelines}
     for one in pipelines.values():  # compile, map, warm up
         one()
     for _ in range(args.rounds):
         for name, one in pipelines.items():
-            gc.collect()  # a tf.data graph that goes waits seconds for its tuning thread: at nobody's cost
+            gc.collect()  # deleting a tf.data graph waits seconds for its tuning thread; keep that out of the timing
             wall, cpu, count = time.perf_counter(), time.process_time(), 0
             while count == 0 or time.perf_counter() - wall < args.seconds:
                 count += one()
@@ -213,15 +213,15 @@ def compare(title: str, args, pipelines: dict) -> dict:  # name -> [rounds, CPU 
 
 
 def parts(name: str, whole, made, step):
-    "Say what the CPU time of a slice through fit is spent on; what is neither making nor stepping is handing over."
+    "Print how the CPU time per slice in fit is divided."
     whole, made, step = (1e6 * np.median(spent[:, 0]) for spent in (whole, made, step))
-    print(f"  {name}: of {whole:,.0f} us a slice {made:,.0f} make the batches, {step:,.0f} are fit's own step, "
-          f"{whole - made - step:,.0f} the rest: copying to the backend, queues, two batches that fit looks at first",
+    print(f"  {name}: of {whole:,.0f} us per slice {made:,.0f} make the batches, {step:,.0f} are fit's own step, "
+          f"{whole - made - step:,.0f} the rest: copying to the backend, queues, two batches for fit's inspection",
           flush=True)
 
 
 class Repeated:
-    "A longer epoch: a real one has thousands of batches, and what is done once an epoch should not count."
+    "A longer epoch, as in real training, so that the cost per epoch does not count."
 
     def __init__(self, batches, times: int):
         self.batches, self.times = batches, times
@@ -241,22 +241,22 @@ class Repeated:
         return (self[i] for i in range(len(self)))
 
 
-def drain(things, slices: int) -> int:
-    "Make all that there is, so many slices."
-    for _ in things:
+def drain(batches, slices: int) -> int:
+    "Exhaust an iterable; return its number of slices."
+    for _ in batches:
         pass
     return slices
 
 
 def fit_model(shape: tuple, dtype: str, device: bool = False):
-    "A model that does next to nothing, so that fit's own cost shows."
+    "Build a model with almost no computation, to measure the cost of fit itself."
     import keras
 
     inputs = keras.Input(shape, dtype=dtype, name="stored")
     first = keras.ops.cast(inputs[:, 0, :4] if device else inputs[:, 0, :4, 0], "float32")
     if device:
-        jobs = keras.Input((9,), dtype="int32", name="jobs")
-        inputs, first = {"stored": inputs, "jobs": jobs}, first + keras.ops.cast(jobs[:, :4], "float32")
+        params = keras.Input((9,), dtype="int32", name="params")
+        inputs, first = {"stored": inputs, "params": params}, first + keras.ops.cast(params[:, :4], "float32")
     model = keras.Model(inputs, keras.layers.Dense(1, "sigmoid")(first))
     model.compile("sgd", "binary_crossentropy", jit_compile=False)
     return model
@@ -268,7 +268,7 @@ def main():
     parser.add_argument("--slices", type=int, default=234, help="of each study; 234 is the competition's median")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=1., help="the least a pipeline runs for in a round")
+    parser.add_argument("--seconds", type=float, default=1., help="minimum seconds per pipeline and round")
     parser.add_argument("--only", nargs="*", default=["training", "studies", "inference", "fit"])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -308,16 +308,16 @@ def run(args, folder: Path):
             "store, int16 for the device": lambda: drain(device, whole),
             "the same on one thread": lambda: drain(one_thread, whole)})
     if "studies" in args.only:
-        frames, noisy, calm = FRAMES * args.studies, *(original_studies(folder / "studies.tfrec", noise)
+        frames, noisy, plain = FRAMES * args.studies, *(original_studies(folder / "studies.tfrec", noise)
                                                        for noise in (True, False))
-        mine = StudyBatches(store, truth, frames=FRAMES, affine=STUDY_RANGE, shuffle=True)
+        ours = StudyBatches(store, truth, frames=FRAMES, affine=STUDY_RANGE, shuffle=True)
         spent = compare(f"Training input, {FRAMES} frames of each study", args, {
             "original: JPEG frames, random quality": lambda: drain(noisy, frames),
-            "the same without random quality": lambda: drain(calm, frames),
-            "store, fused pass": lambda: drain(mine, frames)})
-        noisy_, calm_, mine_ = (rounds[:, 0] for rounds in spent.values())
-        print(f"  store, fused pass, in CPU time: {np.median(noisy_ / mine_):.1f} times the original; "
-              f"{np.median(calm_ / mine_):.1f} times the original's like-for-like variant, without random quality")
+            "the same without random quality": lambda: drain(plain, frames),
+            "store, fused pass": lambda: drain(ours, frames)})
+        noisy_, plain_, ours_ = (rounds[:, 0] for rounds in spent.values())
+        print(f"  store, fused pass, in CPU time: {np.median(noisy_ / ours_):.1f} times the original; "
+              f"{np.median(plain_ / ours_):.1f} times the original's like-for-like variant, without random quality")
     if "inference" in args.only:
         files = folder / "dicom"
         compare("Inference input, groups of five neighbours, from DICOM files", args, {
@@ -329,10 +329,10 @@ def run(args, folder: Path):
 
 
 def through_fit(args, whole: int, records: Path, host, device):
-    "The three pipelines through fit, then what the time of ours goes into."
+    "Measure the three pipelines through fit, and the parts of this library's time."
     floats, bytes_ = (fit_model((256, 256, 3), kind) for kind in ("float32", "uint8"))
     raw, how = fit_model((256, 256), "int16", device=True), dict(verbose=0, shuffle=False)
-    times = 4  # fit prepares for a tenth of a second each time that it is called
+    times = 4  # each call of fit takes a tenth of a second to prepare
     graph, many = original_images(records, args.batch, times), times * whole
     host, device = Repeated(host, times), Repeated(device, times)
     host_data, device_data = keras_dataset(host), keras_dataset(device)
@@ -341,7 +341,7 @@ def through_fit(args, whole: int, records: Path, host, device):
         model.fit(data, **how)
         return slices
 
-    fitted = compare("Through model.fit of a model that does nothing", args, {
+    fitted = compare("Through model.fit of a model with almost no computation", args, {
         "original graph": lambda: fit(floats, graph, many),
         "store, uint8": lambda: fit(bytes_, host_data, many),
         "store, int16 for the device": lambda: fit(raw, device_data, many)})
@@ -349,7 +349,7 @@ def through_fit(args, whole: int, records: Path, host, device):
     alone = compare("Its parts: the pipelines alone", args, {
         name: lambda one=one: drain(one, many) for name, one in made.items()})
     same = [again(next(iter(one)), len(one)) for one in made.values()]
-    steps = compare("Its parts: fit on one ready batch, over and over", args, {
+    steps = compare("Its parts: fit on one ready batch, repeated", args, {
         name: lambda model=model, data=data: fit(model, data, many)
         for name, model, data in zip(made, (bytes_, raw), same, strict=True)})
     print("\nWhere the CPU time of fit goes")
@@ -358,7 +358,7 @@ def through_fit(args, whole: int, records: Path, host, device):
 
 
 def again(batch, times: int):
-    "One batch, already the backend's, as often as wanted."
+    "Return one batch of backend tensors, repeated."
     import tensorflow as tf
 
     return tf.data.Dataset.from_tensors(tf.nest.map_structure(tf.convert_to_tensor, batch)).repeat(times)

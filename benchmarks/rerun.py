@@ -29,11 +29,13 @@ from rsnape_kit.phantom.generate import make_competition
 from rsnape_kit.runs.recipes import RECIPES, override_settings
 
 SMALL = {"efficientnet": ["pixels.size=32", "network.width=.25"], "resnet3d": ["pixels.size=32", "network.width=.125"],
-         "efficientnet3d": ["pixels.size=32", "network.width=.25"], "petaformer": ["size=32", "net.width=.125"]}
+         "efficientnet3d": ["pixels.size=32", "network.width=.25"],
+         "petaformer": ["pixels.size=32", "network.width=.125"]}
 
 
 def make_run(folder: Path, model: str):
     "A run folder with untrained weights; in this process."
+    from rsnape_kit.models.registry import build_model
     from rsnape_kit.runs.folder import open_run
 
     config = override_settings(replace(RECIPES["quick"][model], seed=0), SMALL[model])
@@ -42,11 +44,9 @@ def make_run(folder: Path, model: str):
         import torch
 
         from rsnape_kit.testing import simulate_truth
-        from rsnape_kit.training.torch_trainer import new_model
-        torch.save(new_model(config, simulate_truth(50, (3, 6, 9))).state_dict(), run / "weights.pt")
+        torch.save(build_model(config, simulate_truth(50, (3, 6, 9))).state_dict(), run / "weights.pt")
     else:
         from rsnape_kit.models.keras_backend import save_weights
-        from rsnape_kit.runs.config import build_model
         save_weights(build_model(config), run / "best.npz")
 
 

@@ -1,8 +1,8 @@
-"""The slice store: making it and reading from it, beside what is usually done.
+"""Speed of building a slice store and of reading from it, compared with the usual preparation.
 
 "pydicom + JPEG" is the usual preparation for this competition: dcmread, modality LUT, three windows at 256 pixels, one
-JPEG of quality 95. It loses 13-33 HU rms; the store loses nothing. The ways take turns within one process; figures are
-medians over rounds, of processor time. Memory is the growth of a build's peak over that of a small one.
+JPEG of quality 95. It loses 13-33 HU rms; the store loses nothing. The variants alternate within one process; figures
+are medians over rounds, of processor time. Memory is the growth of a build's peak over that of a small one.
 """
 import argparse
 import io
@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import _made_up as made_up
+import _synthetic as synthetic
 import numpy as np
 import pydicom
 from PIL import Image
@@ -40,13 +40,13 @@ def usual(path, file):
 
 
 def build(table, folder, codec="tiles"):
-    "A build in this very process."
+    "Build a store in this process."
     shutil.rmtree(folder, ignore_errors=True)
     return build_store(table, folder, codec=codec)
 
 
-def ordinary(paths):
-    "pydicom's ordinary path to HU."
+def by_pydicom(paths):
+    "The usual way to HU with pydicom."
     def run():
         for path in paths:
             ds = pydicom.dcmread(path)
@@ -54,8 +54,8 @@ def ordinary(paths):
     return run
 
 
-def read_packed(store, rows):
-    "read() of the bytes in which these slices are packed, the least any reader can do."
+def read_compressed(store, rows):
+    "read() of the compressed bytes of these slices, the lower bound of any reader."
     files = [os.open(path, os.O_RDONLY) for path in store._shards]
 
     def run():
@@ -65,7 +65,7 @@ def read_packed(store, rows):
 
 
 def read_files(paths):
-    "read() of whole files."
+    "read() of the whole files."
     def run():
         for path in paths:
             with open(path, "rb") as file:
@@ -87,7 +87,7 @@ def read_rows(store, batches, out=None):
 
 
 def peak(table, folder):
-    "Peak memory in MB of a build in a process of its own."
+    "Peak memory in MB of a build in a separate process."
     code = ("import pandas as pd, resource, sys; from rsnape_kit.store.build import build_store\n"
             "build_store(pd.read_pickle(sys.argv[1]), sys.argv[2])\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)")
@@ -102,14 +102,14 @@ def measure(root, folder, rounds):
     table = scan(root)
     few, paths = table.iloc[:400], table.path[:60].tolist()
     os.environ["TQDM_DISABLE"] = "1"
-    seconds = made_up.alternate({
+    seconds = synthetic.alternate({
         "build_store": lambda: build(few, folder / "store"),
         "build_store, blosc2": lambda: build(few, folder / "store", "blosc2"),
         "pydicom + JPEG": lambda: usual_build(paths, folder / "usual"),
         "read() of the files": read_files(few.path),
     }, rounds)
     counts = dict.fromkeys(seconds, len(few)) | {"pydicom + JPEG": len(paths)}
-    made_up.table("Making a store, one core", seconds, counts, ["pydicom + JPEG", "read() of the files"])
+    synthetic.table("Building a store, one core", seconds, counts, ["pydicom + JPEG", "read() of the files"])
 
     store, rng = SliceStore(build_store(table, folder / "all")), np.random.default_rng(0)
     blosc2 = SliceStore(build(table, folder / "blosc2", "blosc2"))
@@ -117,21 +117,21 @@ def measure(root, folder, rounds):
     rows, out = rng.integers(0, len(store), (16, 64)), np.empty((64, 256, 256), np.int16)
     studies = [store.study(s) for s in store.table.StudyInstanceUID.unique()]
     source, block = DicomSource(table), np.empty_like(out)
-    seconds = made_up.alternate({
+    seconds = synthetic.alternate({
         "random slices, each into one buffer": read_rows(store, rows.reshape(-1, 1), out[:1]),
-        "random slices, into a batch's memory": read_rows(store, rows, out),
+        "random slices, into the memory of a batch": read_rows(store, rows, out),
         "random slices, into new memory": read_rows(store, rows),
         "random slices, blosc2": read_rows(blosc2, rows.reshape(-1, 1), out[:1]),
         "whole studies": read_rows(store, studies),
         "copying decoded slices": lambda: [np.copyto(out, block) for _ in range(16)],
-        "read() of the packed bytes": read_packed(store, rows.ravel()),
+        "read() of the compressed bytes": read_compressed(store, rows.ravel()),
         "random slices, from DICOM": read_rows(source, rows[:4], out),
-        "pydicom + apply_modality_lut": ordinary(table.path.iloc[rows[0]]),
+        "pydicom + apply_modality_lut": by_pydicom(table.path.iloc[rows[0]]),
     }, rounds)
     counts = dict.fromkeys(seconds, rows.size) | {"whole studies": len(store), "random slices, from DICOM": 256,
                                                   "pydicom + apply_modality_lut": 64}
-    made_up.table("Reading", seconds, counts, ["pydicom + apply_modality_lut", "random slices, from DICOM",
-                                               "copying decoded slices", "read() of the packed bytes"])
+    synthetic.table("Reading", seconds, counts, ["pydicom + apply_modality_lut", "random slices, from DICOM",
+                                               "copying decoded slices", "read() of the compressed bytes"])
 
     small, large = (peak(table.iloc[:n], folder) for n in (50, len(table)))
     print(f"\nPeak memory of a build: {small:.0f} MB for 50 slices, {large:.0f} MB for {len(table)}")
@@ -140,15 +140,15 @@ def measure(root, folder, rounds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", help="a folder of DICOM, instead of made-up slices of 512x512")
-    parser.add_argument("--studies", type=int, default=4, help="made-up studies")
+    parser.add_argument("--folder", help="a folder of DICOM, instead of synthetic slices of 512x512")
+    parser.add_argument("--studies", type=int, default=4, help="synthetic studies")
     parser.add_argument("--slices", type=int, default=200, help="slices in each")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         if not args.folder:
-            made_up.write(folder / "train", args.studies, args.slices)
+            synthetic.write(folder / "train", args.studies, args.slices)
         measure(args.folder or folder / "train", folder, args.rounds)
 
 

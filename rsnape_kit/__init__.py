@@ -11,25 +11,53 @@ __version__ = "0.1.0"
 # %% ../nbs/00_rsnape_kit.ipynb #ae08140c
 from typing import TYPE_CHECKING
 
-from .utils.lazy import lazy_exports
+from .utils import lazy_exports
 
 if TYPE_CHECKING:
     from rsnape_kit.competition import (
-        EXAM_LABELS, EXAM_WEIGHTS, Predictions, check_submission,
-        competition_loss, constant_prior, loss_table, make_folds, position_prior, violations, write_submission)
+        EXAM_LABELS,
+        EXAM_WEIGHTS,
+        Predictions,
+        check_submission,
+        competition_loss,
+        constant_prior,
+        loss_table,
+        make_folds,
+        position_prior,
+        violations,
+        write_submission,
+    )
     from rsnape_kit.data import GroupBatches, ImageBatches, StudyBatches
     from rsnape_kit.dicom import DicomError, read_hu, scan
     from rsnape_kit.ensemble import (
-        BlendWeights, Ensemble, blend, fit_weights, fit_calibration, fit_ensemble,
-        make_consistent)
+        BlendWeights,
+        Ensemble,
+        blend,
+        fit_calibration,
+        fit_ensemble,
+        fit_weights,
+        make_consistent,
+    )
     from rsnape_kit.inference import predict
     from rsnape_kit.kaggle import attach, export_kernels, make_bundle, submit
+    from rsnape_kit.models import build_model, list_models, register_model
     from rsnape_kit.phantom import make_competition
     from rsnape_kit.report import write_report, write_study_page
     from rsnape_kit.runs import RECIPES, KerasConfig, PetaFormerConfig, Phase, load_config
-    from rsnape_kit.store import DicomSource, SliceStore, build_store, read_tfrecords
-    from rsnape_kit.testing import simulate_model, simulate_truth
+    from rsnape_kit.store import DicomSource, PixelSource, SliceStore, build_store, read_tfrecords
+    from rsnape_kit.testing import ArraySource, simulate_model, simulate_truth
+    from rsnape_kit.training import train, train_all
     from rsnape_kit.transforms import (
-        LUNG, MEDIASTINAL, PE, PE_WINDOWS, AffineRange, InputConfig, SideMask, Window, apply_windows, render)
+        LUNG,
+        MEDIASTINAL,
+        PE,
+        PE_WINDOWS,
+        AffineRange,
+        InputConfig,
+        SideMask,
+        Window,
+        apply_windows,
+        render_slice,
+    )
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__)

@@ -1,5 +1,6 @@
 "What the tests share."
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,3 +15,8 @@ def real_ct() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real CT at {folder}; set RSNAPE_CT to a folder of DICOM series")
     return folder
+
+
+def pytest_sessionfinish():
+    if "warm" in sys.modules:
+        sys.modules["warm"].close()

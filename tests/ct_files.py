@@ -89,11 +89,11 @@ def ct_file(path, values, syntax=ExplicitVRLittleEndian, bits=16, slope="1", int
 
 
 def reference(path, lowest=-1024):
-    "int16 HU as pydicom's ordinary path has them, one grey plane; whatever it raises otherwise."
+    "int16 HU of one grayscale frame, computed by pydicom; raises whatever it raises."
     ds = pydicom.dcmread(path)
     hu = apply_modality_lut(ds.pixel_array, ds)
     if hu.ndim != 2 or not np.isfinite(hu).all():
-        raise ValueError("not one grey plane")
+        raise ValueError("not one grayscale frame")
     return np.clip(np.rint(hu), lowest, 32767).astype(np.int16)
 
 

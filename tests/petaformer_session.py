@@ -14,20 +14,13 @@ from rsnape_kit.competition.folds import make_folds
 from rsnape_kit.competition.labels import EXAM_LABELS, SLICE, STUDY
 from rsnape_kit.competition.predictions import Predictions
 from rsnape_kit.competition.tables import slice_index
-from rsnape_kit.runs.config import PetaFormerConfig, PetaFormerNetwork
+from rsnape_kit.runs.config import PetaFormerConfig, Phase
 from rsnape_kit.runs.recipes import override_settings
+from rsnape_kit.testing import ArraySource
 from rsnape_kit.training import torch_checkpoint as resume_torch
-from rsnape_kit.training.torch_trainer import train
-
-
-class Memory:
-    "Slices in an array."
-
-    def __init__(self, slices, table):
-        self.slices, self.size, self.table = slices, slices.shape[-1], table
-
-    def __getitem__(self, rows):
-        return self.slices[rows]
+from rsnape_kit.training.trainer import train
+from rsnape_kit.transforms.render import InputConfig
+from rsnape_kit.transforms.windows import PE
 
 
 def toy(studies: int = 16):
@@ -43,7 +36,7 @@ def toy(studies: int = 16):
     exams = pd.DataFrame(0., table[STUDY].unique(), EXAM_LABELS)
     exams["rightsided_pe"] = images.groupby(level=0).max()
     exams["negative_exam_for_pe"] = 1 - exams.rightsided_pe
-    return Memory(slices.astype(np.int16), table), Predictions(exams, images)
+    return ArraySource(slices.astype(np.int16), table), Predictions(exams, images)
 
 
 def kill_at(epoch: int, step: int):
@@ -82,8 +75,9 @@ def main(out, *rest):
         at = rest.index("--tear")
         tear_at(int(rest[at + 1]))
         del rest[at:at + 2]
-    net = PetaFormerNetwork(slices=3, width=.125, depth=.1, dim=24, layers=1, heads=4)
-    small = PetaFormerConfig(net=net, size=32, groups=4, epochs=4, batch=2, lr=1e-2, body_lr=1.)
+    network = dict(width=.125, depth=.1, dim=24, layers=1, heads=4)
+    small = PetaFormerConfig(network=network, pixels=InputConfig((PE,), "fixed", 32), groups=4, slices=3, batch=2,
+                             phases=(Phase(4, 1e-2, one_cycle=.25),), backbone_lr=1.)
     config = override_settings(small, rest)
     source, truth = toy()
     split = make_folds(source.table[STUDY].unique(), None, 4)

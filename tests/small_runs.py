@@ -2,7 +2,8 @@
 from pathlib import Path
 
 from rsnape_kit.models.keras_backend import save_weights
-from rsnape_kit.runs.config import KerasConfig, PetaFormerConfig, PetaFormerNetwork, build_model
+from rsnape_kit.models.registry import build_model
+from rsnape_kit.runs.config import KerasConfig, PetaFormerConfig
 from rsnape_kit.runs.folder import open_run
 from rsnape_kit.transforms.render import InputConfig
 from rsnape_kit.transforms.windows import PE
@@ -23,11 +24,10 @@ def torch_run(folder, fold: int = 0) -> Path:
     "A PetaFormer run that was never trained."
     import torch
 
-    from rsnape_kit.training.torch_trainer import new_model
-    net = PetaFormerNetwork(slices=3, width=.125, depth=.1, dim=24, layers=1, heads=4)
-    config = PetaFormerConfig(net=net, size=32, groups=4, batch=2, fold=fold, seed=fold)
+    network = dict(width=.125, depth=.1, dim=24, layers=1, heads=4)
+    config = PetaFormerConfig(network=network, pixels=PIXELS, groups=4, slices=3, batch=2, fold=fold, seed=fold)
     run = open_run(Path(folder) / config.name, config)
-    torch.save(new_model(config, expected()).state_dict(), run / "weights.pt")
+    torch.save(build_model(config, expected()).state_dict(), run / "weights.pt")
     return run
 
 

@@ -1,8 +1,11 @@
 "The layout that CONTRIBUTING promises: packages follow the data, imports run downwards, modules are small."
 import ast
+import importlib
 import json
+import statistics
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 LIB, NBS = ROOT / "rsnape_kit", ROOT / "nbs"
@@ -40,20 +43,48 @@ def test_every_notebook_exports_the_module_its_path_names():
         text = "".join("".join(cell["source"]) + "\n" for cell in json.loads(path.read_text())["cells"])
         assert f"#| default_exp {module_of(path)}\n" in text, path
     modules = {".".join(path.relative_to(LIB).with_suffix("").parts) for path in LIB.rglob("*.py")}
-    assert modules - {"__init__", "_modidx"} == set(ORDER)
+    assert modules - {"_modidx"} == set(ORDER)
 
 
 def test_imports_run_downwards_only():
-    assert imported("competition.metric") == {"competition.labels", "competition.predictions"}  # the walk sees what it should
-    chapters = {f"{package}.__init__" for package in PACKAGES}
-    upwards = [(name, other) for name in set(ORDER) - chapters for other in imported(name) - {name}
-               if ORDER[other] >= ORDER[name]]
+    assert imported("competition.metric") == {"competition.labels", "competition.predictions"}  # it sees some
+    modules = {name for name in ORDER if not name.endswith("__init__")}
+    upwards = [(name, other) for name in modules for other in imported(name) - {name} if ORDER[other] >= ORDER[name]]
     assert not upwards
 
 
-def test_modules_stay_short():
-    lines = {path.name: len(path.read_text().splitlines()) for path in LIB.rglob("*.py") if path.name != "_modidx.py"}
+def test_modules_are_few_and_short():
+    lines = {name: len(source(name).read_text().splitlines()) for name in ORDER if not name.endswith("__init__")}
+    assert len(lines) < 95 and statistics.median(lines.values()) <= 180
     assert not {name: count for name, count in lines.items() if count > 300}
+
+
+@pytest.mark.parametrize("package", ["", *PACKAGES])
+def test_no_module_is_named_like_a_name_its_package_exports(package):
+    home = importlib.import_module(f"rsnape_kit.{package}".rstrip("."))
+    assert home.__doc__ and not {path.stem for path in Path(home.__file__).parent.iterdir()} & set(home.__all__)
+    assert all(hasattr(home, name) for name in home.__all__)
+
+
+def calls(tree: ast.Module):
+    "Calls that run with the cell: those outside the bodies of functions."
+    for node in tree.body:
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield from (each for each in ast.walk(node) if isinstance(each, ast.Call))
+
+
+def test_every_output_stands_below_a_cell_that_can_have_made_it():
+    stray = []
+    for path in NBS.rglob("*.ipynb"):
+        for cell in json.loads(path.read_text())["cells"]:
+            kinds = {output["output_type"] for output in cell.get("outputs", [])}
+            if kinds:
+                text = "".join(cell["source"])
+                tree = ast.parse(text)
+                valued = isinstance(tree.body[-1], ast.Expr) and not text.rstrip().endswith(";")
+                if ("execute_result" in kinds and not valued) or not (valued or any(calls(tree))):
+                    stray.append((path.relative_to(NBS), text[:60]))
+    assert not stray
 
 
 def test_pictures_are_small_and_no_cell_shows_a_failure():

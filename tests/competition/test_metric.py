@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rsnape_kit.competition.labels import EXAM_LABELS, EXAM_WEIGHTS, IMAGE_LABEL, IMAGE_WEIGHT
-from rsnape_kit.competition.metric import competition_loss, log_loss, loss_table, positive_share, sample_weights
+from rsnape_kit.competition.metric import competition_loss, log_loss, loss_table, metric_weights, positive_share
 from rsnape_kit.competition.predictions import Predictions
 from rsnape_kit.competition.tables import slice_index
 
@@ -18,7 +18,7 @@ def bce(y: float, p: float) -> float:
 
 
 def slow_loss(truth, pred, image_weight=lambda q: IMAGE_WEIGHT * q, divide_by=None) -> float:
-    "Study by study, image by image; the last two arguments are for getting it wrong on purpose."
+    "The loss as a loop over studies and images; the last two arguments reproduce known mistakes."
     total = weights = 0.
     for study in truth.exams.index:
         for label, weight in EXAM_WEIGHTS.items():
@@ -71,7 +71,7 @@ def test_half_everywhere_is_ln_2_and_the_truth_itself_is_0(case):
 
 @given(competitions(positive=True))
 @settings(max_examples=50, deadline=None)
-def test_the_three_known_mistakes_give_other_numbers(case):
+def test_three_common_mistakes_give_other_values(case):
     truth, pred, _ = case
     loss = competition_loss(truth, pred)
     twice = slow_loss(truth, pred, image_weight=lambda q: IMAGE_WEIGHT * IMAGE_WEIGHT * q)
@@ -91,9 +91,9 @@ def reindexed(images: pd.Series) -> pd.Series:
 
 @given(competitions())
 @settings(max_examples=50, deadline=None)
-def test_sample_weights_turn_log_loss_into_the_metric(case):
+def test_metric_weights_turn_log_loss_into_the_metric(case):
     truth, pred, _ = case
-    weights = sample_weights(truth)
+    weights = metric_weights(truth)
     exams = log_loss(truth.exams, pred.exams) * weights.exams.to_numpy()
     images = log_loss(truth.images, pred.images) * weights.images.to_numpy()
     mean = (exams.sum() + images.sum()) / (weights.exams.to_numpy().sum() + weights.images.sum())
@@ -102,7 +102,7 @@ def test_sample_weights_turn_log_loss_into_the_metric(case):
     assert table.loss.fillna(0) @ table.weight == pytest.approx(mean, rel=1e-12)
 
 
-def test_images_of_studies_without_positives_count_nothing():
+def test_images_of_studies_without_positives_have_no_weight():
     index = slice_index((["a", "a", "b", "b"], ["1", "2", "3", "4"]))
     truth = Predictions(pd.DataFrame(0, ["a", "b"], EXAM_LABELS), pd.Series([0, 1, 0, 0], index))
     assert positive_share(truth.images).tolist() == [.5, .5, 0, 0]
@@ -114,7 +114,7 @@ def test_images_of_studies_without_positives_count_nothing():
 
 
 def test_one_weight_an_image_and_scaling_by_study():
-    "Doubling the slices of a positive study doubles what its images weigh, not the other study's."
+    "Doubling the slices of a positive study doubles the weight of its images, not of the other study's."
     def loss(n):
         index = slice_index((["a"] * n + ["b"], [f"{i}" for i in range(n + 1)]))
         truth = Predictions(pd.DataFrame(0, ["a", "b"], EXAM_LABELS), pd.Series([1] * n + [1], index))

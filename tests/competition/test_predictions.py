@@ -40,7 +40,7 @@ def test_from_train_csv_keeps_every_label_of_every_row(train):
         assert truth.exams.loc[row[STUDY]].to_dict() == {label: int(row[label]) for label in EXAM_LABELS + AUX_LABELS}
 
 
-def test_a_table_and_its_file_give_the_same(train):
+def test_table_and_file_give_equal_predictions(train):
     file, table = Predictions.from_train_csv(train), Predictions.from_train_csv(pd.read_csv(train, dtype=str).astype(
         {label: int for label in COLUMNS[3:]}))
     pd.testing.assert_frame_equal(file.exams, table.exams)
@@ -58,7 +58,7 @@ def test_submission_round_trip_through_csv_text(train):
     assert (back.images > .5).all()
 
 
-def test_positions_agrees_with_pandas_own_lookup():
+def test_locate_equals_the_lookup_of_pandas():
     rng = np.random.default_rng(4)
     pairs = pd.DataFrame({STUDY: rng.integers(0, 9, 300).astype(str), SLICE: rng.integers(0, 60, 300).astype(str)})
     pairs = pairs.drop_duplicates()
@@ -94,10 +94,10 @@ def test_values_outside_0_to_1_are_named(train, value):
 def test_duplicates_are_named(train):
     truth = Predictions.from_train_csv(train)
     twice = truth.images.iloc[[0, 1, 0]]
-    with pytest.raises(ValueError, match=f"{twice.index[0][1]}.*there twice"):
+    with pytest.raises(ValueError, match=f"{twice.index[0][1]}.*appears twice"):
         Predictions(truth.exams, twice)
-    with pytest.raises(ValueError, match="there twice"):
+    with pytest.raises(ValueError, match="appears twice"):
         Predictions(truth.exams.iloc[[0, 0]], truth.images)
     rows = pd.read_csv(train, dtype=str)
-    with pytest.raises(ValueError, match=f"slice '{rows[SLICE][0]}' of study .* there twice"):
+    with pytest.raises(ValueError, match=f"slice '{rows[SLICE][0]}' of study .* appears twice"):
         Predictions.from_train_csv(pd.concat([rows, rows[:1]]))

@@ -31,15 +31,15 @@ def test_what_is_written_reads_back_to_the_last_bit(world):
     rows = [line.rstrip("\n").split(",") for line in open(out)]
     assert rows[0] == ["id", "label"]
     assert [row[0] for row in rows[1:]] == [line.split(",")[0] for line in open(sample)][1:]
-    said = dict(rows[1:])
+    labels = dict(rows[1:])
     for (_, name), p in pred.images.items():
-        assert float(said[name]) == p
+        assert float(labels[name]) == p
     for study in pred.exams.index:
         for label in EXAM_LABELS:
-            assert float(said[f"{study}_{label}"]) == pred.exams.loc[study, label]
+            assert float(labels[f"{study}_{label}"]) == pred.exams.loc[study, label]
     slices = pred.images.index.to_frame(index=False)
     assert check_submission(out, sample, slices) == []
-    assert any(.5 < float(p) < .5 + 1e-5 for p in said.values())  # some had to cross, and stayed across
+    assert any(.5 < float(p) < .5 + 1e-5 for p in labels.values())  # some were moved across 0.5 and stay there
 
 
 def test_extreme_values_survive_as_text(world):
@@ -63,8 +63,8 @@ def test_all_faults_are_reported_at_once_and_nothing_is_written(world):
     with pytest.raises(SubmissionError) as error:
         write_submission(bad, sample, out)
     text = str(error.value)
-    for part in ("1 ids of the sample are not answered, e.g. 'f00'", "2 ids are not in the sample",
-                 "1 ids are in the sample more than once", "1 ids have no number"):
+    for part in ("1 ids of the sample are missing, e.g. 'f00'", "2 ids are not in the sample",
+                 "1 ids appear in the sample more than once", "1 ids have no value (NaN)"):
         assert part in text
     assert not out.exists() and not list(out.parent.glob("*.new"))
     images.iloc[7] = .1
@@ -100,5 +100,5 @@ def test_a_file_from_elsewhere_is_checked_against_the_slices(world):
     assert "no PE label without a positive image" in check_submission(out, sample, slices)[0]
     table["label"] = table["label"].astype(str).where(table["id"] != f"{negative}_central_pe", "n/a?")
     table.to_csv(out, index=False)
-    assert check_submission(out, sample, slices) == [f"- 1 ids have no number, e.g. '{negative}_central_pe'"]
+    assert check_submission(out, sample, slices) == [f"- 1 ids have no value (NaN), e.g. '{negative}_central_pe'"]
     assert slices.columns.tolist()[0] == STUDY and pred.images.name == IMAGE_LABEL

@@ -1,12 +1,14 @@
-"Batches through the frameworks, from real files, and in memory that is used again."
+"Batches in each framework, from real DICOM files, and their reuse of memory."
 import gc
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import warm
 
 from rsnape_kit.competition.folds import make_folds
 from rsnape_kit.competition.labels import EXAM_LABELS, SLICE, STUDY
@@ -16,13 +18,14 @@ from rsnape_kit.data.batches import GroupBatches, ImageBatches, StudyBatches
 from rsnape_kit.store.build import build_store
 from rsnape_kit.store.dicom_source import DicomSource
 from rsnape_kit.store.slice_store import SliceStore
+from rsnape_kit.testing import ArraySource
 from rsnape_kit.transforms.affine import AffineRange
 from rsnape_kit.transforms.masks import SideMask
 from rsnape_kit.transforms.render import InputConfig
 
 SETUP = '''
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {blocked}: raise ImportError(name + " is blocked")
@@ -32,17 +35,7 @@ from test_batches import *
 '''
 
 
-class Memory:
-    "Slices in an array."
-
-    def __init__(self, slices, table):
-        self.slices, self.size, self.table = slices, slices.shape[-1], table
-
-    def __getitem__(self, rows):
-        return self.slices[rows]
-
-
-def made_up(lengths=(20, 7, 33, 12), size=32, seed=0):
+def synthetic(lengths=(20, 7, 33, 12), size=32, seed=0):
     rng = np.random.default_rng(seed)
     rows = [(f"s{s}", f"{s}.{i}", i) for s, n in enumerate(lengths) for i in range(n)]
     table = pd.DataFrame(rows, columns=[STUDY, SLICE, "order"])
@@ -50,17 +43,17 @@ def made_up(lengths=(20, 7, 33, 12), size=32, seed=0):
     images = pd.Series((table[STUDY].isin(["s0", "s2"]) & (table["order"] > 5)).to_numpy(float), slice_index(table))
     yes = images.groupby(level=0, sort=False).max()
     exams = pd.DataFrame({label: yes * (label in ("rightsided_pe", "rv_lv_ratio_lt_1")) for label in EXAM_LABELS})
-    return Memory(slices, table), Predictions(exams.assign(negative_exam_for_pe=1 - yes), images)
+    return ArraySource(slices, table), Predictions(exams.assign(negative_exam_for_pe=1 - yes), images)
 
 
-def alone(code, blocked=(), **env):
+def run_isolated(code, blocked=(), KERAS_BACKEND=None):
     "Run code in a process of its own, in which some packages cannot be imported."
-    import os
-    from pathlib import Path
-
-    setup = SETUP.format(tests=str(Path(__file__).parent), blocked=tuple(blocked))
-    done = subprocess.run([sys.executable, "-c", setup + textwrap.dedent(code)], capture_output=True, text=True,
-                          env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", **env})
+    folders = [str(Path(__file__).parents[up]) for up in (0, 1)]
+    setup = SETUP.format(tests=folders, blocked=tuple(blocked)) + textwrap.dedent(code)
+    if KERAS_BACKEND:
+        done = warm.run(setup, backend=KERAS_BACKEND)
+    else:
+        done = subprocess.run([sys.executable, "-c", setup], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -68,10 +61,10 @@ def alone(code, blocked=(), **env):
 TRAINING = dict(batch=8, pixels=InputConfig(size=32), mask=SideMask(), affine=AffineRange(), shuffle=True, seed=3)
 
 
-def test_torch_alone():
-    alone("""
+def test_torch_without_keras():
+    run_isolated("""
         import torch
-        source, truth = made_up()
+        source, truth = synthetic()
         plain, batches = (ImageBatches(source, truth, weights=True, **TRAINING) for _ in range(2))
         loader = batches.torch()
         for epoch in range(2):
@@ -82,18 +75,18 @@ def test_torch_alone():
                 assert x.shape == (8, 3, 32, 32) and x.dtype == torch.uint8
                 assert (x.permute(0, 2, 3, 1).numpy() == x0).all()
                 assert (y.numpy() == y0).all() and (w.numpy() == w0).all()
-        one = Pixels(Pixels().windows[:1], size=32)
+        one = InputConfig(InputConfig().windows[:1], size=32)
         x, y = next(iter(GroupBatches(source, truth, groups=8, pixels=one).torch()))
         assert x.shape == (1, 8, 5, 32, 32) and y["images"].shape == (1, 8, 5) and y["exams"].shape == (1, 9)
-        x = next(iter(StudyBatches(source, frames=6, pixels=Pixels(size=32)).torch()))
+        x = next(iter(StudyBatches(source, frames=6, pixels=InputConfig(size=32)).torch()))
         assert x.shape == (1, 6, 3, 32, 32)
         assert "keras" not in sys.modules and "tensorflow" not in sys.modules
     """, blocked=("keras", "tensorflow", "jax"))
 
 
 def test_a_missing_framework_is_named():
-    out = alone("""
-        batches = ImageBatches(made_up()[0])
+    out = run_isolated("""
+        batches = ImageBatches(synthetic()[0])
         for wrap in (batches.torch, batches.keras):
             try: wrap()
             except ImportError as error: print(error)
@@ -103,8 +96,8 @@ def test_a_missing_framework_is_named():
 
 @pytest.mark.slow
 def test_keras_on_tensorflow():
-    "fit sees every epoch's batches, in order, with their weights; predict and the device's pixels likewise."
-    alone("""
+    "fit gets the batches of every epoch, in order, with their weights; predict and rendering on the device likewise."
+    run_isolated("""
         import keras
         from rsnape_kit.models.input_layer import PixelLayer, device_render
 
@@ -121,7 +114,7 @@ def test_keras_on_tensorflow():
                 tf.numpy_function(lambda *arrays: self.seen.append([a.copy() for a in arrays]), [x, y, w], [])
                 return super().train_step(data)
 
-        source, truth = made_up()
+        source, truth = synthetic()
         plain, batches = (ImageBatches(source, truth, weights=True, **TRAINING) for _ in range(2))
         model = Watch()
         model.compile("sgd", "binary_crossentropy", jit_compile=False)
@@ -140,7 +133,7 @@ def test_keras_on_tensorflow():
 
         raw = ImageBatches(source, device=True, batch=16, pixels=TRAINING["pixels"], affine=AffineRange())
         inputs = {"stored": keras.Input((32, 32), dtype="int16", name="stored"),
-                  "jobs": keras.Input((9,), dtype="int32", name="jobs")}
+                  "params": keras.Input((9,), dtype="int32", name="params")}
         net = keras.Model(inputs, PixelLayer(raw.pixels)(inputs))
         same = ImageBatches(source, batch=16, pixels=raw.pixels, affine=AffineRange())
         np.testing.assert_array_equal(net.predict(raw.keras(), verbose=0), np.concatenate(list(same)))
@@ -148,7 +141,7 @@ def test_keras_on_tensorflow():
         with tempfile.TemporaryDirectory() as folder:
             net.save(os.path.join(folder, "net.keras"))
             again = keras.models.load_model(os.path.join(folder, "net.keras"))
-            raw.set_epoch(0)  # augmented: after a pass, predict is in the next
+            raw.set_epoch(0)  # augmented: after a pass, predict is in the next epoch
             np.testing.assert_array_equal(again.predict(raw.keras(), verbose=0), np.concatenate(list(same)))
     """, KERAS_BACKEND="tensorflow")
 
@@ -156,12 +149,12 @@ def test_keras_on_tensorflow():
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
 def test_fit_trains_on_the_same_epochs_with_every_backend(backend):
-    "Whatever a backend looks at before it begins; an epoch is a whole pass, of evaluate too."
+    "An epoch is a whole pass, also of evaluate, whichever batches a backend takes before it begins."
     pytest.importorskip(backend)
-    alone("""
+    run_isolated("""
         import keras
 
-        class Given(ImageBatches):
+        class Numbered(ImageBatches):
             def __getitem__(self, i):
                 x, y = super().__getitem__(i)
                 return np.full((len(x), 1), 100 * self.epoch + i, np.float32), y
@@ -176,7 +169,7 @@ def test_fit_trains_on_the_same_epochs_with_every_backend(backend):
                 self.step.assign(self.step + 1)
                 return x
 
-        source, truth = made_up()
+        source, truth = synthetic()
 
         def trained(batches, workers=1, **settings):
             sums = Sums()
@@ -188,7 +181,7 @@ def test_fit_trains_on_the_same_epochs_with_every_backend(backend):
             return model, data, total[:int(sums.step)].tolist()
 
         for workers in (1, 3):
-            batches = Given(source, truth, batch=8, pixels=Pixels(size=8), shuffle=True)
+            batches = Numbered(source, truth, batch=8, pixels=InputConfig(size=8), shuffle=True)
             model, data, shown = trained(batches, workers, epochs=3)
             assert shown == [100 * epoch + i for epoch in range(3) for i in range(9)], shown
             assert batches.epoch == 3
@@ -198,10 +191,10 @@ def test_fit_trains_on_the_same_epochs_with_every_backend(backend):
             _, _, shown = trained(batches, workers)
             assert shown == [700 + i for i in range(9)] and batches.epoch == 8, shown
         for extra in ({"balanced": True}, {"affine": AffineRange()}, {}):
-            batches = Given(source, truth, batch=8, pixels=Pixels(size=8), **extra)
+            batches = Numbered(source, truth, batch=8, pixels=InputConfig(size=8), **extra)
             trained(batches, epochs=2)
             assert batches.epoch == 2 * batches.varies == 2 * bool(extra), extra
-        batches = Given(source, truth, batch=8, pixels=Pixels(size=8), shuffle=True)
+        batches = Numbered(source, truth, batch=8, pixels=InputConfig(size=8), shuffle=True)
         _, _, shown = trained(batches, epochs=3, steps_per_epoch=3)
         assert shown == list(range(9)) and batches.epoch == 1, (shown, batches.epoch)
     """, KERAS_BACKEND=backend)
@@ -211,26 +204,26 @@ def test_fit_trains_on_the_same_epochs_with_every_backend(backend):
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 def test_device_pixels_on_every_backend(backend):
     pytest.importorskip(backend)
-    alone("""
+    run_isolated("""
         import keras
         from rsnape_kit.models.input_layer import device_render
         from rsnape_kit.transforms.windows import PE
-        source, truth = made_up(size=64)
-        for pixels in (Pixels(size=64), Pixels((PE,), "fixed", 48, "bilinear")):
+        source, truth = synthetic(size=64)
+        for pixels in (InputConfig(size=64), InputConfig((PE,), "fixed", 48, "bilinear")):
             how = dict(batch=30, pixels=pixels, mask=SideMask(p=.7), affine=AffineRange())
             for raw, seen in zip(ImageBatches(source, truth, device=True, **how), ImageBatches(source, truth, **how)):
-                got = keras.ops.convert_to_numpy(device_render(raw[0]["stored"], raw[0]["jobs"], pixels))
+                got = keras.ops.convert_to_numpy(device_render(raw[0]["stored"], raw[0]["params"], pixels))
                 np.testing.assert_array_equal(got, seen[0])
-            if keras.backend.backend() == "torch":  # a device whose numbers numpy cannot see, as it cannot see a GPU's
+            if keras.backend.backend() == "torch":  # a device whose data numpy cannot access, like a GPU
                 with keras.device("meta"):
-                    got = device_render(raw[0]["stored"], raw[0]["jobs"], pixels)
+                    got = device_render(raw[0]["stored"], raw[0]["params"], pixels)
                 assert got.device.type == "meta" and got.shape == seen[0].shape
     """, KERAS_BACKEND=backend)
 
 
-def test_memory_in_use_is_never_lent_again():
+def test_memory_in_use_is_never_reused():
     torch = pytest.importorskip("torch")
-    source, truth = made_up()
+    source, truth = synthetic()
     batches, kept = ImageBatches(source, truth, **TRAINING), []
     rng = np.random.default_rng(0)
     addresses = set()
@@ -251,7 +244,7 @@ def test_memory_in_use_is_never_lent_again():
 
 def test_no_study_on_both_sides_of_a_fold():
     rng = np.random.default_rng(0)
-    source, truth = made_up(tuple(rng.integers(3, 9, 40)))
+    source, truth = synthetic(tuple(rng.integers(3, 9, 40)))
     split = make_folds(truth.exams.index, truth)
     seen = []
     for fold in range(5):
@@ -266,7 +259,7 @@ def test_no_study_on_both_sides_of_a_fold():
 
 
 def test_every_process_count_shows_the_same_epoch():
-    source, truth = made_up()
+    source, truth = synthetic()
     for extra in (dict(shuffle=True), dict(balanced=True, shuffle=True)):
         how = {**TRAINING, **extra, "batch": 1}
 
@@ -281,7 +274,7 @@ def test_every_process_count_shows_the_same_epoch():
 
 
 def test_all_slices_of_every_study_are_predicted():
-    source, _ = made_up(tuple(range(1, 40)) + (80, 81, 160), size=8)
+    source, _ = synthetic(tuple(range(1, 40)) + (80, 81, 160), size=8)
     groups = GroupBatches(source, groups=8, width=5, batch=3, pixels=InputConfig(InputConfig().windows[:1], size=8))
     images = ImageBatches(source, batch=7, pixels=InputConfig(size=8))
     for batches in (groups, images):
@@ -310,4 +303,4 @@ def test_real_files_and_their_store_give_the_same_batches(real_ct, tmp_path):
     cropped = ImageBatches(built, batch=4, pixels=InputConfig(size=96, crop=213, mode="bilinear"))[0]
     whole = ImageBatches(built, batch=4, pixels=InputConfig(size=96, mode="bilinear"))[0]
     assert cropped.shape == whole.shape == (4, 96, 96, 3)
-    assert (cropped[..., 0] == 0).mean() < (whole[..., 0] == 0).mean(), "a closer look holds less air"
+    assert (cropped[..., 0] == 0).mean() < (whole[..., 0] == 0).mean(), "a crop holds less air"

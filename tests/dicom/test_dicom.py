@@ -1,4 +1,4 @@
-"Reading one slice: whatever the file, the array that pydicom gives, or a DicomError."
+"Reading one slice: for any file, the array that pydicom gives or a DicomError."
 import errno
 import os
 import resource
@@ -22,7 +22,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from rsnape_kit.dicom.decode import CODECS, DicomError
+from rsnape_kit.dicom.decode import DECODERS, DicomError
 from rsnape_kit.dicom.hounsfield import read_hu
 from rsnape_kit.dicom.slices import scan
 from rsnape_kit.store.dicom_source import DicomSource
@@ -82,7 +82,7 @@ def test_odd_headers(tmp_path, syntax, tags):
     ({"intercept": None}, "only one of RescaleSlope and RescaleIntercept"),
     ({"slope": "nan"}, "RescaleSlope"), ({"BitsStored": None}, "Bits Stored"), ({"Rows": None}, "Rows"),
     ({"PhotometricInterpretation": "GREY"}, "Photometric"), ({"SamplesPerPixel": 3}, "Planar"),
-    ({"Rows": 4}, "not one grey"), ({"PixelRepresentation": 2}, "Pixel Representation"),
+    ({"Rows": 4}, "expected one grayscale frame"), ({"PixelRepresentation": 2}, "Pixel Representation"),
 ])
 def test_refused(tmp_path, tags, cause):
     path = ct_file(tmp_path / "slice.dcm", stored_values((8, 8)), **tags)
@@ -93,22 +93,22 @@ def test_refused(tmp_path, tags, cause):
 
 @pytest.mark.parametrize("table", [True, False])
 @pytest.mark.parametrize("syntax", ENCODERS, ids=lambda uid: uid.name.split("(")[-1].strip(")").replace(" ", "_"))
-def test_several_frames_are_no_slice(tmp_path, syntax, table):
+def test_several_frames_are_an_error(tmp_path, syntax, table):
     values = stored_values((8, 8), bits=12)
     path = ct_file(tmp_path / "many.dcm", values, syntax, bits=12)
     ds = pydicom.dcmread(path)
     ds.NumberOfFrames = 3
     ds.PixelData = encapsulate([bytes(ENCODERS[syntax](values // k, 12)) for k in (1, 2, 3)], has_bot=table)
     ds.save_as(path)
-    with pytest.raises(DicomError, match="not one grey plane, but 3 frames"):
+    with pytest.raises(DicomError, match="expected one grayscale frame, found 3 frames"):
         read_hu(path)
-    assert scan(tmp_path).problem.tolist() == ["not one grey plane"]
+    assert scan(tmp_path).problem.tolist() == ["not one grayscale frame"]
 
 
-def test_several_plain_frames_and_colours_are_said_by_a_scan(tmp_path):
+def test_a_scan_notes_several_plain_frames_and_colours(tmp_path):
     ct_file(tmp_path / "frames.dcm", stored_values((8, 8)), NumberOfFrames=2, Rows=4)
     ct_file(tmp_path / "colour.dcm", stored_values((8, 9)), SamplesPerPixel=3, Columns=3, PlanarConfiguration=0)
-    assert scan(tmp_path).problem.str.count("not one grey plane").tolist() == [1, 1]
+    assert scan(tmp_path).problem.str.count("not one grayscale frame").tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("extended", [True, False], ids=["sign_extended", "masked"])
@@ -150,21 +150,21 @@ def test_bundled(path):
     except DicomError:
         assert expected is None
         return
-    if expected is None:  # then only for want of a decoder, which pydicom leaves to others
+    if expected is None:  # then pydicom only lacks a decoder
         ds = pydicom.dcmread(path)
-        assert ds.file_meta.TransferSyntaxUID in CODECS and hu.shape == (ds.Rows, ds.Columns) and hu.dtype == np.int16
+        assert ds.file_meta.TransferSyntaxUID in DECODERS and hu.shape == (ds.Rows, ds.Columns) and hu.dtype == np.int16
     else:
         np.testing.assert_array_equal(hu, expected)
 
 
-def test_one_picture_in_many_syntaxes():
+def test_one_image_in_many_syntaxes():
     plain = read_hu(BUNDLED / "MR_small.dcm")
     for name in ("RLE", "bigendian", "expb", "implicit", "jp2klossless", "jpeg_ls_lossless", "padded"):
         np.testing.assert_array_equal(read_hu(BUNDLED / f"MR_small_{name}.dcm"), plain)
 
 
 @pytest.mark.parametrize("fault", [OSError(errno.EMFILE, "Too many files"), OSError(errno.ENOMEM, ""), MemoryError()])
-def test_what_this_machine_lacks_is_no_file_s_fault(tmp_path, monkeypatch, fault):
+def test_faults_of_the_machine_are_raised_unchanged(tmp_path, monkeypatch, fault):
     plain = ct_file(tmp_path / "plain.dcm", stored_values((512, 512), bits=12))
     packed = ct_file(tmp_path / "packed.dcm", stored_values((8, 8), bits=12), JPEGLosslessSV1, bits=12)
     with monkeypatch.context() as patch, pytest.raises(ImportError, match="pip install imagecodecs"):
@@ -175,19 +175,19 @@ def test_what_this_machine_lacks_is_no_file_s_fault(tmp_path, monkeypatch, fault
         raise fault
     for path in (plain, packed):
         with monkeypatch.context() as patch, pytest.raises(type(fault)) as error:
-            patch.setattr("rsnape_kit.dicom.hounsfield.fetch", lambda *_: 0)  # as where no file can be opened
+            patch.setattr("rsnape_kit.dicom.hounsfield.fetch", lambda *_: 0)  # as if no file could be opened
             patch.setattr(pydicom, "dcmread", fails)
             read_hu(path)
         assert error.value is fault
     with monkeypatch.context() as patch, pytest.raises(type(fault)):
-        patch.setattr("rsnape_kit.dicom.slices.beginnings", lambda names, edges, bufs, got, size: got.fill(0))
+        patch.setattr("rsnape_kit.dicom.slices.read_beginnings", lambda names, edges, bufs, got, size: got.fill(0))
         patch.setattr(pydicom, "dcmread", fails)
         scan(tmp_path)
 
 
 @contextmanager
 def no_more_files():
-    "No file can be opened."
+    "Set the limit of open files so that no file can be opened."
     os.close(free := os.dup(0))
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
@@ -197,7 +197,7 @@ def no_more_files():
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def test_too_many_open_files_are_no_file_s_fault(tmp_path):
+def test_too_many_open_files_are_raised_unchanged(tmp_path):
     plain = ct_file(tmp_path / "plain.dcm", stored_values((64, 64)))
     packed = ct_file(tmp_path / "packed.dcm", stored_values((64, 64), bits=12), JPEGLosslessSV1, bits=12)
     source, once = DicomSource(tmp_path, size=32), [read_hu(path) for path in (plain, packed)]
@@ -209,12 +209,12 @@ def test_too_many_open_files_are_no_file_s_fault(tmp_path):
     assert source[:].any() and not source.table.problem.str.contains("filled").any()
 
 
-def test_a_claim_of_gigabytes_costs_none(tmp_path):
+def test_a_header_that_declares_gigabytes_allocates_none(tmp_path):
     path = ct_file(tmp_path / "vast.dcm", stored_values((8, 8)), RLELossless)
     ds = pydicom.dcmread(path)
     ds.Rows = ds.Columns = 65535
     ds.save_as(path)
-    with pytest.raises(DicomError, match="65535x65535 pixels, which no CT slice has"):
+    with pytest.raises(DicomError, match="65535x65535 pixels, more than any CT slice has"):
         read_hu(path)
 
 
@@ -236,7 +236,7 @@ def test_plain_files_need_no_pydicom(tmp_path, monkeypatch):
         path = ct_file(tmp_path / "slice.dcm", stored_values((512, 512), bits=12), syntax)
         expected = reference(path)
         with monkeypatch.context() as patch:
-            patch.setattr(pydicom, "dcmread", lambda *a, **k: pytest.fail("pydicom was asked"))
+            patch.setattr(pydicom, "dcmread", lambda *a, **k: pytest.fail("pydicom was called"))
             np.testing.assert_array_equal(read_hu(path), expected)
 
 

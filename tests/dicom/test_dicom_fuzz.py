@@ -1,4 +1,4 @@
-"Thousands of damaged files: the array that pydicom gives for the same bytes, or a DicomError, and never a crash."
+"Thousands of damaged files: each gives the array that pydicom gives for the same bytes, or a DicomError; none crashes."
 import itertools
 import os
 import subprocess
@@ -25,7 +25,7 @@ def outcome(read, path, errors):
 
 
 def check(path, tally):
-    "The rule, and a tally of (pydicom reads it, we read it)."
+    "Compare one file with pydicom and tally (read by pydicom, read by read_hu)."
     expected, hu = outcome(reference, path, Exception), outcome(read_hu, path, DicomError)
     tally.append((expected is not None, hu is not None))
     if hu is not None:
@@ -49,14 +49,14 @@ def test_damage(tmp_path, syntax, bits, signed):
         without_tags(path, damaged, rng)
         check(damaged, tally)
     both, only_pydicom = tally.count((True, True)), tally.count((True, False))
-    assert both > 40, "damage so heavy proves little"
-    assert only_pydicom < both / 5, "too much is refused that pydicom reads"
+    assert both > 40, "the files are damaged too heavily for the test to be meaningful"
+    assert only_pydicom < both / 5, "read_hu refuses too many files that pydicom reads"
 
 
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("syntax", NATIVE[:2], ids=["implicit", "explicit"])
-def test_at_once_or_not_at_all(tmp_path, syntax, signed):
-    "The shortest way gives what the long way gives, or leaves the file alone."
+def test_the_fast_path_agrees_or_declines(tmp_path, syntax, signed):
+    "The fast path gives the same values as the general one, or does not read the file."
     ct_files.quiet()
     values, rng, tally = stored_values((32, 32), signed), np.random.default_rng(3), []
     raw, damaged = ct_file(tmp_path / "whole.dcm", values, syntax).read_bytes(), tmp_path / "damaged.dcm"
@@ -75,7 +75,7 @@ def test_at_once_or_not_at_all(tmp_path, syntax, signed):
     assert tally.count(True) > 60 and tally.count(False) > 60
 
 
-JPEG_CHILD = """
+JPEG_PROCESS = """
 import itertools, sys
 from pathlib import Path
 import numpy as np
@@ -99,9 +99,9 @@ print(read)
 
 @pytest.mark.parametrize("syntax", ENCODERS, ids=lambda uid: uid.name.split("(")[-1].strip(")").replace(" ", "_"))
 def test_damaged_jpeg_never_crashes(tmp_path, syntax):
-    "In a process of its own, since a decoder that crashes takes its process along. Nothing can say which bits flipped."
+    "Run in a separate process, since a decoder may crash it. JPEG has no checksum, so values are not compared."
     ct_file(tmp_path / "whole.dcm", stored_values((32, 24), bits=12), syntax, bits=12)
-    done = subprocess.run([sys.executable, "-c", JPEG_CHILD, tmp_path, "whole.dcm", "300"], capture_output=True,
+    done = subprocess.run([sys.executable, "-c", JPEG_PROCESS, tmp_path, "whole.dcm", "300"], capture_output=True,
                           text=True, timeout=120, env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) > 10

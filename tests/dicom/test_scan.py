@@ -1,4 +1,4 @@
-"A folder's slices: all of them, in the order they lie in the patient, whatever the files are called and numbered."
+"Scanning a folder: every slice, in anatomical order, however the files are named and numbered."
 import itertools
 import os
 import shutil
@@ -86,7 +86,7 @@ def test_flips_bring_right_front_to_the_first_pixel(tmp_path, orientation, rows,
         values = np.full((6, 8), 100, np.uint16)
         values[-1 if rows else 0, -1 if columns else 0] = 2000
         ct_file(folder / f"{i}.dcm", values, SOPInstanceUID=f"1.{i}", ImageOrientationPatient=orientation,
-                ImagePositionPatient=[0, 0, i], PatientPosition="HFP")  # which decides nothing
+                ImagePositionPatient=[0, 0, i], PatientPosition="HFP")  # not used
     table = scan(folder)
     assert table.flip_rows.tolist() == [rows] * 3 and table.flip_columns.tolist() == [columns] * 3
     assert marks(table) == [0, 1, 2]
@@ -123,13 +123,13 @@ def test_a_series_without_orientation_is_taken_as_axial(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", [[0] * 6, [1, 0, 0, 1, 0, 0]], ids=["none", "parallel"])
-def test_an_orientation_that_is_none_is_unknown(tmp_path, orientation):
+def test_an_invalid_orientation_is_unknown(tmp_path, orientation):
     table = scan(series(tmp_path, [2, 1, 0], orientation=orientation))
     assert marks(table) == [2, 1, 0] and set(table.problem) == {"orientation unknown, taken as axial"}
 
 
 @pytest.mark.parametrize("other", [PRONE, [-1, 0, 0, 0, 1, 0], [1, 0, 0, 0, -1, 0]])
-def test_a_patient_who_turns_over_is_said(tmp_path, other):
+def test_mixed_orientation_is_noted(tmp_path, other):
     series(tmp_path, range(3), uid="1.1")
     series(tmp_path, range(3, 5), orientation=other, names=["a", "b"], uid="1.1")
     problems = scan(tmp_path).problem
@@ -149,12 +149,12 @@ def test_flags(tmp_path):
     noise = series(tmp_path / "noise", range(4), orientation=["1", "0", "0", "0", "0.0001", "-1"], uid="1.6")
     series(noise, range(4), orientation=["1", "0", "0", "0", "-0.0001", "-1"], uid="1.6", names="abcd")
     assert not scan(noise).problem.str.contains("mixed orientation").any()
-    assert set(problems["1.2"]) == {"duplicate position; not axial"}  # heights along z do not part coronal slices
+    assert set(problems["1.2"]) == {"duplicate position; not axial"}  # z does not separate coronal slices
     assert problems["1.3"] == [""] * 5 + ["mixed size"]
     assert sorted(problems["1.4"])[-1].startswith(("gap before; mixed orientation", "mixed orientation"))
 
 
-def test_rotated_in_plane_is_said(tmp_path):
+def test_rotated_in_plane_is_noted(tmp_path):
     table = scan(series(tmp_path / "s", range(3), orientation=[0, 1, 0, 1, 0, 0]))
     assert set(table.problem) == {"rotated in plane"}
     assert marks(table) == [0, 1, 2]
@@ -165,7 +165,7 @@ def test_broken_files_keep_a_row(tmp_path):
     (folder / "2.dcm").write_bytes((folder / "2.dcm").read_bytes()[:3000])
     (folder / "aa.dcm").write_bytes(b"")
     (folder / "bb.dcm").write_bytes(b"no DICOM at all" * 100)
-    (folder / "notes.txt").write_text("stray files are no slices")
+    (folder / "notes.txt").write_text("stray files are not slices")
     shutil.copy(pydicom.data.get_testdata_file("rtplan.dcm"), folder / "plan.dcm")
     table = scan(tmp_path)
     mine = table[table.SeriesInstanceUID == "1.7"].reset_index(drop=True)
@@ -186,7 +186,7 @@ def test_damaged_files_without_extension_keep_a_row(tmp_path):
         (folder / f"{i}.dcm").rename(folder / f"1.7.{i}")
     (folder / "1.7.1").write_bytes(b"")
     (folder / "1.7.2").write_bytes(b"no DICOM at all" * 100)
-    (folder / "notes.txt").write_text("stray files are no slices")
+    (folder / "notes.txt").write_text("stray files are not slices")
     (tmp_path / "README").write_text("nor is this, where there are no others of its kind")
     table = scan(tmp_path)
     assert table["rows"].tolist() == [8, 8, 0, 0] and table.problem.map(bool).tolist() == [False, False, True, True]
@@ -222,7 +222,7 @@ def test_table_equals_pydicom(tmp_path):
 
 
 def compare(table):
-    "Every column against pydicom's words."
+    "Compare every column with pydicom."
     for row in table.itertuples():
         ds = pydicom.dcmread(row.path)
         assert (row.StudyInstanceUID, row.SeriesInstanceUID, row.SOPInstanceUID, row.transfer_syntax) == (
@@ -237,7 +237,7 @@ def compare(table):
 
 
 def pieces(raw, path):
-    "A file's bytes parted before each element of its data set, the pixels being last."
+    "A file's bytes, split before each element of its data set; the pixels are last."
     ds = pydicom.dcmread(path)
     long = 4 * (ds.file_meta.TransferSyntaxUID == NATIVE[1])
     starts = [ds[tag].file_tell - 8 - (long if tag == 0x7FE00010 else 0) for tag in ds.keys()]
@@ -245,7 +245,7 @@ def pieces(raw, path):
 
 
 def misplaced(raw, path, rng):
-    "Endless files of which an element or two stand elsewhere, or are missing, or have company from a later group."
+    "Yield files in which one or two elements are moved or missing, or an element of a later group is inserted."
     implicit, whole = pydicom.dcmread(path).file_meta.TransferSyntaxUID == NATIVE[0], pieces(raw, path)
     late = bytes.fromhex("40008002") + (b"\x04\0\0\0" if implicit else b"ST\x04\0") + b"late"
     while True:
@@ -259,7 +259,7 @@ def misplaced(raw, path, rng):
 
 
 def same_as_pydicom(row):
-    "One row of a scan against pydicom's own header; False where pydicom stumbles, perhaps over what no scan wants."
+    "Compare one row of a scan with pydicom's header; False if pydicom raises, perhaps for an unused element."
     try:
         ds = pydicom.dcmread(row.path, stop_before_pixels=True)
         ids = [ds.get(f"{name}InstanceUID") or "" for name in ("Study", "Series", "SOP")]
@@ -289,7 +289,7 @@ def same_as_pydicom(row):
 
 
 @pytest.mark.parametrize("syntax", NATIVE[:2], ids=["implicit", "explicit"])
-def test_damaged_and_disordered_headers_say_what_pydicom_says(tmp_path, syntax):
+def test_damaged_and_disordered_headers_equal_pydicom(tmp_path, syntax):
     whole = ct_file(tmp_path / "whole.dcm", stored_values((16, 24), bits=12), syntax, bits=12)
     raw, rng = whole.read_bytes(), np.random.default_rng(4)
     damaged = [new for _, new in itertools.islice(ct_files.mutations(raw, len(raw) - 768, rng), 400)]
@@ -300,8 +300,8 @@ def test_damaged_and_disordered_headers_say_what_pydicom_says(tmp_path, syntax):
     assert all(readable[:400]) and sum(readable) > 500
 
 
-def test_an_element_out_of_place_costs_no_slice(tmp_path):
-    "A comment of a later group before the study's id, Rows or the intercept: the slice is a slice like any other."
+def test_a_misplaced_element_loses_no_slice(tmp_path):
+    "A comment of a later group before the study's id, Rows or the intercept: the slice is read like any other."
     path = ct_file(tmp_path / "0.dcm", stored_values((64, 64), bits=12), NATIVE[1], bits=12)
     raw, comment = path.read_bytes(), bytes.fromhex("40008002") + b"ST\x04\0late"
     for tag in ("20000d00", "28001000", "28005210"):
@@ -312,13 +312,13 @@ def test_an_element_out_of_place_costs_no_slice(tmp_path):
         assert (row.position, row.problem) == (31.25, "")
 
 
-def test_executors_and_parts_make_one_table(tmp_path):
+def test_executors_and_batches_give_the_same_table(tmp_path):
     for s in range(4):
         series(tmp_path / str(s), range(9), uid=f"1.{s}")
     expected = scan(tmp_path)
     with ThreadPoolExecutor(3) as threads, ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
-        pd.testing.assert_frame_equal(scan(tmp_path, threads, part=5), expected)
-        pd.testing.assert_frame_equal(scan(tmp_path, processes, part=7), expected)
+        pd.testing.assert_frame_equal(scan(tmp_path, threads, batch_files=5), expected)
+        pd.testing.assert_frame_equal(scan(tmp_path, processes, batch_files=7), expected)
 
 
 def test_real_ct(real_ct):

@@ -1,4 +1,4 @@
-"Blending and calibration against slow, obvious references, and against leaks between folds."
+"Blending and calibration against simple reference implementations, and no leaks between folds."
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,7 +18,7 @@ FIVE = np.arange(5)
 
 @pytest.fixture(scope="module")
 def world():
-    "A truth, three models of it, and their folds."
+    "A truth, three simulated models, and their folds."
     truth = simulate_truth(400, slices=(4, 8, 12), seed=1)
     models = {f"m{i}": simulate_model(truth, skill, i)[0] for i, skill in enumerate((1., .8, .5))}
     return truth, models, pd.Series(np.resize(FIVE, 400), truth.exams.index)
@@ -26,7 +26,7 @@ def world():
 
 @given(st.integers(1, 4), st.integers(0, 2**32 - 1), st.sampled_from(["probability", "logit"]))
 @settings(max_examples=100, deadline=None)
-def test_mix_equals_a_loop_over_answers(models, seed, space):
+def test_combine_equals_a_loop_over_values(models, seed, space):
     rng = np.random.default_rng(seed)
     p = rng.uniform(.01, .99, (models, 12))
     p[rng.random(p.shape) < .4] = np.nan
@@ -46,7 +46,7 @@ def test_mix_equals_a_loop_over_answers(models, seed, space):
 @pytest.mark.parametrize("space", ["probability", "logit"])
 def test_no_weights_on_a_grid_do_better(world, space):
     truth, models, folds = world
-    fitted = fit_weights(models, truth, folds, space, pull=0)
+    fitted = fit_weights(models, truth, folds, space, shrinkage=0)
     best = loss_table(truth, blend(models, fitted)).loss
     steps = np.arange(0, 1.01, .05)
     for a in steps:
@@ -63,10 +63,11 @@ def test_nested_losses_equal_a_loop_over_folds(world):
         out, inside = folds.index[folds != fold], folds.index[folds == fold]
         weights = fit_weights({name: m.select(out) for name, m in models.items()}, truth.select(out))
         for label in ("central_pe", "negative_exam_for_pe"):
-            by_hand = sum(w * m.exams.loc[inside, label] for w, m in zip(weights.weights[label], models.values()))
-            assert whole.exams.loc[inside, label].to_numpy() == pytest.approx(by_hand.to_numpy(), abs=1e-9)
-        by_hand = sum(w * m.select(inside).images for w, m in zip(weights.weights[IMAGE_LABEL], models.values()))
-        pieces.append(by_hand)
+            pairs = zip(weights.blend_weights[label], models.values())
+            expected = sum(w * m.exams.loc[inside, label] for w, m in pairs)
+            assert whole.exams.loc[inside, label].to_numpy() == pytest.approx(expected.to_numpy(), abs=1e-9)
+        expected = sum(w * m.select(inside).images for w, m in zip(weights.blend_weights[IMAGE_LABEL], models.values()))
+        pieces.append(expected)
     assert whole.images.to_numpy() == pytest.approx(pd.concat(pieces)[whole.images.index].to_numpy(), abs=1e-9)
     table = loss_by_label(fit_weights(models, truth, folds))
     assert table.loc["all", "blend"] == pytest.approx(competition_loss(truth, whole), rel=1e-9)
@@ -80,11 +81,11 @@ def test_the_truth_of_a_fold_cannot_reach_its_own_prediction(world):
     exams, images = truth.exams.copy(), truth.images.copy()
     exams.loc[inside] = 1 - exams.loc[inside]
     images[images.index.get_level_values(0).isin(inside)] = 1.
-    lied = Predictions(exams, images)
-    true, lie = blend_oof(models, truth, folds), blend_oof(models, lied, folds)
-    pd.testing.assert_frame_equal(true.select(inside).exams, lie.select(inside).exams, check_exact=True)
-    pd.testing.assert_series_equal(true.select(inside).images, lie.select(inside).images, check_exact=True)
-    assert (true.exams != lie.exams).any(axis=None)  # the other folds did learn from the lie
+    changed = Predictions(exams, images)
+    true, other = blend_oof(models, truth, folds), blend_oof(models, changed, folds)
+    pd.testing.assert_frame_equal(true.select(inside).exams, other.select(inside).exams, check_exact=True)
+    pd.testing.assert_series_equal(true.select(inside).images, other.select(inside).images, check_exact=True)
+    assert (true.exams != other.exams).any(axis=None)  # the other folds were fitted on the changed truth
 
 
 def test_calibration_is_judged_fold_by_fold(world):
@@ -93,9 +94,9 @@ def test_calibration_is_judged_fold_by_fold(world):
     for fold in FIVE:
         inside, out = folds.index[folds == fold], folds.index[folds != fold]
         parts.append(calibrate(oof.select(inside), fit_calibration(oof.select(out), truth.select(out))))
-    by_hand = Predictions(pd.concat([p.exams for p in parts]), pd.concat([p.images for p in parts]))
+    expected = Predictions(pd.concat([p.exams for p in parts]), pd.concat([p.images for p in parts]))
     losses = fit_calibration(oof, truth, folds).losses
-    for label, loss in loss_table(truth, by_hand).loss.items():
+    for label, loss in loss_table(truth, expected).loss.items():
         assert losses[label]["after"] == pytest.approx(loss, rel=1e-9)
         assert losses[label]["before"] == pytest.approx(loss_table(truth, oof).loss[label], rel=1e-9)
 
@@ -119,23 +120,23 @@ def test_any_mixture_of_gaps_blends_to_a_complete_prediction(world, space, tmp_p
     assert result.images.index.equals(truth.images.index)
     for study in truth.exams.index[:40]:
         p = np.array([[m.exams["leftsided_pe"].get(study, np.nan)] for m in gappy.values()])
-        wanted = combine(p, weights.weights["leftsided_pe"], space)[0]
-        wanted = weights.prior["leftsided_pe"] if np.isnan(wanted) else wanted
-        assert result.exams.loc[study, "leftsided_pe"] == pytest.approx(wanted, rel=1e-12)
+        expected = combine(p, weights.blend_weights["leftsided_pe"], space)[0]
+        expected = weights.prior["leftsided_pe"] if np.isnan(expected) else expected
+        assert result.exams.loc[study, "leftsided_pe"] == pytest.approx(expected, rel=1e-12)
     assert competition_loss(truth, result) < competition_loss(truth, blend({}, weights, like))
 
 
-def test_fitting_with_gaps_is_fitting_what_blend_does(world):
+def test_weights_fitted_with_gaps_minimise_the_loss_of_the_blend(world):
     "With gaps in the OOFs, no change of one label's weights lowers the loss of the blend itself."
     truth, models, folds = world
     rng = np.random.default_rng(4)
     gappy = {name: Predictions(m.exams.where(rng.random(m.exams.shape) < .8),
                                m.images.where(rng.random(len(m.images)) < .8)) for name, m in models.items()}
-    weights = fit_weights(gappy, truth, folds, pull=0)
+    weights = fit_weights(gappy, truth, folds, shrinkage=0)
     best = loss_table(truth, blend(gappy, weights)).loss
     for step in ((.02, -.02, 0), (-.02, .02, 0), (0, .02, -.02), (0, -.02, .02), (.02, 0, -.02), (-.02, 0, .02)):
         moved = {}
-        for label, w in weights.weights.items():
+        for label, w in weights.blend_weights.items():
             w = np.clip(np.add(w, step), 0, None)
             moved[label] = tuple(w / w.sum())
         other = loss_table(truth, blend(gappy, BlendWeights(weights.models, moved, weights.prior))).loss

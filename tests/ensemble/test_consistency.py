@@ -1,4 +1,4 @@
-"The least-cost repair against brute force, with its own reading of the competition's rules."
+"make_consistent against brute force, with an independent implementation of the label rules."
 import numpy as np
 import pandas as pd
 import pytest
@@ -23,7 +23,7 @@ PE = ("rv_lv_ratio_gte_1", "rv_lv_ratio_lt_1", "central_pe", "leftsided_pe", "ri
 
 
 def contradicts(exam: dict, images) -> bool:
-    "The competition page, sentence by sentence: is anything wrong with this study?"
+    "Whether a study breaks a rule of the competition's page, sentence by sentence."
     if max(images) > .5:
         if (exam["rv_lv_ratio_gte_1"] > .5) == (exam["rv_lv_ratio_lt_1"] > .5):
             return True
@@ -38,7 +38,7 @@ def contradicts(exam: dict, images) -> bool:
 
 
 def price(p: float, c: np.ndarray) -> np.ndarray:
-    "Expected log loss of saying c, less that of saying p."
+    "Expected log loss of predicting c minus that of predicting p."
     return xlogy(p, p) + xlogy(1 - p, 1 - p) - xlogy(p, c) - xlogy(1 - p, 1 - c)
 
 
@@ -46,7 +46,7 @@ GRID = np.r_[np.linspace(1e-3, .5 - MARGIN, 120), np.linspace(.5 + MARGIN, 1 - 1
 
 
 def brute_force(p: np.ndarray, q: float) -> float:
-    "The least cost over every choice of sides and, for each answer, a fine grid; p: nine exam labels, then images."
+    "Minimum cost over all choices of sides with a fine grid for each value; p: nine exam labels, then images."
     weights = np.r_[list(EXAM_WEIGHTS.values()), np.full(len(p) - 9, IMAGE_WEIGHT * q)]
     options = [np.r_[GRID, value] for value in p]
     costs = [w * price(value, c) for w, value, c in zip(weights, p, options)]
@@ -118,13 +118,13 @@ def test_violations_are_the_competitions(case):
     wrong = {study for study in pred.exams.index if contradicts(pred.exams.loc[study], pred.images[study])}
     assert set(violations(pred)["StudyInstanceUID"]) == wrong
     fixed = make_consistent(pred)
-    for study in set(pred.exams.index) - wrong:  # what is consistent stays, to the last bit
+    for study in set(pred.exams.index) - wrong:  # consistent studies are unchanged, bit by bit
         assert (fixed.exams.loc[study] == pred.exams.loc[study]).all()
         assert (fixed.images[study] == pred.images[study]).all()
 
 
 def regular(studies: int, slices: int) -> pd.MultiIndex:
-    "As many slices in every study."
+    "An index with the same number of slices in every study."
     study = np.repeat([f"s{i}" for i in range(studies)], slices)
     return slice_index((study, [f"i{i}" for i in range(studies * slices)]))
 
@@ -132,15 +132,15 @@ def regular(studies: int, slices: int) -> pd.MultiIndex:
 def some_consistent(rng, studies: int, slices: int) -> Predictions:
     "Random predictions that obey the rules, anywhere on their side of 0.5."
     yes, positive = allowed_combinations()
-    answer = rng.integers(0, len(yes), studies)
+    combination = rng.integers(0, len(yes), studies)
     index = regular(studies, slices)
-    image_yes = (rng.random((studies, slices)) < .4) & positive[answer, None]
-    image_yes[positive[answer], rng.integers(0, slices)] = True
+    image_yes = (rng.random((studies, slices)) < .4) & positive[combination, None]
+    image_yes[positive[combination], rng.integers(0, slices)] = True
 
     def values(yes):
         return np.where(yes, rng.uniform(.5 + 1e-12, 1, yes.shape), rng.uniform(0, .5 - 1e-12, yes.shape))
 
-    return Predictions(pd.DataFrame(values(yes[answer]), index.levels[0], EXAM_LABELS),
+    return Predictions(pd.DataFrame(values(yes[combination]), index.levels[0], EXAM_LABELS),
                        pd.Series(values(image_yes).ravel(), index))
 
 
@@ -166,7 +166,7 @@ def test_thousands_of_random_consistent_predictions_cost_more():
 
 
 def test_expected_cost_is_the_mean_of_realised_costs():
-    "Draw truths from what is believed, q included, and count with the formula of the metric, one study."
+    "Draw truths of one study from the believed probabilities, q included, and apply the formula of the metric."
     rng = np.random.default_rng(2)
     draws, q_values = 200_000, np.array([.25, .5])
     believed_q = rng.choice(q_values, draws)  # a study of four slices, one or two of them positive
@@ -174,7 +174,7 @@ def test_expected_cost_is_the_mean_of_realised_costs():
     y = np.zeros((draws, 4))
     y[first, rng.choice(4, first.sum(), p=[.6, .2, .1, .1])] = 1
     y[~first] = rng.permuted(np.tile([1., 1, 0, 0], ((~first).sum(), 1)), axis=1)
-    said = (believed_q[:, None] * y).mean(0) / believed_q.mean()  # E[q y] / E[q]: what the metric wants of a model
+    image_p = (believed_q[:, None] * y).mean(0) / believed_q.mean()  # E[q y] / E[q], the best prediction for the metric
     exam_p = rng.random(9)
     exams = rng.random((draws, 9)) < exam_p
     to_exam, to_image = rng.uniform(.05, .95, 9), rng.uniform(.05, .95, 4)
@@ -186,13 +186,13 @@ def test_expected_cost_is_the_mean_of_realised_costs():
 
     index = slice_index((["s"] * 4, list("abcd")))
     pred, to = (Predictions(pd.DataFrame([e], ["s"], EXAM_LABELS), pd.Series(i, index))
-                for e, i in ((exams.mean(0), said), (to_exam, to_image)))
-    realised = (numerator(to_exam, to_image) - numerator(exams.mean(0), said)).mean()
+                for e, i in ((exams.mean(0), image_p), (to_exam, to_image)))
+    realised = (numerator(to_exam, to_image) - numerator(exams.mean(0), image_p)).mean()
     expected = expected_cost(pred, to, pd.Series({"s": believed_q.mean()}))["s"]
     assert expected == pytest.approx(realised, rel=1e-9)
 
 
-def test_fit_q_finds_the_law_that_made_the_shares():
+def test_fit_positive_share_recovers_the_parameters():
     rng = np.random.default_rng(3)
     law, studies, slices = PositiveShareModel(offset=-.4, slope=.8, power=1.3), 400, 500
     index = regular(studies, slices)

@@ -16,15 +16,13 @@ from rsnape_kit.competition.priors import constant_prior, position_prior  # noqa
 from rsnape_kit.dicom.slices import scan  # noqa: E402
 from rsnape_kit.phantom.generate import make_competition  # noqa: E402
 from rsnape_kit.report.scores import gain_over  # noqa: E402
-from rsnape_kit.runs.recipes import (
-    DEMO,  # noqa: E402
-    override_settings,  # noqa: E402
-)
+from rsnape_kit.runs.recipes import DEMO, override_settings  # noqa: E402
 from rsnape_kit.store.build import build_store  # noqa: E402
-from rsnape_kit.store.slice_store import SliceStore
+from rsnape_kit.store.slice_store import SliceStore  # noqa: E402
+from rsnape_kit.training.trainer import train  # noqa: E402
 
 SMALLER = {"efficientnet": ["pixels.size=64", "steps=25"],
-           "petaformer": ["groups=20", "first.steps=250", "first.batch=48", "epochs=6"]}
+           "petaformer": ["groups=20", "slice_warmup.steps=250", "slice_warmup.batch=48", "phases.0.epochs=6"]}
 PLACES = {"train": "train", "test": "test", "twins": "truth/twins"}
 
 
@@ -50,10 +48,8 @@ def trained(world):
         if model == "petaformer":
             pytest.importorskip("fastai")
             from rsnape_kit.inference.torch_predictor import infer
-            from rsnape_kit.training.torch_trainer import train
         else:
             from rsnape_kit.inference.keras_predictor import infer
-            from rsnape_kit.training.keras_trainer import train
         if (model, shuffled) not in runs:
             truth = dealt(truths["train"]) if shuffled else truths["train"]
             split = make_folds(tables["train"][STUDY].unique(), truth, 6)

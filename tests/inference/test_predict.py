@@ -1,5 +1,4 @@
 "Many runs, two frameworks, one source: the same as each run alone, whatever is broken, late or killed."
-import os
 import shutil
 import signal
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from broken_studies import BROKEN, break_study
 from small_runs import keras_run, torch_run
 
 from rsnape_kit.competition.labels import EXAM_LABELS, STUDY
@@ -65,7 +65,7 @@ def test_all_at_once_equals_infer_run_by_run_and_both_frameworks_read_a_study_on
     assert {name: len(agrees(pred, [alone[run] for run in runs[name]])) for name, pred in preds.items()} == {
         "efficientnet": 0, "resnet3d": 9, "petaformer": 13}
     kept = [path for path in (tmp_path / "scratch").iterdir() if path.suffix != ".lock"]
-    assert {path.name for path in kept} == set(work.asked.names.values())
+    assert {path.name for path in kept} == set(work.index.keys.values())
     for path in table.path:  # gone: whoever comes now can only have the studies from the scratch folder
         shutil.move(path, f"{path}.away")
     try:
@@ -122,46 +122,15 @@ def test_answers_of_other_weights_settings_or_slices_are_never_used(world, tmp_p
     studies = table[STUDY].unique()
     first = plan_predictions([run], table, tmp_path / "answers")
     run_plan(first, progress=False)
-    assert plan_predictions([run], table, tmp_path / "answers").answered().all(axis=None)
+    assert plan_predictions([run], table, tmp_path / "answers").done().all(axis=None)
     moved = shutil.copytree(run, tmp_path / "elsewhere")
-    assert plan_predictions([moved], table, tmp_path / "answers").answered().all(axis=None)  # the run elsewhere
+    assert plan_predictions([moved], table, tmp_path / "answers").done().all(axis=None)  # the run elsewhere
     grown = table[~((table[STUDY] == studies[0]) & (table["order"] == 8))]  # a slice less in the first study
-    assert plan_predictions([run], grown, tmp_path / "answers").answered().iloc[:, 0].tolist() == [False] + [True] * 4
+    assert plan_predictions([run], grown, tmp_path / "answers").done().iloc[:, 0].tolist() == [False] + [True] * 4
     torch_weights = run / "weights.pt"
     other = shutil.copytree(torch_run(tmp_path / "fresh", fold=3), tmp_path / "other") / "weights.pt"
     shutil.copy(other, torch_weights)
-    assert not plan_predictions([run], table, tmp_path / "answers").answered().any(axis=None)
-
-
-def break_study(kind: str, paths: list):
-    "Damage the files of one study."
-    first = Path(paths[0])
-    if kind == "truncated":
-        for path in paths[2:5]:
-            os.truncate(path, 2000 + os.path.getsize(path) // 3)
-    elif kind == "no image":
-        first.write_bytes(b"this is a letter to the radiologist")
-    elif kind == "no folder":
-        shutil.rmtree(first.parent)
-    elif kind == "all broken":
-        for path in paths:
-            Path(path).write_bytes(os.urandom(600))
-    elif kind == "twice":
-        shutil.copy(first, first.with_name("copy.dcm"))
-    elif kind == "one slice":
-        for path in paths[1:]:
-            os.remove(path)
-    elif kind == "odd size":
-        import pydicom
-        for path in paths[::2]:
-            ds = pydicom.dcmread(path)
-            ds.decompress() if ds.file_meta.TransferSyntaxUID.is_compressed else None
-            ds.PixelData, ds.Rows, ds.Columns = np.ascontiguousarray(ds.pixel_array[:401, :333]).tobytes(), 401, 333
-            ds.save_as(path)
-
-
-BROKEN = {"truncated": True, "no image": True, "no folder": None, "all broken": False, "twice": True, "one slice": True,
-          "odd size": True}  # whether there is an answer all the same; None: the study is not even found
+    assert not plan_predictions([run], table, tmp_path / "answers").done().any(axis=None)
 
 
 @pytest.fixture(scope="module")
@@ -193,14 +162,14 @@ def test_every_broken_study_is_answered_or_said_to_be_unanswered(world, broken, 
 
 def test_a_deadline_is_kept_and_what_was_done_counts(world, tmp_path):
     folder, table, runs, alone = world
-    late = predict(runs["resnet3d"], table, out=tmp_path / "answers", deadline=0, progress=False)["resnet3d"]
+    late = predict(runs["resnet3d"], table, out=tmp_path / "answers", time_budget=0, progress=False)["resnet3d"]
     assert late.exams.isna().all(axis=None) and len(late.exams) == 5
     work = plan_predictions(runs["resnet3d"], table, tmp_path / "answers")
-    name, rows = next(iter(work.asked.names.values())), next(iter(work.asked.rows.values()))
+    name, rows = next(iter(work.index.keys.values())), next(iter(work.index.rows.values()))
     full = predict(runs["resnet3d"], table, out=tmp_path / "full", progress=False)
     source = next((tmp_path / "full").glob("resnet3d*")) / name
     shutil.copy(source, work.folders[str(runs["resnet3d"][0])])
-    again = predict(runs["resnet3d"], table, out=tmp_path / "answers", deadline=0, progress=False)["resnet3d"]
+    again = predict(runs["resnet3d"], table, out=tmp_path / "answers", time_budget=0, progress=False)["resnet3d"]
     assert again.exams.notna().all(axis=1).sum() == 1
     agrees(full["resnet3d"], [alone[runs["resnet3d"][0]]])
     assert load_result(work.folders[str(runs["resnet3d"][0])], name, len(rows)) is not None
@@ -228,7 +197,7 @@ predict([{str(runs['petaformer'][0])!r}], pd.read_parquet({str(tmp_path / 'slice
     time.sleep(2)
     assert not any(job in cmdline for cmdline in _commands())
     work = plan_predictions(runs["petaformer"], table, tmp_path / "answers", tta=200)
-    assert work.answered().to_numpy().sum() < 5
+    assert work.done().to_numpy().sum() < 5
 
 
 def _commands():

@@ -75,9 +75,9 @@ def test_the_blend_kernel_fits_what_all_attached_runs_say(tmp_path):
     assert result.returncode == 0, result.stderr
     ensemble = Ensemble.load(tmp_path / "working" / "ensemble.json")
     assert set(ensemble.models) == set(oofs)
-    assert ensemble.weights.table().loc[IMAGE_LABEL, "resnet3d"] > .8
+    assert ensemble.blend_weights.table().loc[IMAGE_LABEL, "resnet3d"] > .8
     honest = fit_ensemble(oofs, truth, split)  # the same from memory, with the folds as they were made
-    pd.testing.assert_frame_equal(ensemble.weights.table()[list(oofs)], honest.weights.table(), atol=1e-6)
+    pd.testing.assert_frame_equal(ensemble.blend_weights.table()[list(oofs)], honest.blend_weights.table(), atol=1e-6)
 
 
 def source(name, **values):
@@ -89,7 +89,8 @@ def source(name, **values):
 def test_every_copy_of_a_kernel_has_its_own_parameters():
     every = [(name, values) for name in KERNELS for values in copies(name, 2).values() if values]
     assert len(every) == 8 + 2 * 4
-    for name, values in [*every, ("train_image", {"SEED": 7, "RECIPE": "demo"}), ("train_petaformer", {"EPOCHS": 3})]:
+    others = {"SEED": 7, "RECIPE": "demo"}, {"MODEL": "petaformer", "SETTINGS": ["batch=2"]}
+    for name, values in [*every, *(("train", values) for values in others)]:
         code = source(name, **values)
         compile(code, name, "exec")
         for parameter, value in values.items():
@@ -113,7 +114,7 @@ def test_parts_are_prepared_and_trained_on_as_one(tmp_path):
         assert (done == "0") == first, result.stderr
         shutil.rmtree(mounts / part, ignore_errors=True)
         shutil.move(tmp_path / "working", mounts / part)
-    result = run_kernel(tmp_path, "train_image", values={"FOLDS": 2, "RECIPE": "quick", "TTA": 0})
+    result = run_kernel(tmp_path, "train", values={"FOLDS": 2, "RECIPE": "quick", "TTA": 0})
     assert result.returncode == 0, result.stderr
     assert "36 slices of 6 studies" in result.stdout
     run = tmp_path / "working" / "runs" / "efficientnet-fold0-seed42"
@@ -164,7 +165,7 @@ def test_the_bundle_that_is_imported_is_the_one_that_is_checked_and_passed_on(tm
     assert run_kernel(tmp_path).returncode == 0
     (passed_on / "rsnape_kit" / "competition" / "priors.py").unlink()
     manifest = (passed_on / "manifest.json")
-    manifest.write_text(manifest.read_text().replace("__init__", "prior"))
+    manifest.write_text(manifest.read_text().replace("__init__", "competition/priors"))
     assert "rsnape_kit/competition/priors.py" in run_kernel(tmp_path).stderr
 
 
@@ -197,10 +198,10 @@ def test_the_kernel_that_push_sends_is_there():
     assert metadata["id"].split("/")[1] == metadata["title"].lower().replace(" ", "-")
 
 
-def test_the_readmes_commands_are_ones_that_the_library_takes(monkeypatch):
+def test_the_documented_commands_are_ones_that_the_library_takes(monkeypatch):
     "From clone to submission, and through training."
-    section = (ROOT / "README.md").read_text().partition("## To Kaggle")[2].partition("\n## ")[0]
-    blocks = re.findall(r"```sh\n(.*?)```", section, re.S)
+    page = (ROOT / "docs" / "howto" / "kaggle.md").read_text().partition("## Resume")[0]
+    blocks = re.findall(r"```sh\n(.*?)```", page, re.S)
     commands = [line.split() for line in re.findall(r"\brsnape ([^#&;\n]+)", "".join(blocks))]
     assert len(commands) == 5 + 9
     for command in commands:

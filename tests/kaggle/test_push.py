@@ -177,7 +177,7 @@ def test_every_kernel_is_pushed_whole(stub, kernels):
         assert sent.get("kernelDataSources", []) == meta["kernel_sources"]
         text = json.loads(sent["text"])
         assert text["metadata"]["kernelspec"]["language"] == "python"
-        assert "rsnape_kit.kaggle.runtime import attach" in text["cells"][1]["source"]
+        assert "rsnape_kit.kaggle import attach" in text["cells"][1]["source"]
 
 
 def test_plain_kaggle_kernels_push_works_from_the_top_of_the_repository(stub, kernels):

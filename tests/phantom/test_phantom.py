@@ -1,4 +1,4 @@
-"The phantom's labels against its geometry, its rates against the competition's, its files against the reader."
+"Labels of the phantom against its geometry, rates against the competition's, files against the reader."
 import hashlib
 import itertools
 import multiprocessing
@@ -72,7 +72,7 @@ def volume(s):
 
 @pytest.fixture(scope="module")
 def drawn():
-    "Labels of many studies, without a pixel."
+    "Labels of many studies, without rendering."
     studies = [draw_study((31, k)) for k in range(900)]
     return pd.DataFrame([exam_labels(s) for s in studies]), [image_labels(s) for s in studies]
 
@@ -174,7 +174,7 @@ STYLES = [
 def test_every_variety_reads_back_exactly(style, size, tmp_path):
     s = draw_study((5, 5), slices=7, size=size)
     pad = -3024 if style.signed or style.intercept < -3024 else -1024
-    s = replace(s, scan=replace(s.scan, pad=pad, z=np.delete(s.scan.z, 3)))  # one slice lost on the way
+    s = replace(s, scan=replace(s.scan, pad=pad, z=np.delete(s.scan.z, 3)))  # one slice is missing
     ids = "5ad01e", "e115", [hex_id("sop", k) for k in range(6)]
     voxels = write_series(tmp_path / "a" / "b", s, style, ids)
     hu, tissue = volume(s)
@@ -185,7 +185,7 @@ def test_every_variety_reads_back_exactly(style, size, tmp_path):
     assert np.array_equal(read_series(table, lowest=-4000), hu)
     assert np.array_equal(np.argwhere(tissue == Tissue.CLOT), voxels) or not s.plan
     first = pydicom.dcmread(table.path.iloc[0])
-    if style.syntax == JPEGLosslessSV1:  # pydicom brings no decoder for it
+    if style.syntax == JPEGLosslessSV1:  # pydicom has no decoder of its own
         stored = imagecodecs.jpeg_decode(next(generate_frames(first.PixelData)))
         stored = stored.view(np.int16) if style.signed else stored
     else:
@@ -195,7 +195,7 @@ def test_every_variety_reads_back_exactly(style, size, tmp_path):
 
 
 def test_a_hidden_side_never_holds_the_embolus(tmp_path):
-    "Studies stored in all four orientations, through files, store and batches; with sides exchanged it would show."
+    "All four stored orientations through files, store and batches; exchanged sides would fail."
     studies = positives(20, slices=12, size=96) + positives(12, REAL, slices=12, size=96)
     flips, clots, rows = itertools.cycle(itertools.product((False, True), repeat=2)), {}, []
     for k, (s, (flip_rows, flip_columns)) in enumerate(zip(studies, flips)):
@@ -212,7 +212,7 @@ def test_a_hidden_side_never_holds_the_embolus(tmp_path):
     assert (sides.sum(axis=1) < 2).sum() > 10 and sides.any().all() and store.table.flip_rows.sum() == 12 * 16
 
     def hidden(truth):
-        "(clot pixels that a mask that hides all it may takes away, pixels that it takes away)."
+        "(Clot pixels hidden by the mask at p=1, all pixels hidden)."
         how = dict(batch=12, pixels=InputConfig((Window(0, 4000),), "fixed", 96))
         plain, masked = ImageBatches(store, truth, **how), ImageBatches(store, truth, mask=SideMask(p=1), **how)
         clot = gone = 0
@@ -233,7 +233,7 @@ def digests(folder):
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def test_the_same_bytes_whoever_makes_them(tmp_path):
+def test_bytes_do_not_depend_on_the_executor(tmp_path):
     kind = dict(studies=4, test_studies=3, slices=6, size=64, seed=3, difficulty="demo", twins=True)
     with ThreadPoolExecutor(1) as one, ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as two:
         make_competition(tmp_path / "one", executor=one, **kind)
@@ -245,7 +245,7 @@ def test_the_same_bytes_whoever_makes_them(tmp_path):
     assert not set(first.values()) & {v for k, v in other.items() if k.endswith(".dcm")}
 
 
-def test_an_interrupted_competition_goes_on(tmp_path):
+def test_an_interrupted_competition_is_resumed(tmp_path):
     kind = dict(studies=3, test_studies=1, slices=5, size=64)
     before = digests(make_competition(tmp_path, **kind))
     (tmp_path / "truth" / "studies" / "train_00001.json").unlink()

@@ -13,13 +13,13 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from rsnape_kit.competition.labels import EXAM_LABELS, IMAGE_LABEL
-from rsnape_kit.competition.metric import competition_loss, loss_table, sample_weights
+from rsnape_kit.competition.metric import competition_loss, loss_table, metric_weights
 from rsnape_kit.competition.predictions import Predictions
 from rsnape_kit.competition.priors import constant_prior
 from rsnape_kit.competition.tables import slice_index
 from rsnape_kit.ensemble.weight_fitting import blend_oof, fit_weights
 from rsnape_kit.phantom.generate import make_competition
-from rsnape_kit.report.curves import precision_recall, rank_answers, reliability_band, roc
+from rsnape_kit.report.curves import precision_recall, rank_predictions, reliability_band, roc
 from rsnape_kit.report.pages import write_report
 from rsnape_kit.report.scores import by_group, interval, resample, study_losses
 from rsnape_kit.store.dicom_source import DicomSource
@@ -52,13 +52,13 @@ def repeated(pred, draw):
 def test_draws_equal_scoring_the_drawn_studies(world):
     truth, models, _ = world
     draws = resample(len(truth.exams), 3, seed=5)
-    losses, ranked = study_losses(truth, models["m0"]), rank_answers(truth, models["m0"], IMAGE_LABEL)
+    losses, ranked = study_losses(truth, models["m0"]), rank_predictions(truth, models["m0"], IMAGE_LABEL)
     for draw in draws:
         drawn, pred = repeated(truth, draw), repeated(models["m0"], draw)
         assert losses.total(draw[None])[0] == pytest.approx(competition_loss(drawn, pred), rel=1e-12)
         per_label = (draw @ losses.sums.to_numpy()) / (draw @ losses.weights.to_numpy())
         assert per_label == pytest.approx(loss_table(drawn, pred).loss.to_numpy(), rel=1e-12)
-        weight = sample_weights(drawn).images.to_numpy()
+        weight = metric_weights(drawn).images.to_numpy()
         for kind, theirs in ((roc, roc_auc_score), (precision_recall, average_precision_score)):
             expected = theirs(drawn.images[weight > 0], pred.images[weight > 0], sample_weight=weight[weight > 0])
             assert kind(ranked, draw[None]).area[1] == pytest.approx(expected, rel=1e-9)
@@ -67,22 +67,22 @@ def test_draws_equal_scoring_the_drawn_studies(world):
 def test_bands_equal_a_loop_over_draws_and_thresholds(world):
     truth, models, _ = world
     draws, label = resample(len(truth.exams), 20), "rightsided_pe"
-    answers = rank_answers(truth, models["m1"], label)
+    answers = rank_predictions(truth, models["m1"], label)
     y, p = truth.exams[label].to_numpy(), models["m1"].exams[label].to_numpy()
-    precisions, happened = [], []
+    precisions, observed = [], []
     for draw in draws:
         at = [(draw @ (y * (p >= t)), draw @ (p >= t)) for t in np.unique(p)[::-1]]
         precisions.append([next(hit / n for hit, n in at if n and hit >= r * (draw @ y) - 1e-9)
                            for r in (.25, .5, .99)])
         inside = (.2 <= p) & (p < .3)
-        happened.append(draw @ (y * inside) / (draw @ inside))
+        observed.append(draw @ (y * inside) / (draw @ inside))
     curve = precision_recall(answers, draws)
     expected = interval(precisions)
     assert curve.low[[25, 50, 99]] == pytest.approx(expected[0])
     assert curve.high[[25, 50, 99]] == pytest.approx(expected[1])
     table = reliability_band(answers, draws)
-    row = table[(table.said >= .2) & (table.said < .3)].iloc[0]
-    assert (row.low, row.high) == pytest.approx(interval(happened))
+    row = table[(table.predicted >= .2) & (table.predicted < .3)].iloc[0]
+    assert (row.low, row.high) == pytest.approx(interval(observed))
 
 
 def test_intervals_cover_as_often_as_they_say():
@@ -228,7 +228,7 @@ def test_slices_on_the_page_are_those_of_the_files(tmp_path):
     assert "By manufacturer" in text and all(maker in text for maker in makers)
     study = re.search(r"<h3>(\w+) <small>", text)[1]
     own = source.table[source.table.StudyInstanceUID == study].sort_values("position")
-    found = re.findall(r'alt="slice (\d+) of 8".*?base64,([^"]*)".*?said (\S+), (embolus|none)</figcaption>', text)
+    found = re.findall(r'alt="slice (\d+) of 8".*?base64,([^"]*)".*?predicted (\S+), (embolus|none)</figcaption>', text)
     assert len(found) == 6
     for place, encoded, said, word in found:
         row = own.iloc[int(place) - 1]

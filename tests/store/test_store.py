@@ -1,4 +1,4 @@
-"The store: lossless, the same to the byte whoever makes it, and whole after kill -9 at any moment."
+"The store: lossless, reproducible to the byte, and consistent after kill -9 at any moment."
 import errno
 import os
 import signal
@@ -49,7 +49,7 @@ def shards(folder):
     return {p.name: p.read_bytes() for p in folder.glob("*.slices")}
 
 
-def test_equals_pydicom_whatever_the_way(tmp_path):
+def test_store_and_source_equal_pydicom(tmp_path):
     root = competition(tmp_path / "train", shape=(512, 512), slices=3)
     store, direct = SliceStore(build_store(root, tmp_path / "store")), DicomSource(root)
     for i, path in enumerate(direct.table.path):
@@ -77,7 +77,7 @@ def test_codecs_hold_the_same_slices_and_open_as_one(tmp_path):
             np.testing.assert_array_equal(image, expected[row])
     shard = next(paths[1].glob("*.slices"))
     first, raw = read_footer(shard)[0].iloc[0], bytearray(shard.read_bytes())
-    raw[first.start:first.start + first.bytes] = bytes(first.bytes)  # not even a chunk
+    raw[first.start:first.start + first.bytes] = bytes(first.bytes)  # not a valid chunk
     shard.write_bytes(raw)
     damaged = SliceStore(paths[1])
     with pytest.raises(ValueError, match="slice 0 is damaged.*delete it and build"):
@@ -106,7 +106,7 @@ def test_sizes_and_padding(tmp_path):
 
 
 def test_same_bytes_on_any_executor_from_any_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "STUDIES", 2)
+    monkeypatch.setattr(build, "STUDIES_PER_SHARD", 2)
     root = competition(tmp_path / "train")
     expected = shards(build_store(root, tmp_path / "here"))
     assert len(expected) == 3
@@ -114,25 +114,25 @@ def test_same_bytes_on_any_executor_from_any_order(tmp_path, monkeypatch):
     with ThreadPoolExecutor(3) as threads, ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
         assert shards(build_store(shuffled, tmp_path / "threads", executor=threads)) == expected
         assert shards(build_store(root, tmp_path / "processes", executor=processes)) == expected
-    monkeypatch.setattr(build, "pool_for", lambda *_: ProcessPoolExecutor(1, mp_context=get_context("spawn")))
+    monkeypatch.setattr(build, "executor_for", lambda *_: ProcessPoolExecutor(1, mp_context=get_context("spawn")))
     assert shards(build_store(root, tmp_path / "own")) == expected
 
 
 @pytest.mark.slow
 def test_same_bytes_on_dask(tmp_path, monkeypatch):
     distributed = pytest.importorskip("distributed", reason="dask.distributed is not installed")
-    monkeypatch.setattr(build, "STUDIES", 2)
+    monkeypatch.setattr(build, "STUDIES_PER_SHARD", 2)
     root = competition(tmp_path / "train")
     expected = shards(build_store(root, tmp_path / "here"))
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
         with distributed.Client(cluster) as client:
-            table = scan(root, client.get_executor(), part=10)
+            table = scan(root, client.get_executor(), batch_files=10)
             pd.testing.assert_frame_equal(table, scan(root))
             assert shards(build_store(root, tmp_path / "dask", executor=client.get_executor())) == expected
 
 
 def test_parts_on_many_mounts(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "STUDIES", 2)
+    monkeypatch.setattr(build, "STUDIES_PER_SHARD", 2)
     root = competition(tmp_path / "train", studies=9, slices=4)
     whole = SliceStore(build_store(root, tmp_path / "whole"))
     parts = [build_store(root, tmp_path / f"part{i}", part=(i, 3)) for i in range(3)]
@@ -149,10 +149,10 @@ def test_parts_on_many_mounts(tmp_path, monkeypatch):
     empty = next(s for s in map(SliceStore, some) if len(s) == 0)
     assert empty[:].shape == (0, 256, 256) and list(empty.table) == list(whole.table)
     full = build_store(root, tmp_path / "full", size=512)
-    with pytest.raises(ValueError, match="parts of one size"):
+    with pytest.raises(ValueError, match="built with different `size` values"):
         SliceStore(moved, full)
     padded = build_store(root, tmp_path / "padded", part=(1, 3), keep_padding=True)
-    with pytest.raises(ValueError, match="parts of one lowest"):
+    with pytest.raises(ValueError, match="built with different `lowest` values"):
         SliceStore(moved, padded)
     study = scan(root).query("StudyInstanceUID == @study")
     halves = [build_store(half, tmp_path / name) for name, half in
@@ -161,64 +161,64 @@ def test_parts_on_many_mounts(tmp_path, monkeypatch):
         SliceStore(*halves)
 
 
-CHILD = """
+BUILD_SCRIPT = """
 import sys
 import ct_files
 from rsnape_kit.store import build
 ct_files.quiet()
-build.STUDIES = 1
+build.STUDIES_PER_SHARD = 1
 if __name__ == "__main__":
     build.build_store(sys.argv[1], sys.argv[2], size=64)
 """
 
 
 def test_kill_9_at_any_moment(tmp_path, monkeypatch):
-    "A child is killed again and again while it builds; what it leaves is whole shards and a build that resumes."
-    monkeypatch.setattr(build, "STUDIES", 1)
+    "A process is killed repeatedly while it builds; it leaves only complete shards, and the build resumes."
+    monkeypatch.setattr(build, "STUDIES_PER_SHARD", 1)
     root = competition(tmp_path / "train", studies=40, slices=12, shape=(128, 128))
     expected = shards(build_store(root, tmp_path / "expected", size=64))
     assert len(expected) == 40
     out, rng, kills, kept = tmp_path / "out", np.random.default_rng(0), 0, {}
-    (tmp_path / "child.py").write_text(CHILD)
+    (tmp_path / "build_script.py").write_text(BUILD_SCRIPT)
     path = os.pathsep.join([os.path.dirname(ct_files.__file__), *sys.path])
     while not (out / build.INDEX).exists():
         before = len(list(out.glob("*.slices"))) if out.exists() else 0
-        child = subprocess.Popen([sys.executable, tmp_path / "child.py", root, out], start_new_session=True,
-                                 stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path})
+        process = subprocess.Popen([sys.executable, tmp_path / "build_script.py", root, out], start_new_session=True,
+                                   stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path})
         try:
             until = before + rng.integers(2, 12)
-            while child.poll() is None and (len(list(out.glob("*.slices"))) if out.exists() else 0) < until:
+            while process.poll() is None and (len(list(out.glob("*.slices"))) if out.exists() else 0) < until:
                 time.sleep(.002)
             time.sleep(rng.random() * .02)
         finally:
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
                 kills += 1
-            child.wait()
-        if child.returncode != -signal.SIGKILL:
-            assert child.returncode == 0
+            process.wait()
+        if process.returncode != -signal.SIGKILL:
+            assert process.returncode == 0
         for shard in out.glob("*.slices"):
             assert shard.read_bytes() == expected[shard.name]
-            assert kept.setdefault(shard.name, shard.stat().st_mtime_ns) == shard.stat().st_mtime_ns, "made twice"
+            assert kept.setdefault(shard.name, shard.stat().st_mtime_ns) == shard.stat().st_mtime_ns, "written twice"
     assert kills >= 3
     assert shards(out) == expected and not list(out.glob("*.tmp"))
     np.testing.assert_array_equal(SliceStore(out)[:], SliceStore(tmp_path / "expected")[:])
 
 
-def test_a_script_without_main_is_told_what_to_do(tmp_path):
-    "Its processes would start the script again; they end at once instead, and the error says why."
+def test_a_script_without_main_gets_an_error_with_the_fix(tmp_path):
+    "Its worker processes would run the script again; they end instead, and the error names the reason."
     competition(tmp_path / "train", studies=2, slices=2)
     (tmp_path / "script.py").write_text(
         "from rsnape_kit.store import build\n"
         "from concurrent.futures import ProcessPoolExecutor\nfrom multiprocessing import get_context\n"
-        "build.pool_for = lambda *_: ProcessPoolExecutor(1, mp_context=get_context('spawn'))\n"
+        "build.executor_for = lambda *_: ProcessPoolExecutor(1, mp_context=get_context('spawn'))\n"
         f"build.build_store({os.fspath(tmp_path / 'train')!r}, {os.fspath(tmp_path / 'out')!r}, size=32)\n")
     done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
-    assert done.returncode == 1 and "keep its main part under `if __name__" in done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "put the main part under `if __name__" in done.stderr.splitlines()[-1]
 
 
-def test_half_written_files_are_not_trusted(tmp_path):
+def test_incomplete_files_are_written_again(tmp_path):
     out = build_store(competition(tmp_path / "train"), tmp_path / "out", size=64)
     (shard, raw), = shards(out).items()
     for damage in (raw[:len(raw) // 2], raw[:-1], b"", raw[:-20] + b"x" + raw[-19:]):
@@ -232,7 +232,7 @@ def test_half_written_files_are_not_trusted(tmp_path):
         SliceStore(out)
 
 
-def test_a_damaged_shard_is_made_anew_once_it_is_deleted(tmp_path):
+def test_a_damaged_shard_is_written_again_after_it_is_deleted(tmp_path):
     root = competition(tmp_path / "train")
     out = build_store(root, tmp_path / "out", size=64)
     (shard, raw), = shards(out).items()
@@ -245,7 +245,7 @@ def test_a_damaged_shard_is_made_anew_once_it_is_deleted(tmp_path):
     assert shards(out) == {shard: raw}
 
 
-def test_a_shard_that_shrinks_once_the_store_is_open_is_damaged_and_nothing_worse(tmp_path):
+def test_a_shard_truncated_while_the_store_is_open_is_an_error(tmp_path):
     out = build_store(competition(tmp_path / "train"), tmp_path / "out", size=64)
     (shard, raw), = shards(out).items()
     store = SliceStore(out)
@@ -255,7 +255,7 @@ def test_a_shard_that_shrinks_once_the_store_is_open_is_damaged_and_nothing_wors
             store[i]
 
 
-def test_an_index_that_points_elsewhere_is_damage_too(tmp_path):
+def test_wrong_offsets_in_an_index_are_an_error(tmp_path):
     out = build_store(competition(tmp_path / "train"), tmp_path / "out", size=64)
     index = pd.read_parquet(out / build.INDEX)
     for wrong in (index.start - 2 ** 40, index.start + 1):
@@ -266,7 +266,7 @@ def test_an_index_that_points_elsewhere_is_damage_too(tmp_path):
                 store[i]
 
 
-def test_only_memory_that_fits_is_filled(tmp_path):
+def test_out_must_have_the_right_type_and_shape(tmp_path):
     root = competition(tmp_path / "train", studies=1, slices=3)
     for source in (SliceStore(build_store(root, tmp_path / "out", size=32)), DicomSource(root, 32)):
         for out in (np.empty((2, 32, 32), np.int16), np.empty((3, 16, 16), np.int16), np.empty((3, 32, 32), np.uint16),
@@ -275,7 +275,7 @@ def test_only_memory_that_fits_is_filled(tmp_path):
                 source.read([0, 1, 2], out)
 
 
-def test_too_many_files_are_no_damage(tmp_path, monkeypatch):
+def test_too_many_open_files_are_not_damage(tmp_path, monkeypatch):
     store = SliceStore(build_store(competition(tmp_path / "train"), tmp_path / "out", size=64))
 
     def fails(*_):
@@ -285,56 +285,56 @@ def test_too_many_files_are_no_damage(tmp_path, monkeypatch):
         store[0]
 
 
-def test_a_finished_store_is_not_touched(tmp_path):
+def test_a_finished_store_is_not_changed(tmp_path):
     "It may lie on a read-only mount: opening it and building it again write nothing."
     root = competition(tmp_path / "train")
     out = build_store(root, tmp_path / "out", size=64)
     before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
-    inside = out.stat().st_mtime_ns  # which a file made and removed again would change
+    inside = out.stat().st_mtime_ns  # changes when a file is created or removed
     build_store(root, out, size=64)
     assert len(SliceStore(out)) == 48
     assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before and out.stat().st_mtime_ns == inside
 
 
 def test_two_builds_at_a_time(tmp_path):
-    "A child holds the folder; a build says so. The child is killed, and the build goes on."
+    "While another process holds the folder, a build raises an error; once that process is killed, the build succeeds."
     root, out = competition(tmp_path / "train"), tmp_path / "out"
     code = f"import time; from pathlib import Path; from rsnape_kit.utils.processes import exclusive\n" \
-           f"with alone(Path({os.fspath(out)!r})):\n print('holds', flush=True); time.sleep(600)"
+           f"with exclusive(Path({os.fspath(out)!r})):\n print('holds', flush=True); time.sleep(600)"
     out.mkdir()
     (out / "0000-0000000000000000.slices.00.tmp").touch()
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
-                             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     try:
-        assert child.stdout.readline() == "holds\n"
+        assert process.stdout.readline() == "holds\n"
         with pytest.raises(RuntimeError, match="out is being built by another process; wait for it"):
             build_store(root, out, size=64)
         assert list(out.glob("*.tmp"))
     finally:
-        child.kill()
-        child.wait()
+        process.kill()
+        process.wait()
     build_store(root, out, size=64)
     assert not list(out.glob("*.tmp")) and len(SliceStore(out)) == 48
 
 
-def test_what_a_store_is_made_of_decides_what_it_is(tmp_path):
+def test_the_fingerprint_covers_content_but_not_place(tmp_path):
     root = competition(tmp_path / "train", studies=1, slices=3)
     os.symlink("/gone/slice.dcm", root / "000000000000/000aaaaaaaaa/lost.dcm")
     out = build_store(root, tmp_path / "out", size=64)
     (tmp_path / "train").rename(tmp_path / "elsewhere")
-    assert shards(build_store(tmp_path / "elsewhere", out, size=64))  # a lost file's place is not part of it
+    assert shards(build_store(tmp_path / "elsewhere", out, size=64))  # the fingerprint has no paths
     with open(scan(tmp_path / "elsewhere").path[0], "ab") as file:
         file.write(bytes(64))
     with pytest.raises(ValueError, match="shards of other slices or settings"):
         build_store(tmp_path / "elsewhere", out, size=64)
     source = DicomSource(tmp_path / "elsewhere", 64)
-    with pytest.raises(ValueError, match="keep_padding is for the source to decide"):
+    with pytest.raises(ValueError, match="keep_padding has no effect on a pixel source"):
         build_store(source, tmp_path / "padded", size=64, keep_padding=True)
     with pytest.raises(ValueError, match="size=0"):
         build_store(tmp_path / "elsewhere", tmp_path / "none", size=0)
 
 
-def test_tables_that_were_csv_files_and_names_in_no_alphabet(tmp_path):
+def test_tables_from_csv_files_and_names_that_are_not_utf8(tmp_path):
     root = competition(tmp_path / "train", studies=1, slices=3)
     first = scan(root).path[0]
     os.rename(first, os.fsencode(os.path.dirname(first)) + b"/odd\xff\xfe.dcm")
@@ -346,7 +346,7 @@ def test_tables_that_were_csv_files_and_names_in_no_alphabet(tmp_path):
     assert again[:].std() > 0 and set(again.table.problem) == {""}
 
 
-def test_another_build_is_not_mixed_in(tmp_path):
+def test_builds_with_other_settings_are_not_mixed(tmp_path):
     root = competition(tmp_path / "train")
     out = build_store(root, tmp_path / "out", size=64)
     for other in ({"size": 32}, {"size": 64, "part": (0, 2)}, {"size": 64, "keep_padding": True}):
@@ -375,7 +375,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def test_memory_is_flat(tmp_path):
-    "1,900 slices hold 249 MB as images and some 110 MB compressed; a build needs a few, whatever their number."
+    "1,900 slices hold 249 MB as images and some 110 MB compressed; a build needs a few MB for any number of slices."
     (tmp_path / "in").mkdir()
     ct_file(tmp_path / "in/1.dcm", stored_values((512, 512), bits=12))
     path = os.pathsep.join(sys.path)
@@ -409,7 +409,7 @@ def test_faults_are_filled_marked_and_listed(tmp_path):
     assert direct.table.problem.tolist() == store.table.problem.tolist()
 
 
-def test_what_this_machine_lacks_ends_a_build_and_is_not_kept_as_air(tmp_path, monkeypatch):
+def test_faults_of_the_machine_stop_a_build(tmp_path, monkeypatch):
     root = competition(tmp_path / "train", studies=2, slices=3, syntaxes=[JPEGLosslessSV1])
     with monkeypatch.context() as patch, pytest.raises(ImportError, match="pip install imagecodecs"):
         patch.setitem(sys.modules, "imagecodecs", None)
@@ -419,8 +419,8 @@ def test_what_this_machine_lacks_ends_a_build_and_is_not_kept_as_air(tmp_path, m
     assert not store.table.problem.any() and store[:].std() > 0
 
 
-def test_slices_that_were_filled_are_said_and_can_be_tried_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "STUDIES", 1)
+def test_filled_slices_give_a_warning_and_can_be_built_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "STUDIES_PER_SHARD", 1)
     root = competition(tmp_path / "train", studies=2, slices=3)
     expected, table = shards(build_store(root, tmp_path / "expected", size=32)), scan(root)
     first = root / table.StudyInstanceUID[0]
@@ -437,7 +437,7 @@ def test_slices_that_were_filled_are_said_and_can_be_tried_again(tmp_path, monke
     assert shards(out) == expected
 
 
-def test_a_neighbour_is_found_wherever_its_row_is(tmp_path):
+def test_neighbours_are_found_in_any_order_of_rows(tmp_path):
     table = scan(competition(tmp_path / "train", studies=2, slices=4))
     os.truncate(table.path[1], 3000)
     mixed = DicomSource(table.iloc[[0, 4, 1, 5, 2, 6, 3, 7]], 32)
@@ -457,7 +457,7 @@ def test_labels_beside_the_pixels(tmp_path):
     store = SliceStore(build_store(root, tmp_path / "out", size=32, labels=labels))
     assert store.table.pe_present_on_image.tolist() == [0, 1, 0, 1, 0, 1, 0, 1, 0]
     assert store.table.SOPInstanceUID.tolist() == table.SOPInstanceUID.tolist()
-    with pytest.raises(ValueError, match="labels name none of these slices"):
+    with pytest.raises(ValueError, match="no label row matches a slice"):
         build_store(root, tmp_path / "none", size=32, labels=labels.assign(StudyInstanceUID="0"))
 
 

@@ -16,11 +16,12 @@ import numpy as np
 import pandas as pd
 
 from rsnape_kit.runs import config
-from rsnape_kit.training import keras_fit as fitting, keras_trainer as training
+from rsnape_kit.training import keras_fit as fitting, keras_trainer as training, trainer
 from rsnape_kit.competition.folds import make_folds
 from rsnape_kit.competition.labels import EXAM_LABELS, SLICE, STUDY
 from rsnape_kit.models.keras_backend import import_keras
 from rsnape_kit.models.efficientnet import normalised
+from rsnape_kit.models.registry import register_model
 from rsnape_kit.models.volume import add_heads
 from rsnape_kit.transforms.render import InputConfig
 from rsnape_kit.competition.predictions import Predictions
@@ -35,20 +36,21 @@ def features(inputs):
     return layers.Dropout(.3)(x)
 
 
-def slices(size, channels, expect, policy):
+def slices(size, channels):
     keras = import_keras()
     inputs = keras.Input((size, size, channels), dtype="uint8")
     head = keras.layers.Dense(1, "sigmoid")
     return keras.Model(inputs, head(keras.layers.GlobalAveragePooling2D()(features(inputs))))
 
 
-def studies(size, channels, frames, expect_exam, expect_image, policy):
+def studies(size, channels, frames, expect_exam, expect_image):
     keras = import_keras()
     inputs = keras.Input((frames, size, size, channels), dtype="uint8")
     return keras.Model(inputs, add_heads(features(inputs), expect_image, expect_exam))
 
 
-config.MODELS |= {"slices": slices, "studies": studies}
+register_model("slices", slices)
+register_model("studies", studies)
 rng, names = np.random.default_rng(0), np.repeat([f"study{i:02}" for i in range(24)], 6)
 table = pd.DataFrame({STUDY: names, SLICE: [f"slice{i}" for i in range(144)], "intercept": -1024.})
 labels = pd.Series(rng.integers(0, 2, 144), pd.MultiIndex.from_frame(table[[STUDY, SLICE]]), dtype=float)
@@ -56,12 +58,12 @@ exams = pd.DataFrame(rng.integers(0, 2, (24, 9)), pd.Index(np.unique(names), nam
 truth = Predictions(exams, labels)
 stored = rng.normal(0, 600, (144, 32, 32)).astype(np.int16) + labels.to_numpy(np.int16)[:, None, None] * 400
 source = SimpleNamespace(table=table, size=32, read=lambda rows, out: np.take(stored, rows, 0, out))
-settings = config.TrainConfig(model=model, pixels=Pixels(size=32), frames=4, batch=8, loss="metric", ema=.8, clip=5.,
-                              phases=(config.Phase(1, .01), config.Phase(1, .003)))
+settings = config.KerasConfig(model=model, pixels=InputConfig(size=32), frames=4, batch=8, loss="metric", ema=.8,
+                              clip=5., phases=(config.Phase(1, .01), config.Phase(1, .003)))
 
 
 def train(name, **more):
-    return training.train(model, source, 0, settings, truth=truth, folds=folds(exams.index, n=3), earlier=(),
+    return trainer.train(model, source, 0, settings, truth=truth, folds=make_folds(exams.index, n=3), earlier=(),
                           out=Path(out) / name, devices=int(devices), progress=False, backend=backend, **more)
 
 
@@ -78,7 +80,7 @@ where = {"host": False, "device": None}  # None: as the chip has it, which is a 
 host = train("host")
 with mock.patch.object(training, "on_tpu", lambda: True), \
         mock.patch.object(training, "with_pixels", wraps=training.with_pixels) as wrapped:
-    with mock.patch.object(fitting.Keeper, "_report", stop):  # an epoch and no more
+    with mock.patch.object(fitting.ResumableCallback, "_report", stop):  # an epoch and no more
         other = train("other", pixels_on_device=where[first])
     assert not (other / "oof").exists() and wrapped.call_count == (first == "device")
     train("other", pixels_on_device=where[then])

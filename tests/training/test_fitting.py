@@ -1,13 +1,10 @@
 "Training killed with SIGKILL and started again, on both frameworks; several devices against one."
 import json
-import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+import warm
 
 TOY = '''
 import os, signal, sys
@@ -59,18 +56,18 @@ def make(dropout=.3, ema=.8, norm=True):
 
 def validate(model):
     toy = Toy()
-    return {"val_loss": float(packed_losses(pack(toy.y, np.ones_like(toy.y)), predict_batch(model, toy.x)).mean())}
+    losses = packed_losses(pack_targets(toy.y, np.ones_like(toy.y)), predict_batch(model, toy.x))
+    return {"val_loss": float(losses.mean())}
 
 
 def fit(run, batches, model):
-    ready = lambda batch: (batch[0], pack(batch[1], np.ones_like(batch[1])))
+    ready = lambda batch: (batch[0], pack_targets(batch[1], np.ones_like(batch[1])))
     return fit_phases(model, batches, run, PHASES, validate, ready, progress=False)
 '''
 
 
 def run(code, backend, **env):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3", **env}
-    return subprocess.run([sys.executable, "-c", TOY + code], env=env, capture_output=True, text=True)
+    return warm.run(TOY + code, backend=backend, **env)
 
 
 def checkpoint(folder):

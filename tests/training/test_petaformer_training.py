@@ -57,7 +57,7 @@ def test_killed_and_resumed_equals_unbroken(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
-    calm = ["net.dropout=0", "net.attention_dropout=0", "net.frozen_norm=True", "net.attention=full"]
+    calm = ["network.dropout=0", "network.attention_dropout=0", "network.frozen_norm=True", "network.attention=full"]
     one = finished(session(tmp_path / "one", *calm, "batch=4"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -79,7 +79,8 @@ def test_the_training_kernel_goes_on_in_a_second_session(tmp_path):
     build_store(competition / "train", kaggle / "input" / "datasets" / "me" / "store" / "part0", size=64,
                 executor=ThreadPoolExecutor(1))
     shutil.copytree(ROOT / "rsnape_kit", kaggle / "input" / "datasets" / "me" / "kit" / "rsnape_kit")
-    small = ["size=32", "groups=4", "batch=2", "net.slices=3", "net.width=.125", "net.depth=.1", "net.layers=1"]
+    small = ["pixels.size=32", "groups=4", "batch=2", "slices=3", "network.width=.125", "network.depth=.1",
+             "network.layers=1", "phases.0.epochs=2"]
     first = run_kernel(kaggle, small, short=True)
     assert first.returncode == 0, first.stderr[-3000:]
     assert "stopping after 1 of 2 epochs" in first.stdout
@@ -102,9 +103,9 @@ sys.exit(cli.main())
 
 def run_kernel(kaggle, settings, short=False):
     "The kernel's cells as one script, /kaggle moved to a folder, with settings for a small network."
-    notebook = json.loads((ROOT / "nbs" / "kernels" / "train_petaformer.ipynb").read_text())
+    notebook = json.loads((ROOT / "nbs" / "kernels" / "train.ipynb").read_text())
     code = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code")
-    code = with_values(code, {"FOLDS": 3, "EPOCHS": 2, "TTA": 1, "SETTINGS": settings})
+    code = with_values(code, {"MODEL": "petaformer", "FOLDS": 3, "TTA": 1, "SETTINGS": settings})
     changes = {"/kaggle/": f"{kaggle}/"}
     if short:
         (kaggle / "short.py").write_text(SHORT)

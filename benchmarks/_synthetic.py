@@ -1,4 +1,4 @@
-"Made-up CT for the benchmarks: a body with lungs, a table and noise, in the competition's layout and size."
+"Synthetic CT for the benchmarks: a chest with lungs and noise, in the competition's layout and size."
 import itertools
 import os
 import statistics
@@ -41,15 +41,15 @@ def dataset(study, series, name, i, implicit):
     return ds
 
 
-def alternate(ways, rounds=5):
-    "CPU-seconds of each way, {name: [seconds per round]}: all ways once a round, so that noise hits them alike."
-    seconds = {name: [] for name in ways}
-    for way in ways.values():  # compile, import and warm up
-        way()
+def alternate(variants, rounds=5):
+    "CPU-seconds of each variant, {name: [seconds per round]}; variants alternate, so that noise affects all alike."
+    seconds = {name: [] for name in variants}
+    for variant in variants.values():  # compile, import and warm up
+        variant()
     for _ in range(rounds):
-        for name, way in ways.items():
+        for name, variant in variants.items():
             start = time.process_time()
-            way()
+            variant()
             seconds[name].append(time.process_time() - start)
     return seconds
 
@@ -58,13 +58,13 @@ def table(title, seconds, counts, against):
     "Print slices per CPU-second, and ratios to the ways named in `against`: medians of the rounds."
     print(f"\n{title:<44}{'slices / CPU-s':>16}" + "".join(f"{'x ' + name:>32}" for name in against))
     per = {name: [s / counts[name] for s in rounds] for name, rounds in seconds.items()}
-    for name, mine in per.items():
-        ratios = [statistics.median(b / a for a, b in zip(mine, per[other])) for other in against]
-        print(f"  {name:<42}{1 / statistics.median(mine):>16,.0f}" + "".join(f"{r:>32.2f}" for r in ratios))
+    for name, own in per.items():
+        ratios = [statistics.median(b / a for a, b in zip(own, per[other])) for other in against]
+        print(f"  {name:<42}{1 / statistics.median(own):>16,.0f}" + "".join(f"{r:>32.2f}" for r in ratios))
 
 
 def write(root, studies=3, slices=200, seed=0, size=512):
-    "Write a competition folder; returns the number of slices. A dozen images are used over and over, rolled."
+    "Write a competition folder; return the number of slices. Twelve images are reused, rolled."
     rng = np.random.default_rng(seed)
     images = [image(rng, size) for _ in range(12)]
     for s, i in itertools.product(range(studies), range(slices)):
@@ -79,7 +79,7 @@ def write(root, studies=3, slices=200, seed=0, size=512):
 
 
 def write_headers(root, studies=20, slices=250, size=512):
-    "Write many files whose pixels are holes, zeros that take no disk: enough for a scan, in seconds."
+    "Write many files whose pixels are sparse zeros, which take no disk space: enough for a scan."
     for s in range(studies):
         study, series = f"{s:012x}", f"{s:06x}aaaaaa"
         folder = Path(root) / study / series
