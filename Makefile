@@ -11,7 +11,7 @@ export MPLBACKEND ?= agg
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(READY)  ## the main job, end to end, on made-up data
+demo: $(READY)  ## the main job, end to end, on synthetic data
 	python -m rsnape_kit.cli demo
 
 demo-quick: $(READY)  ## the same in some three minutes, with models that learn nothing
@@ -51,7 +51,7 @@ lock: requirements.in  ## choose versions anew and write requirements.txt
 	  $(VENV).lock/bin/pip freeze --all | grep -v '^pip==' | sed 's/+cpu$$//'; } > requirements.txt
 	rm -rf $(VENV).lock
 
-clean:  ## forget the environment, caches and the demo
+clean:  ## delete the environment, caches and the demo
 	rm -rf $(VENV) $(VENV).lock demo demo-quick build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -152,7 +152,7 @@ def demo_blends(folder: Path) -> dict:  # what -> (truth, blend, q)
     _, oof = nested_blend(load_oofs(runs), truth, load_folds(runs), space, calibrated)
     plan = plan_predictions(runs, test, folder / "results", tta)
     if not plan.done().all(axis=None):
-        raise SystemExit(f"{folder}/answers lacks predictions of some test studies with {tta} TTA views; run the demo "
+        raise SystemExit(f"{folder}/results lacks predictions of some test studies with {tta} TTA views; run the demo "
                          "again to complete it")
     pred = ensemble.blend(plan.gather(), test)
     held_out = Predictions.from_train_csv(folder / "competition" / "truth" / "test.csv").align(pred)

@@ -1,6 +1,6 @@
 """Whether the accelerator waits for its input: images per second of EfficientNet's training, by source of the images.
 
-Three trainings of the same network take turns: on one batch repeated, which is the device's maximum; on a store with
+Three trainings of the same network alternate: on one batch repeated, which is the device's maximum; on a store with
 rendering on the device; on a store with rendering on the CPU. An epoch ends when its last step is done, and the minimum
 time over several rounds counts. Results so far are from CPUs only; on the one GPU tried, a run took over four minutes
 without finishing.
@@ -81,7 +81,7 @@ def main():
 
 
 def run(args, batch: int, ways: dict):
-    "Run the trainings in turns; print images per second and the share of the maximum."
+    "Run the trainings alternately; print images per second and the share of the maximum."
     spent = {name: [] for name in ways}
     for i in range(args.rounds + 1):
         for name, (model, batches) in ways.items():

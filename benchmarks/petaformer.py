@@ -1,6 +1,6 @@
 """PetaFormer: studies per second forward and per training step, by kind of attention, and what the input costs.
 
-Kinds take turns in one run, and the least time of a few turns counts. `--device cuda --size 256 --batch 8` measures a
+Kinds alternate in one run, and the least time of a few rounds counts. `--device cuda --size 256 --batch 8` measures a
 GPU, in the precision that training would choose there; the defaults are small enough for two cores.
 """
 import argparse
@@ -39,8 +39,8 @@ def wait(device):
         torch.cuda.synchronize()
 
 
-def turns(tasks: dict, repeat: int, device) -> dict:
-    "The least wall and the least CPU seconds of each task, taken in turns after a warm-up."
+def alternate(tasks: dict, repeat: int, device) -> dict:
+    "The least wall and the least CPU seconds of each task, taken alternately after a warm-up."
     best = {}
     for number in range(repeat + 1):
         for name, task in tasks.items():
@@ -87,8 +87,8 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--size", type=int, default=96, help="pixels along a side")
     parser.add_argument("--groups", type=int, default=63)
-    parser.add_argument("--batch", type=int, default=1, help="studies a step")
-    parser.add_argument("--slices", type=int, default=234, help="slices a study; 234 is the competition's median")
+    parser.add_argument("--batch", type=int, default=1, help="studies per step")
+    parser.add_argument("--slices", type=int, default=234, help="slices per study; 234 is the competition's median")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
     args = parser.parse_args()
@@ -106,7 +106,7 @@ def main():
     for train in (False, True):
         tasks = {kind: partial(attend, module, tokens, seen, train) for kind, module in attention.items()}
         show(f"transformer alone, {tokens.shape[1]} tokens, {'forward and backward' if train else 'forward'}",
-             turns(tasks, args.repeat, device), args.batch, "as reformer-pytorch's defaults")
+             alternate(tasks, args.repeat, device), args.batch, "as reformer-pytorch's defaults")
 
     config = PetaFormerConfig(pixels=InputConfig((PE,), "fixed", args.size), groups=args.groups, batch=args.batch)
     source = Noise(4 * args.batch, args.slices)
@@ -121,14 +121,14 @@ def main():
             model.backbone.to(memory_format=torch.channels_last)
     optimizers = {kind: torch.optim.AdamW(model.parameters(), 1e-4) for kind, model in models.items()}
     tasks = {kind: partial(forward, model, images, precision) for kind, model in models.items()}
-    show("whole network, forward", turns(tasks, args.repeat, device), args.batch, "reformer")
+    show("whole network, forward", alternate(tasks, args.repeat, device), args.batch, "reformer")
     tasks = {kind: partial(step, model, optimizers[kind], images, targets, precision)
              for kind, model in models.items()}
-    steps = turns(tasks, args.repeat, device)
+    steps = alternate(tasks, args.repeat, device)
     show("whole network, training step", steps, args.batch, "reformer")
-    feed = turns({"input": lambda: [None for _ in tensors(batches)]}, args.repeat, device)["input"]
-    wall = feed[0] / len(batches)
-    print(f"\ninput (augmented, {args.slices} slices a study, without reading): {wall:.4f} s a batch, "
+    seconds = alternate({"input": lambda: [None for _ in tensors(batches)]}, args.repeat, device)["input"]
+    wall = seconds[0] / len(batches)
+    print(f"\ninput (augmented, {args.slices} slices per study, without reading): {wall:.4f} s per batch, "
           f"{wall / steps['reformer'][0]:.1%} of a training step, prepared meanwhile; "
           f"{args.batch * args.slices / wall:,.0f} slices/s")
     if device.type == "cuda":
@@ -136,7 +136,7 @@ def main():
 
 
 def original(device):
-    "The Reformer as the 30th place made it: feed-forward in 100 pieces, reversible layers, hashes in evaluation too."
+    "The Reformer as in the 30th place's code: feed-forward in 100 pieces, reversible layers, hashes in evaluation too."
     from reformer_pytorch import Autopadder, Reformer
     net = Autopadder(Reformer(128, 6, 8, lsh_dropout=.1)).to(device)
 

@@ -1,6 +1,6 @@
 """Input pipelines, from files to batches: the 30th-place solution's, rewritten after its notebooks, and this library's.
 
-All pipelines run in one process in turns, so that ratios also hold on a busy machine: in each round every pipeline
+All pipelines run alternately in one process, so that ratios also hold on a busy machine: in each round every pipeline
 makes batches for some seconds; results are medians over rounds. Rates are slices per CPU-second (all threads together)
 and per second. Every pipeline makes exactly the slices it is credited with: the records hold complete batches only.
 
@@ -192,7 +192,7 @@ def original_inference(folder: Path):
 # ---- measuring
 
 def compare(title: str, args, pipelines: dict) -> dict:  # name -> [rounds, CPU and wall s] a slice
-    "Run the pipelines, which return the number of slices made, in turns; print medians of rates and of ratios."
+    "Run the pipelines, which return the number of slices made, alternately; print medians of rates and of ratios."
     spent = {name: [] for name in pipelines}
     for one in pipelines.values():  # compile, map, warm up
         one()

@@ -1,6 +1,6 @@
 """A rerun in small: thousands of slices from DICOM to submission.csv, and whether memory and time behave.
 
-A test set of made-up studies, twice as large each time, goes through the whole path of prediction: scan, read, keep,
+A test set of synthetic studies, twice as large each time, goes through the whole path of prediction: scan, read, keep,
 four small untrained models in two frameworks, blend, consistency, submission. Time must grow like the slices, memory
 must not grow. Every slice is a file of its own; four studies are made and the others are copies of them with ids of
 their own, of 256 x 256 pixels, so that 20,000 slices take 3 GB. They are in the page cache, so a slow disk is not
@@ -82,23 +82,23 @@ def make_part(folder: Path, whole: Path, slices: int):
 
 
 def rerun(folder: Path, runs: list, out: Path):
-    "Submit one test set; in this process and its children."
+    "Submit one test set; in this process and its workers."
     from rsnape_kit.kaggle.submitter import submit
 
     began, cpu, test = time.perf_counter(), os.times(), read_csv(folder / "test.csv")
-    draft = submit(runs, None, None, float("inf"), competition=folder, out=out / "submission.csv", work=out,
+    state = submit(runs, None, None, float("inf"), competition=folder, out=out / "submission.csv", work=out,
                    progress=False)
     done = os.times()
     spent = sum(done[:4]) - sum(cpu[:4])
     peaks = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    result = {"slices": len(test), "studies": test[STUDY].nunique(), "scan, s": draft.seconds["scan"],
+    result = {"slices": len(test), "studies": test[STUDY].nunique(), "scan, s": state.seconds["scan"],
               "wall, s": time.perf_counter() - began,
-              "CPU, s": spent, "own peak, MB": peaks[0], "largest child, MB": peaks[1],
-              "answered": draft.studies["by every model"]}
+              "CPU, s": spent, "own peak, MB": peaks[0], "largest worker, MB": peaks[1],
+              "predicted": state.studies["by every model"]}
     print(json.dumps(result))
 
 
-def child(*words) -> str:
+def in_new_process(*words) -> str:
     command = [sys.executable, __file__, *map(str, words)]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
@@ -120,21 +120,21 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         made = make_competition(Path(scratch, "made"), 1, 4, args.per_study, 256, difficulty="demo", clean=True)
         for model in args.models:
-            child("--make", Path(scratch, "runs"), model)
+            in_new_process("--make", Path(scratch, "runs"), model)
         runs = sorted(Path(scratch, "runs").iterdir())
         whole = Path(scratch, "whole")
         make_test_set(whole, made, args.slices, args.per_study)
         for slices in (args.slices // 4, args.slices // 2, args.slices):
             folder = Path(scratch, str(slices))
             make_part(folder, whole, slices)
-            rows.append(json.loads(child("--rerun", folder, folder / "out", *runs).splitlines()[-1]))
+            rows.append(json.loads(in_new_process("--rerun", folder, folder / "out", *runs).splitlines()[-1]))
             print(rows[-1], flush=True)
     table = pd.DataFrame(rows)
     more = table.diff() / table["slices"].diff().to_numpy()[:, None]
     table["CPU ms a further slice"], table["wall ms a further slice"] = more["CPU, s"] * 1000, more["wall, s"] * 1000
     first, last = table["CPU ms a further slice"].iloc[[1, -1]]
     print(table.round(2).to_string(index=False))
-    grown = table["largest child, MB"].iloc[-1] / table["largest child, MB"].iloc[0]
+    grown = table["largest worker, MB"].iloc[-1] / table["largest worker, MB"].iloc[0]
     print(f"\nfour times the slices: the largest process is {grown:.2f} times as large, "
           f"a further slice costs {last / first:.2f} times the CPU")
 

@@ -172,11 +172,11 @@ def demo(
         print(ensemble.blend_weights.table().round(2).to_string())
         print(summary(ensemble.blend_weights))
     with _stage("the test studies, from DICOM to submission.csv", seconds, "submission"):
-        draft = submit(runs, ensemble, test, competition=folder / "competition", out=folder / "submission.csv",
+        state = submit(runs, ensemble, test, competition=folder / "competition", out=folder / "submission.csv",
                        work=folder / "results", tta=settings.tta)
     with _stage("score and report", seconds, "report"):
         preds = plan_predictions(runs, test, folder / "results", settings.tta).gather()
-        scores = _report(folder, settings, ensemble, preds, truth, (train, test), {**draft.seconds, **seconds})
+        scores = _report(folder, settings, ensemble, preds, truth, (train, test), {**state.seconds, **seconds})
     _print_scores(folder, settings, scores, seconds)
     return scores
 

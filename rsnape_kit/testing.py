@@ -33,7 +33,7 @@ class ArraySource:
         return len(self.slices)
 
     def __getitem__(self, rows) -> np.ndarray:
-        """Return the pixels of one row, [size, size], or of several, [rows, size, size]."""
+        "Return int16 [size, size] for an int, or [n, size, size]; `rows` as in `PixelSource`."
         return self.slices[rows]
 
 # %% ../nbs/14_testing.ipynb #a5e59370
@@ -111,9 +111,8 @@ def _image_evidence(truth: Predictions, distance: float, mimics: float, common, 
     return special.softmax(by_q, 1), log_ratio, ratio, study
 
 # %% ../nbs/14_testing.ipynb #6d0a2bac
-def simulate_model(
-    truth: Predictions, skill: float = 1., seed: int = 1, mimics: float = .4, temperature: float = 1.,
-) -> tuple[Predictions, pd.Series]:
+def simulate_model(truth: Predictions, skill: float = 1., seed: int = 1, mimics: float = .4,
+                   temperature: float = 1.) -> tuple[Predictions, pd.Series]:
     """Simulate the predictions of a calibrated model.
 
     Args:

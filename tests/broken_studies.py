@@ -1,4 +1,4 @@
-"Ways in which the files of a study are damaged, and whether there is a prediction all the same."
+"Ways in which the files of a study are damaged, and whether the study can still be predicted."
 import os
 import shutil
 from pathlib import Path

@@ -79,7 +79,7 @@ def ct_file(path, values, syntax=ExplicitVRLittleEndian, bits=16, slope="1", int
         ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         ds.compress(RLELossless, generate_instance_uid=False)
     elif syntax in ENCODERS:
-        words = values.view(np.uint16)  # JPEG knows no sign: only the bits that are stored go in
+        words = values.view(np.uint16)  # JPEG has no sign: only the stored bits are encoded
         if syntax != JPEGLSLossless:  # whose encoder here always takes 16
             words = words & np.uint16(2 ** bits - 1)
         ds.PixelData = encapsulate([bytes(ENCODERS[syntax](words, bits))])
@@ -129,6 +129,6 @@ def without_tags(path, out, rng):
 
 
 def quiet():
-    "Keep pydicom from warning of every damage."
+    "Suppress pydicom's warnings about damaged files."
     warnings.simplefilter("ignore")
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)

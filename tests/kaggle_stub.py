@@ -1,4 +1,4 @@
-"A server on loopback that answers Kaggle's client as Kaggle would, remembers what it was sent, and fails on request."
+"A server on loopback that imitates Kaggle's API, records the requests, and fails on demand."
 import io
 import json
 import threading
@@ -13,7 +13,7 @@ class Stub:
 
     def __init__(self):
         self.calls, self.blobs, self.datasets, self.faults = [], {}, {}, {}
-        self.pending = 2  # questions until a new version is ready
+        self.pending = 2  # status requests until a new version is ready
         self.lags = False  # whether the old version is called ready meanwhile
         self.kernel_states = ["QUEUED", "RUNNING", "COMPLETE"]
 
@@ -21,7 +21,7 @@ class Stub:
         "Bodies of the calls of one method."
         return [body for name, body in self.calls if name == method]
 
-    def answer(self, method: str, body: dict) -> tuple:
+    def respond(self, method: str, body: dict) -> tuple:
         self.calls.append((method, body))
         if method in self.faults:
             return self.faults[method]
@@ -113,7 +113,7 @@ def serving(stub: Stub):
 
         def do_POST(self):
             body = json.loads(self._body() or b"{}")
-            self._reply(*stub.answer(urlsplit(self.path).path.rpartition("/")[2], body))
+            self._reply(*stub.respond(urlsplit(self.path).path.rpartition("/")[2], body))
 
         def do_PUT(self):
             content = self._body()

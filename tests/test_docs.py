@@ -126,16 +126,17 @@ def commands(text: str) -> list:
 
 @pytest.mark.parametrize("path", [*FRONT, *DOCS], ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_commands_are_ones_that_the_command_line_takes(path):
-    "Those of shell blocks in whole, those named in a sentence by their options."
+    "Commands of shell blocks are parsed; of commands in a sentence the options are checked."
     for arguments in commands("".join(code for _, code in blocks(path, "sh"))):
         try:
             parser().parse_args(arguments)
         except SystemExit as error:
             raise AssertionError(f"rsnape {' '.join(arguments)}") from error
-    known = next(action.choices for action in parser()._actions if action.choices)
+    parsers = next(action.choices for action in parser()._actions if action.choices)
     for name, *rest in commands("\n".join(re.findall(r"`(rsnape [^`]+)`", path.read_text(encoding="utf-8")))):
-        assert name in known, f"rsnape {name}"
-        assert {word for word in rest if word.startswith("--")} <= set(known[name]._option_string_actions), (name, rest)
+        assert name in parsers, f"rsnape {name}"
+        options = {word for word in rest if word.startswith("--")}
+        assert options <= set(parsers[name]._option_string_actions), (name, rest)
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,7 @@ def strata(exams: pd.DataFrame, least: int) -> np.ndarray:  # least: minimum siz
 
 # %% ../../nbs/01_competition/06_folds.ipynb #5396c0b3
 def make_folds(studies: Iterable[str], truth: Predictions | None = None, n: int = 5, seed: int = 0) -> Folds:
-    """Assign studies to cross-validation folds, independently of the order given.
+    """Assign studies to cross-validation folds, independently of the order given; return `Folds` (study -> fold).
 
     Args:
         studies: StudyInstanceUIDs; duplicates are ignored.

@@ -80,7 +80,7 @@ def competition_loss(truth: Predictions, pred: Predictions) -> float:
 
     Args:
         truth: labels 0 or 1.
-        pred: all nine exam labels and the images, for at least the truth's studies and slices, in any order.
+        pred: probabilities of all nine exam labels and the images, for at least the truth's studies and slices, in any order.
 
     Raises:
         ValueError: the truth is empty or has other values, or a label, study or slice is not predicted.

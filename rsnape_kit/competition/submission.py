@@ -86,9 +86,8 @@ def _rule_problems(pred: Predictions) -> list:
             for line in _found(studies.to_list(), f"studies break the rule {rule!r}")]
 
 
-def check_submission(
-    table: Path | str | pd.DataFrame, sample: Path | str | pd.DataFrame, slices: pd.DataFrame | None = None,
-) -> list[str]:
+def check_submission(table: Path | str | pd.DataFrame, sample: Path | str | pd.DataFrame,
+                     slices: pd.DataFrame | None = None) -> list[str]:
     """Return a line for each kind of fault of a submission; an empty list if it is valid.
 
     Args:
@@ -107,9 +106,8 @@ def check_submission(
     return problems
 
 # %% ../../nbs/01_competition/07_submission.ipynb #e5eb3c35
-def write_submission(
-    pred: Predictions, sample: Path | str | pd.DataFrame, out: Path | str, fill: dict[str, float] | None = None,
-) -> Path:
+def write_submission(pred: Predictions, sample: Path | str | pd.DataFrame, out: Path | str,
+                     fill: dict[str, float] | None = None) -> Path:
     """Write a valid submission.csv and return its path.
 
     Args:

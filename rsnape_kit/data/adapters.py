@@ -33,7 +33,7 @@ class Prefetcher:
         self,
         batches,  # has a length, [i] and epoch
         workers: int = 2,  # threads, each of which makes one batch at a time
-        depth: int = 1,  # batches to prepare ahead
+        depth: int = 1,  # batches to prepare in advance
     ):
         self.batches, self.depth, self.pool = batches, depth, ThreadPoolExecutor(workers)
         self.pending: dict[tuple, Future] = {}
@@ -56,7 +56,7 @@ class Prefetcher:
 def keras_dataset(
     batches,  # has a length, [i], epoch and set_epoch
     workers: int = 1,  # threads that each make a batch; 1: batches are made when Keras takes them
-    max_queue_size: int = 4,  # batches to prepare ahead with several workers
+    max_queue_size: int = 4,  # batches to prepare in advance with several workers
 ):  # keras.utils.PyDataset
     "Wrap batches for Keras' fit, evaluate and predict."
     keras = require_module("keras", "pip install 'rsnape-kit[keras]' and TensorFlow or JAX, or use .torch()")

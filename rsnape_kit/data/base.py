@@ -198,12 +198,11 @@ class Batches(_BatchAccess):
 
     channels = False  # whether the last axis of rows becomes the channels
 
-    def __init__(
-        self, source: PixelSource, truth: Predictions | None = None, studies: Iterable[str] | None = None, *,
-        batch: int = 32, pixels: InputConfig | None = None, mask: SideMask | None = None, affine: AffineRange | None = None,
-        seed: int = 0, shuffle: bool = False, shard: tuple[int, int] = (0, 1), weights: bool = False, device: bool = False,
-        workers: int | None = None,
-    ):
+    def __init__(self, source: PixelSource, truth: Predictions | None = None, studies: Iterable[str] | None = None, *,
+                 batch: int = 32, pixels: InputConfig | None = None, mask: SideMask | None = None,
+                 affine: AffineRange | None = None, seed: int = 0, shuffle: bool = False,
+                 shard: tuple[int, int] = (0, 1), weights: bool = False, device: bool = False,
+                 workers: int | None = None):
         if truth is None and (weights or mask is not None):
             raise ValueError("weights=True and mask need labels: give the truth")
         for name, value, least in (("batch", batch, 1), ("seed", seed, 0)):

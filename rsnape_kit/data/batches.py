@@ -44,18 +44,17 @@ class ImageBatches(Batches):
         source: Slices, e.g. a SliceStore (training) or a DicomSource (inference).
         truth: Labels of at least the selected studies. None: batches without labels.
         studies: StudyInstanceUIDs to use, e.g. those of a fold. Default: all that the truth has.
-        balanced: Training: half of the slices positive, a quarter negative ones of positive studies, a quarter of others.
-        **settings: batch, pixels, mask, affine, seed, shuffle, shard, weights, device, workers as in
-            `help(rsnape_kit.data.base.Batches)`.
+        balanced: Draw half of the slices positive, a quarter negative in positive studies, a quarter in other studies.
+        **settings: batch (int, default 32), pixels (InputConfig), mask (SideMask; default none; needs `truth`), affine (AffineRange;
+            default none), seed (int from 0), shuffle (bool: a new order each epoch), shard ((i, n): process i of n), weights (bool:
+            add the metric's sample weights), device (bool: {"stored", "params"} instead of x), workers (int, threads).
 
     Raises:
         ValueError: An argument is out of range, a label is missing, or no slice is positive or weighted where that is needed.
     """
 
-    def __init__(
-        self, source: PixelSource, truth: Predictions | None = None, studies: Iterable[str] | None = None, *,
-        balanced: bool = False, **settings,
-    ):
+    def __init__(self, source: PixelSource, truth: Predictions | None = None, studies: Iterable[str] | None = None, *,
+                 balanced: bool = False, **settings):
         self.balanced = balanced
         super().__init__(source, truth, studies, **settings)
 
@@ -92,10 +91,8 @@ class ImageBatches(Batches):
 class _StudyLevelBatches(Batches):
     "Targets and weights that StudyBatches and GroupBatches share."
 
-    def __init__(
-        self, source: PixelSource, truth: Predictions | None = None, studies: Iterable[str] | None = None, *,
-        labels: Sequence[str] = EXAM_LABELS, batch: int = 1, balanced: bool = False, **settings,
-    ):
+    def __init__(self, source: PixelSource, truth: Predictions | None = None, studies: Iterable[str] | None = None, *,
+                 labels: Sequence[str] = EXAM_LABELS, batch: int = 1, balanced: bool = False, **settings):
         self.labels, unknown = list(labels), [label for label in labels if label not in EXAM_LABELS + AUX_LABELS]
         if unknown:
             raise ValueError(f"labels {', '.join(map(repr, unknown))}: expected some of {', '.join(EXAM_LABELS + AUX_LABELS)}")
@@ -131,17 +128,17 @@ class StudyBatches(_StudyLevelBatches):
         studies: StudyInstanceUIDs to use, e.g. those of a fold. Default: all that the truth has.
         frames: Slices of each study, one from each of equal intervals.
         random_frames: Take a random slice of each interval instead of its middle. Default: as `shuffle`.
-        **settings: labels (exam labels in the target, default EXAM_LABELS), batch (default 1), balanced (weight slices by class)
-            and pixels, mask, affine, seed, shuffle, shard, weights, device, workers as in `help(rsnape_kit.data.base.Batches)`.
+        **settings: labels (names, default EXAM_LABELS), batch (int, default 1), balanced (bool: weight slices by class),
+            pixels (InputConfig), mask (SideMask; default none; needs `truth`), affine (AffineRange;
+            default none), seed (int from 0), shuffle (bool: a new order each epoch), shard ((i, n): process i of n), weights (bool:
+            add the metric's sample weights), device (bool: {"stored", "params"} instead of x), workers (int, threads).
 
     Raises:
         ValueError: An argument is out of range, a label is unknown, or a study or slice has no label.
     """
 
-    def __init__(
-        self, source: PixelSource, truth: Predictions | None = None, studies: Iterable[str] | None = None, *,
-        frames: int = 256, random_frames: bool | None = None, **settings,
-    ):
+    def __init__(self, source: PixelSource, truth: Predictions | None = None, studies: Iterable[str] | None = None, *,
+                 frames: int = 256, random_frames: bool | None = None, **settings):
         self.frames, self.random_frames = frames, settings.get("shuffle", False) if random_frames is None else random_frames
         super().__init__(source, truth, studies, **settings)
 
@@ -177,18 +174,18 @@ class GroupBatches(_StudyLevelBatches):
         studies: StudyInstanceUIDs to use, e.g. those of a fold. Default: all that the truth has.
         groups: Groups per item, at least 2.
         width: Slices per group.
-        **settings: labels (exam labels in the target, default EXAM_LABELS), batch (default 1), balanced (weight slices by class)
-            and pixels, mask, affine, seed, shuffle, shard, weights, device, workers as in `help(rsnape_kit.data.base.Batches)`.
+        **settings: labels (names, default EXAM_LABELS), batch (int, default 1), balanced (bool: weight slices by class),
+            pixels (InputConfig), mask (SideMask; default none; needs `truth`), affine (AffineRange;
+            default none), seed (int from 0), shuffle (bool: a new order each epoch), shard ((i, n): process i of n), weights (bool:
+            add the metric's sample weights), device (bool: {"stored", "params"} instead of x), workers (int, threads).
 
     Raises:
         ValueError: An argument is out of range, a label is unknown, or a study or slice has no label.
     """
     channels = True
 
-    def __init__(
-        self, source: PixelSource, truth: Predictions | None = None, studies: Iterable[str] | None = None, *,
-        groups: int = 63, width: int = 5, **settings,
-    ):
+    def __init__(self, source: PixelSource, truth: Predictions | None = None, studies: Iterable[str] | None = None, *,
+                 groups: int = 63, width: int = 5, **settings):
         self.groups, self.width = groups, width
         super().__init__(source, truth, studies, **settings)
 

@@ -90,9 +90,8 @@ def combine(
     return np.where(total > 0, from_space(z, space), np.nan)
 
 # %% ../../nbs/11_ensemble/03_blending.ipynb #de6e2e27
-def blend(
-    preds: dict[str, Predictions], blend_weights: BlendWeights, slices: pd.DataFrame | None = None,
-) -> Predictions:
+def blend(preds: dict[str, Predictions], blend_weights: BlendWeights,
+          slices: pd.DataFrame | None = None) -> Predictions:
     """Return the weighted mean of several models' predictions, without gaps.
 
     Args:

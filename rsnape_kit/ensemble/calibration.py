@@ -88,9 +88,8 @@ def cross_calibrate(
     return cross_fit({"oof": oof}, truth, fit, lambda oofs, fitted: calibrate(oofs["oof"], fitted), folds)
 
 
-def fit_calibration(
-    oof: Predictions, truth: Predictions, folds: pd.Series | None = None, method: str = "platt", shrinkage: float = 3.,
-) -> Calibration:
+def fit_calibration(oof: Predictions, truth: Predictions, folds: pd.Series | None = None, method: str = "platt",
+                    shrinkage: float = 3.) -> Calibration:
     """Fit the calibration of each label on out-of-fold predictions.
 
     Args:

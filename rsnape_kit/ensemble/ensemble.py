@@ -103,10 +103,8 @@ def _fit_both(oofs: dict, truth: Predictions, space: str) -> Ensemble:
     return Ensemble(best_weights(members, truth, space), calibrations=calibrations)
 
 
-def fit_ensemble(
-    oofs: dict[str, Predictions], truth: Predictions, folds: Folds | pd.Series | dict[str, pd.Series] | None = None,
-    space: str = "probability",
-) -> Ensemble:
+def fit_ensemble(oofs: dict[str, Predictions], truth: Predictions,
+                 folds: Folds | pd.Series | dict[str, pd.Series] | None = None, space: str = "probability") -> Ensemble:
     """Fit calibrations (used only if they lower the nested loss), blend weights and positive-share model.
 
     Args:

@@ -66,10 +66,8 @@ def best_weights(
                         {label: a.prior for label, a in arrays.items()}, space)
 
 
-def blend_oof(
-    oofs: dict[str, Predictions], truth: Predictions, folds: pd.Series | dict[str, pd.Series] | None = None,
-    space: str = "probability", shrinkage: float = 1.,
-) -> Predictions:
+def blend_oof(oofs: dict[str, Predictions], truth: Predictions, folds: pd.Series | dict[str, pd.Series] | None = None,
+              space: str = "probability", shrinkage: float = 1.) -> Predictions:
     """Blend each study with weights that were fitted without its fold.
 
     Args:
@@ -88,10 +86,8 @@ def blend_oof(
     return cross_fit(oofs, truth, partial(best_weights, space=space, shrinkage=shrinkage), blend, folds)
 
 
-def fit_weights(
-    oofs: dict[str, Predictions], truth: Predictions, folds: pd.Series | dict[str, pd.Series] | None = None,
-    space: str = "probability", shrinkage: float = 1.,
-) -> BlendWeights:
+def fit_weights(oofs: dict[str, Predictions], truth: Predictions, folds: pd.Series | dict[str, pd.Series] | None = None,
+                space: str = "probability", shrinkage: float = 1.) -> BlendWeights:
     """Fit the blend weights of least competition loss and measure their out-of-fold loss.
 
     Args:

@@ -19,6 +19,7 @@ from ..models.keras_backend import all_devices, import_keras, load_weights, usab
 from ..models.registry import build_model
 from ..runs.config import KerasConfig
 from ..runs.folder import load_config
+from ..store.dicom_source import PixelSource
 from ..transforms.affine import AffineRange
 from ..utils.files import complete_folder
 
@@ -38,7 +39,7 @@ def pass_frames(
 class PassBatches(StudyBatches):
     "Batches of studies, each in enough passes to contain every slice, or at most `passes`."
 
-    def __init__(self, source, studies=None, *, passes: int | None = None, **settings):
+    def __init__(self, source: PixelSource, studies=None, *, passes: int | None = None, **settings):
         self.most = passes
         super().__init__(source, None, studies, **settings)
 
@@ -97,10 +98,10 @@ def predict_batches(
 # %% ../../nbs/09_inference/02_keras_predictor.ipynb #037da179
 def make_views(
     config: KerasConfig,
-    source,  # SliceStore or DicomSource
+    source: PixelSource,
     studies=None,  # StudyInstanceUIDs; default: all of the source
     tta: int = 0,  # augmented views besides the plain one
-    passes: int | None = None,  # of volume models, at most; default: until every slice is seen
+    passes: int | None = None,  # of volume models, at most; default: until every slice is used
     batch: int | None = None,  # default: as in training
     affine: AffineRange | None = None,  # default: as in training, or the solution's
 ) -> list:  # batches
@@ -116,7 +117,7 @@ def make_views(
     return views
 
 
-def _images(source, studies, **settings):
+def _images(source: PixelSource, studies, **settings):
     return ImageBatches(source, None, studies, **settings)
 
 
@@ -131,7 +132,7 @@ def load_run(
     if not weights.exists():
         checkpoint = complete_folder(Path(run) / "checkpoint")
         if checkpoint is None:
-            raise FileNotFoundError(f"{run} has no weights yet: not one epoch of it is done")
+            raise FileNotFoundError(f"{run} has no weights yet: none of its epochs is finished")
         weights = checkpoint / "best.npz"
         if not weights.exists():
             raise FileNotFoundError(f"{run} has no best weights yet: none of its epochs was validated; train it on")
@@ -144,17 +145,17 @@ def load_run(
 def predictor(
     run,  # folder of a run
     tta: int = 0,  # augmented views besides the plain one
-    passes: int | None = None,  # of volume models, at most; default: until every slice is seen
+    passes: int | None = None,  # of volume models, at most; default: until every slice is used
     batch: int | None = None,  # default: as in training
     mean: str = "logit",  # how probabilities are averaged
-    devices: int = 1,  # that share a batch
+    devices: int = 1,  # devices that share a batch
     precision: str | None = None,  # see load_run
-):  # function of a source, and perhaps studies, that gives Predictions
-    "Load a run once, to predict any number of sources."
+):  # function (source, studies=None) -> Predictions
+    "Load a run once; return a function that predicts any number of sources."
     config, model = load_run(run, precision)
     batch = -(-(batch or config.batch) // devices) * devices
 
-    def predict(source, studies=None) -> Predictions:
+    def predict(source: PixelSource, studies=None) -> Predictions:
         return predict_batches(model, make_views(config, source, studies, tta, passes, batch), mean)
 
     return predict
@@ -162,10 +163,10 @@ def predictor(
 
 def infer(
     run,  # folder of a run
-    source,  # SliceStore or DicomSource
+    source: PixelSource,
     studies=None,  # StudyInstanceUIDs; default: all of the source
     tta: int = 0,  # augmented views besides the plain one
-    passes: int | None = None,  # of volume models, at most; default: until every slice is seen
+    passes: int | None = None,  # of volume models, at most; default: until every slice is used
     batch: int | None = None,  # default: as in training
     mean: str = "logit",  # how probabilities are averaged
     backend: str | None = None,  # 'tensorflow' or 'jax'

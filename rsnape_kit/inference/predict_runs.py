@@ -21,14 +21,14 @@ from .results import StudyIndex, gather_results, index_studies, load_result, res
 from .supervisor import Worker, assign_gpus, run_workers, visible_gpus
 from .worker import Job, framework_of, networks_of
 from ..runs.folder import join_oof, run_settings
-from ..store.dicom_source import DicomSource
+from ..store.dicom_source import DicomSource, PixelSource
 from ..utils import processes as pool
 
 # %% ../../nbs/09_inference/07_predict_runs.ipynb #b0b99135
 @dataclass(frozen=True, eq=False)
 class PredictionPlan:
     "Runs, studies and the folders of the results."
-    source: object  # pixel source
+    source: PixelSource
     index: StudyIndex
     models: dict  # name -> folders of runs
     folders: dict  # folder of a run -> folder of its results
@@ -74,9 +74,9 @@ class PredictionPlan:
 
 def plan_predictions(
     runs,  # folders of runs, grouped by their model; or dict of name -> folders
-    source,  # folder of DICOM, slices table, or pixel source
+    source: PixelSource | pd.DataFrame | Path | str,  # a folder is one of DICOM, a table the slices table
     out="predictions",  # folder for the results
-    tta: int = 0,  # augmented looks besides the plain one
+    tta: int = 0,  # augmented views besides the plain one
     studies=None,  # StudyInstanceUIDs; default: all
 ) -> PredictionPlan:
     "Plan the predictions of some runs; raise FileNotFoundError if one has no weights."
@@ -191,7 +191,7 @@ def exclusive_folder(
     return pool.exclusive(folder, "another process is using {}: wait until it ends, or give another folder")
 
 # %% ../../nbs/09_inference/07_predict_runs.ipynb #c6013e70
-def predict(runs, source, tta: int = 0, out: Path | str = "predictions", studies=None, time_budget: float | None = None,
+def predict(runs, source: PixelSource | pd.DataFrame | Path | str, tta: int = 0, out: Path | str = "predictions", studies=None, time_budget: float | None = None,
             scratch: Path | str | None = None, mean: str = "logit", gpus: list | None = None,
             progress: bool | None = None) -> dict[str, Predictions]:
     """Predict studies with many runs; call it again to resume.

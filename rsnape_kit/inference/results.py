@@ -24,6 +24,7 @@ from ..data.slice_loader import SliceLoader
 from ..dicom.series import FILLED_WITH_AIR
 from .averaging import RunningMean
 from ..runs.folder import run_settings
+from ..store.dicom_source import PixelSource
 from ..store.slice_store import get_codec, read_footer, write_shard
 from ..utils.files import atomic_write
 from ..utils.processes import hold_lock
@@ -62,7 +63,7 @@ class LoadedStudy:
 
 
 def read_study(
-    source,  # pixel source
+    source: PixelSource,
     rows,  # ints
 ) -> LoadedStudy:
     "Read some slices of a source with all threads."
@@ -76,7 +77,7 @@ RESERVE = 4 << 30  # bytes of the scratch disk to leave free
 
 
 def fetch_study(
-    source,  # pixel source
+    source: PixelSource,
     rows,  # ints
     cached=None,  # path of the study in the scratch folder; None: no cache
     reserve: int = RESERVE,  # bytes of the disk to leave free
@@ -123,7 +124,7 @@ class StudyIndex:
 
 
 def index_studies(
-    source,  # pixel source
+    source: PixelSource,
     studies=None,  # StudyInstanceUIDs; default: all. Those missing from the source are left out
 ) -> StudyIndex:
     "Index some studies of a source."
@@ -147,7 +148,7 @@ def run_weights(
     names = ("best.npz", "weights.pt", "checkpoint/best.npz", "checkpoint.old/best.npz")
     found = next((path for name in names if (path := Path(run) / name).exists()), None)
     if found is None:
-        raise FileNotFoundError(f"{run} has no weights yet ({', '.join(names[:2])}): not one epoch of it is done, or it was "
+        raise FileNotFoundError(f"{run} has no weights yet ({', '.join(names[:2])}): none of its epochs is finished, or it was "
                                 "copied in part")
     return found
 

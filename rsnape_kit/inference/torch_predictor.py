@@ -23,18 +23,19 @@ from ..models.petaformer import need_torch
 from ..models.registry import build_model
 from ..runs.config import PetaFormerConfig
 from ..runs.folder import load_config
+from ..store.dicom_source import PixelSource
 from ..transforms.affine import AffineRange
 
 # %% ../../nbs/09_inference/03_torch_predictor.ipynb #c225c5b8
 def group_batches(
-    source,  # pixel source: a SliceStore, or DICOM
+    source: PixelSource,
     studies,  # StudyInstanceUIDs
     config: PetaFormerConfig,
     training: bool = False,  # shuffled and augmented
-    tta: int = 0,  # 0: pixels as they are; k: the k-th random map of each study
+    tta: int = 0,  # 0: pixels as they are; k: the k-th random transform of each study
     shard: tuple = (0, 1),  # (i, of) processes
 ):  # GroupBatches without labels
-    "Batches of groups for a PetaFormer."
+    "Return batches of slice groups for a PetaFormer."
     affine = config.affine if training else (config.affine or AffineRange()) if tta else None
     batches = GroupBatches(source, None, studies, groups=config.groups, width=config.slices, batch=config.batch,
                            pixels=config.pixels, seed=config.seed,
@@ -46,7 +47,7 @@ def group_batches(
 def tensors(
     batches,  # GroupBatches: an iterable of images with rows(i)
 ):  # yields tensors: images uint8 [B, groups, slices, H, W] (a view), rows int64 [B, groups, slices]
-    "Batches as the network wants them."
+    "Yield batches as tensors with the axes that the network takes."
     import torch
     for i, images in enumerate(batches):
         yield torch.as_tensor(images).permute(0, 1, 4, 2, 3), torch.as_tensor(batches.rows(i))
@@ -56,7 +57,7 @@ def resolve_precision(
     wanted: str,  # 'auto', 'bfloat16', 'float16' or 'float32'
     device,  # torch device
 ) -> str:  # 'bfloat16', 'float16' or 'float32'
-    "What precision to compute with."
+    "Return the precision to compute with on a device."
     import torch
     if wanted not in ("auto", "bfloat16", "float16", "float32"):
         raise ValueError(f"precision is {wanted!r}, expected 'auto', 'bfloat16', 'float16' or 'float32'")
@@ -67,34 +68,34 @@ def resolve_precision(
 
 
 def autocast(precision: str):
-    "A context in which matrix products are computed in that precision."
+    "Return a context in which matrix products are computed in that precision."
     import torch
     dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16}
     return torch.autocast("cuda", dtypes[precision]) if precision in dtypes else nullcontext()
 
 # %% ../../nbs/09_inference/03_torch_predictor.ipynb #7a640421
 def load_saved(
-    path,  # as torch.save wrote it
-    device="cpu",  # where tensors go
+    path,  # file written by torch.save
+    device="cpu",  # device of the tensors
 ):  # tensors and plain values
-    "Read a file, or say which one is damaged."
+    "Read a file; raise ValueError with its path if it is damaged."
     import torch
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
-        raise ValueError(f"{path} cannot be read ({repr(error)[:200]}): take another copy of the run") from error
+        raise ValueError(f"{path} cannot be read ({repr(error)[:200]}): the file is damaged, copy the run again") from error
 
 
 def load_model(
     run,  # folder of a run
     device=None,  # default: a GPU if there is one
 ) -> tuple:  # PetaFormer in evaluation mode, PetaFormerConfig
-    "The best network of a run."
+    "Load the network of a run with its best weights."
     need_torch()
     import torch
     config, weights = load_config(run, PetaFormerConfig), Path(run) / "weights.pt"
     if not weights.exists():
-        raise FileNotFoundError(f"{weights} is not there: the run has not finished an epoch, or was copied in part")
+        raise FileNotFoundError(f"{weights} does not exist: the run has not finished an epoch, or was copied only in part")
     state = load_saved(weights)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(config)
@@ -108,11 +109,11 @@ CLIP = .001  # PetaFormer's probabilities stay in [.001, .999]
 def predict_groups(
     model,  # PetaFormer in evaluation mode
     batches,  # GroupBatches
-    averager: ProbabilityAverager,  # to add to
+    averager: ProbabilityAverager,  # gets the probabilities
     precision: str = "float32",
     progress=iter,  # wraps the batches, e.g. in tqdm
 ) -> ProbabilityAverager:
-    "Add a network's probabilities for some batches."
+    "Add a network's probabilities for some batches to an averager, and return it."
     import torch
     device = next(model.parameters()).device
     with torch.inference_mode(), autocast(precision):
@@ -128,13 +129,13 @@ def predictor(
     device=None,  # default: a GPU if there is one
     batch: int | None = None,  # items at a time; default: as in training
     progress=None,  # whether to show a bar; default: in a terminal or notebook
-):  # function of a source, and perhaps studies, that gives Predictions
-    "Load a run once, to predict any number of sources."
+):  # function (source, studies=None) -> Predictions
+    "Load a run once; return a function that predicts any number of sources."
     model, config = load_model(run, device)
     config = replace(config, batch=batch or config.batch)
     precision = resolve_precision(config.precision, next(model.parameters()).device)
 
-    def predict(source, studies=None) -> Predictions:
+    def predict(source: PixelSource, studies=None) -> Predictions:
         studies, averager = source.table[STUDY].unique() if studies is None else studies, ProbabilityAverager(source.table)
         for number in range(tta + 1):
             batches = group_batches(source, studies, config, tta=number)
@@ -148,7 +149,7 @@ def predictor(
 
 def infer(
     run,  # folder of a run
-    source,  # pixel source: a SliceStore, or DICOM
+    source: PixelSource,
     studies=None,  # StudyInstanceUIDs; default: all of the source
     tta: int = 0,  # augmented views besides the plain one
     device=None,  # default: a GPU if there is one

@@ -22,6 +22,7 @@ from ..dicom.series import FILLED, FILLED_WITH_AIR
 from .results import fetch_study, load_result, save_failure, save_result
 from ..models.registry import BUILT_IN, ModelEntry, find_model, list_models, register_model
 from ..runs.folder import run_settings
+from ..store.dicom_source import PixelSource
 from ..utils.files import atomic_write
 
 # %% ../../nbs/09_inference/05_worker.ipynb #7ea56dd3
@@ -68,7 +69,7 @@ def framework_of(
 class Job:
     "The work of one worker process."
     framework: str
-    source: object  # pixel source, picklable
+    source: PixelSource  # picklable
     studies: tuple  # (key, rows) of each, see `StudyIndex`
     runs: dict  # folder of a run -> folder of its results
     tta: int = 0
@@ -158,9 +159,7 @@ def _predict_study(predict, folder, key: str, study):
         save_failure(folder, key, f"{type(error).__name__}: {error}")
 
 
-def work(
-    job: Job,
-):
+def work(job: Job):
     "Predict the studies of a job with its runs."
     predict = {}
     for entry in map(pickle.loads, job.networks.values()):
@@ -180,12 +179,12 @@ def work(
 
 def _check_finite(pred, lost):
     "Raise if the model predicts NaN for a slice with pixel data, or for some of the exam labels."
-    known = pred.exams[list(EXAM_LABELS)].notna().to_numpy()
+    predicted = pred.exams[list(EXAM_LABELS)].notna().to_numpy()
     gaps = pred.images.isna().to_numpy() & ~lost
     if gaps.any():
         raise ValueError(f"the model predicts NaN for {gaps.sum()} of {len(gaps)} slices; check its weights")
-    if known.any() and not known.all():
-        raise ValueError(f"the model predicts NaN for {(~known).sum()} of {known.size} exam labels; check its weights")
+    if predicted.any() and not predicted.all():
+        raise ValueError(f"the model predicts NaN for {(~predicted).sum()} of {predicted.size} exam labels; check its weights")
 
 
 def _note_filled(job: Job, key: str, study):

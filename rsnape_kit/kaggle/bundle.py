@@ -43,7 +43,7 @@ def copy_runs(
     for run in map(Path, runs):
         target = Path(out, "runs", run.name)
         if not run.exists():
-            raise FileNotFoundError(f"{run} is not there: give the folder of a run, or a file of weights")
+            raise FileNotFoundError(f"{run} does not exist: give the folder of a run, or a file of weights")
         if target.exists():
             raise FileExistsError(f"two runs are called {run.name}: rename one, the bundle needs different names")
         target.parent.mkdir(parents=True, exist_ok=True)

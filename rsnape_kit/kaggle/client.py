@@ -111,13 +111,13 @@ def _wait_ready(api, name: str, before: int, seconds: float, poll: float) -> int
     "Wait until Kaggle has unpacked a new version; return its number."
     end = time.monotonic() + seconds
     while True:
-        status, version = request(f"asking for {name}", _state, api, name)
+        status, version = request(f"the status of {name}", _state, api, name)
         if status in FAILED:
             raise KaggleError(f"Kaggle could not make the dataset {name}: its state is {status}. See its page for the reason")
         if status == READY and (version or 0) > before:
             return version
         if time.monotonic() > end:
-            raise KaggleError(f"{name} has no version after {before or 'none'} that is {READY} ({status or 'not there'}, version "
+            raise KaggleError(f"{name} has no version after {before or 'none'} that is {READY} ({status or 'missing'}, version "
                               f"{version}) after {seconds:.0f} s; check its page before you push a kernel that reads it")
         time.sleep(poll)
 
@@ -135,7 +135,7 @@ def push_bundle(
     manifest = read_json(folder / MANIFEST)[0]
     notes = notes or f"{manifest.get('version', '')} {manifest.get('commit') or ''}".strip() or "new version"
     api = client()
-    status, before = request(f"asking for {name}", _state, api, name)
+    status, before = request(f"the status of {name}", _state, api, name)
     if before is None:
         raise KaggleError(f"Kaggle does not return which version {name} has now, so a new version cannot be recognised: try again")
     if status:
@@ -189,7 +189,7 @@ def wait_kernel(
     "Wait until a kernel's last run has finished; raise KaggleError if it failed."
     api, end = api or client(), time.monotonic() + wait
     while True:
-        response = request(f"asking for {name}", api.kernels_status, name)
+        response = request(f"the status of {name}", api.kernels_status, name)
         status = response.status.name.lower()
         if status == "complete":
             return
@@ -214,7 +214,7 @@ def submit_kernel(
     refuse(faults or name_faults(name, f"id in {Path(folder, KERNEL)}"), f"the submission of {folder}")
     api = client()
     wait_kernel(name, wait, poll, api)
-    version = version or request(f"asking for {name}", api.newest_version, name)
+    version = version or request(f"the status of {name}", api.newest_version, name)
     if not version:
         raise KaggleError(f"Kaggle does not return the newest version of {name}: name one (option --version)")
     response = request(f"submitting {name}", api.competition_submit_code, "submission.csv", message, competition, name, version, quiet=True)

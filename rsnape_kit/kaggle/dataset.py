@@ -28,7 +28,7 @@ LICENCES = ("apache-2.0", "CC0-1.0", "CC-BY-4.0", "CC-BY-SA-3.0", "CC-BY-SA-4.0"
 def read_json(path: Path) -> tuple:
     "Return the object in a JSON file and the file's faults; one of the two is empty."
     if not path.is_file():
-        return {}, [f"{path} is not there: make it, or give the folder that has it"]
+        return {}, [f"{path} does not exist: make it, or give the folder that has it"]
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

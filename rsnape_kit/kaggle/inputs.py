@@ -103,7 +103,7 @@ def usable_runs(
     runs,  # folders of runs, or dict of name -> folders
     work: Path,  # folder for their predictions
     tta: int,  # augmented views
-    draft: SubmissionState,  # gets the errors, and a default ensemble if it has none
+    state: SubmissionState,  # gets the errors, and a default ensemble if it has none
 ) -> dict:  # name -> folders
     "Return the runs that can predict."
     named = isinstance(runs, dict)
@@ -113,14 +113,14 @@ def usable_runs(
         try:
             name = _checked(run, work, tta, name)
         except Exception as error:
-            draft.problems[str(run)] = one_line(error)
+            state.problems[str(run)] = one_line(error)
             continue
         models[name] = list(dict.fromkeys([*models.get(name, ()), os.fspath(run)]))
-    if not draft.ensemble.models:
-        draft.ensemble = default_ensemble(list(models), draft.ensemble.blend_weights.prior)
-    for name in [name for name in models if name not in draft.ensemble.models]:
-        known = ", ".join(draft.ensemble.models)
-        draft.problems |= {run: f"the ensemble has no model {name!r}, only {known}" for run in models.pop(name)}
+    if not state.ensemble.models:
+        state.ensemble = default_ensemble(list(models), state.ensemble.blend_weights.prior)
+    for name in [name for name in models if name not in state.ensemble.models]:
+        allowed = ", ".join(state.ensemble.models)
+        state.problems |= {run: f"the ensemble has no model {name!r}, only {allowed}" for run in models.pop(name)}
     return models
 
 

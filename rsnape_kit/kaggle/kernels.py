@@ -143,10 +143,10 @@ def export_kernel(
     notebook, faults = read_json(Path(root, "nbs", "kernels", f"{name}.ipynb"))
     if faults:
         raise FileNotFoundError(faults[0])
-    known = copies(name, settings.get("folds", FOLDS))
-    first = variant in (None, next(iter(known)))
+    variants = copies(name, settings.get("folds", FOLDS))
+    first = variant in (None, next(iter(variants)))
     folder = Path(root, "kernels", name if first else f"{name}-{slug_of(variant)}")
-    values = known[next(iter(known)) if first else variant] if values is None else values
+    values = variants[next(iter(variants)) if first else variant] if values is None else values
     _write(folder / f"{name}.ipynb", pushed(notebook, values), indent=1)
     _write(folder / KERNEL, kernel_metadata(name, owner, variant, **settings), indent=2)
     return folder

@@ -103,7 +103,7 @@ def _sources(meta: dict) -> list:
             elif str(entry).startswith(f"{OWNER}/"):
                 found += name_faults(entry, f"an entry of {key}")
     if not meta.get("competition_sources"):
-        found.append("competition_sources is empty: name the competition, or its data is not there")
+        found.append("competition_sources is empty: name the competition, or its data is missing")
     return found
 
 
@@ -262,7 +262,7 @@ def _faults(folder: Path, bundle: Path | None, submits: bool | None) -> list:
     found = kernel_metadata_faults(meta)
     path = folder / str(meta.get("code_file"))
     if not path.is_file():
-        return [*found, f"{path}, the code_file, is not there: name a file beside {KERNEL}"]
+        return [*found, f"{path}, the code_file, does not exist: name a file beside {KERNEL}"]
     if submits is None:
         submits = not NO_SUBMISSION.match(str(meta.get("id")).rpartition("/")[2])
     return found + _code_faults(path, meta, bundle, submits)

@@ -136,10 +136,7 @@ class Session:
         return f"{self.kind} on {accelerator}, {machine}, Keras on {self.backend}, {hours}"
 
 
-def session(
-    kaggle: Path = KAGGLE,
-    environ=os.environ,
-) -> Session:
+def session(kaggle: Path = KAGGLE, environ=os.environ) -> Session:
     "Describe this session from files and environment variables, without loading a framework."
     accelerator, devices = _accelerator(environ)
     kind = environ.get("KAGGLE_KERNEL_RUN_TYPE", "local").lower()
@@ -188,7 +185,7 @@ from rsnape_kit.kaggle import attach; attach()
 """
 
 
-def attach(kaggle: Path = KAGGLE, environ=os.environ) -> Session:
+def attach(kaggle: Path = KAGGLE, environ=None) -> Session:
     """Make the bundle that this module belongs to importable, in this process and in child processes.
 
     Adds the bundle and its `site` folder to `sys.path` and PYTHONPATH, and sets KERAS_BACKEND and NUMBA_CACHE_DIR unless they
@@ -196,7 +193,7 @@ def attach(kaggle: Path = KAGGLE, environ=os.environ) -> Session:
 
     Args:
         kaggle: folder with input, working and temp.
-        environ: environment variables to read and change.
+        environ: environment variables to read and change, name -> value; default: os.environ.
 
     Returns:
         The session: kind of run, accelerator, cores, memory, time left.
@@ -204,6 +201,7 @@ def attach(kaggle: Path = KAGGLE, environ=os.environ) -> Session:
     Raises:
         ImportError: if files of the bundle are missing or changed, or it is for another Python or image.
     """
+    environ = os.environ if environ is None else environ
     bundle, here = Path(__file__).absolute().parents[2], session(kaggle, environ)
     verify(bundle, here.accelerator if here.kind != "local" else "")
     folders = [str(bundle), str(bundle / "site")]

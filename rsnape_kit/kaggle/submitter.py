@@ -75,21 +75,21 @@ def submit(runs=None, ensemble=None, source=None, time_budget: float | None = No
         OSError: if `out` cannot be written.
     """
     began = time.time()
-    draft = _first_draft(Path(competition or competition_dir()), ensemble, Path(out))
-    draft.seconds["first version"] = time.time() - began
+    state = _first_version(Path(competition or competition_dir()), ensemble, Path(out))
+    state.seconds["first version"] = time.time() - began
     try:
-        end = _end(time_budget, began) - 1 - 3 * draft.seconds["first version"]
-        work = Path(work or (KAGGLE / "temp" / "submit" if KAGGLE.exists() else draft.out.parent / "submit-work"))
-        models = usable_runs(input_runs() if runs is None else runs, work, tta, draft)
+        end = _end(time_budget, began) - 1 - 3 * state.seconds["first version"]
+        work = Path(work or (KAGGLE / "temp" / "submit" if KAGGLE.exists() else state.out.parent / "submit-work"))
+        models = usable_runs(input_runs() if runs is None else runs, work, tta, state)
         if models and time.time() < end:
             source = Path(competition or competition_dir(), "test") if source is None else source
-            _improve(draft, models, source, end, work, tta, gpus=gpus, every=every, progress=progress)
-        draft.finished |= not models and not draft.problems
+            _improve(state, models, source, end, work, tta, gpus=gpus, every=every, progress=progress)
+        state.finished |= not models and not state.problems
     except Exception as error:  # the present file remains the submission
-        draft.problems["submit"] = one_line(error)
-    draft.note()
-    print(draft.summary)
-    return draft
+        state.problems["submit"] = one_line(error)
+    state.note()
+    print(state.summary)
+    return state
 
 # %% ../../nbs/13_kaggle/12_submitter.ipynb #8c39d116
 def _end(time_budget, began: float) -> float:
@@ -100,19 +100,19 @@ def _end(time_budget, began: float) -> float:
     return float("inf") if here.limit is None else here.started + min(HOURS * HOUR, here.limit - HOUR / 2)
 
 
-def _first_draft(competition: Path, ensemble, out: Path) -> SubmissionState:
+def _first_version(competition: Path, ensemble, out: Path) -> SubmissionState:
     "Write the prior's submission, unless an earlier session's file ranks higher."
     test, sample = (read_csv(competition / f"{name}.csv") for name in ("test", "sample_submission"))
     test, problems = test.drop_duplicates([STUDY, SLICE]), {}
     ensemble = find_ensemble(ensemble, test, competition / "train.csv", problems)
-    draft = SubmissionState(ensemble, test, sample, out, problems=problems)
+    state = SubmissionState(ensemble, test, sample, out, problems=problems)
     out.parent.mkdir(parents=True, exist_ok=True)
-    draft.load_previous()
-    draft.write({})
-    return draft
+    state.load_previous()
+    state.write({})
+    return state
 
 # %% ../../nbs/13_kaggle/12_submitter.ipynb #23aba178
-def _improve(draft: SubmissionState, models: dict, source, end: float, work: Path, tta: int, **how):
+def _improve(state: SubmissionState, models: dict, source, end: float, work: Path, tta: int, **how):
     "Predict with the models and write the submission."
     from rsnape_kit.inference.predict_runs import exclusive_folder, plan_predictions
 
@@ -120,32 +120,32 @@ def _improve(draft: SubmissionState, models: dict, source, end: float, work: Pat
         if isinstance(source, str | os.PathLike):
             began = time.time()
             source = scan_in_time(source, work / "slices.parquet", end)
-            draft.seconds["scan"] = time.time() - began
-        all_runs = plan_predictions(models, source, work, tta, draft.test[STUDY].unique())
-        for study in set(draft.test[STUDY]) - set(all_runs.index.rows):
-            draft.problems[study] = "has no slices in the source"
-        _predict(draft, all_runs, end, work / "scratch", **how)
+            state.seconds["scan"] = time.time() - began
+        all_runs = plan_predictions(models, source, work, tta, state.test[STUDY].unique())
+        for study in set(state.test[STUDY]) - set(all_runs.index.rows):
+            state.problems[study] = "has no slices in the source"
+        _predict(state, all_runs, end, work / "scratch", **how)
         shutil.rmtree(work / "scratch", ignore_errors=True)
-        draft.problems |= all_runs.problems()
-        draft.finished = bool((all_runs.done().to_numpy() | all_runs.failed().to_numpy()).all())
-        draft.write(all_runs.gather(), all_runs)
+        state.problems |= all_runs.problems()
+        state.finished = bool((all_runs.done().to_numpy() | all_runs.failed().to_numpy()).all())
+        state.write(all_runs.gather(), all_runs)
 
 
-def _predict(draft: SubmissionState, all_runs, end: float, scratch: Path, **how):
+def _predict(state: SubmissionState, all_runs, end: float, scratch: Path, **how):
     "Predict stage by stage, writing better versions in between."
     from rsnape_kit.inference.predict_runs import run_plan
 
-    parts = stages(all_runs.models, draft.ensemble)
+    parts = stages(all_runs.models, state.ensemble)
     if end == float("inf"):  # without a deadline the order does not matter, and each framework starts only once
         parts = [[run for part in parts for run in part]]
     for k, part in enumerate(parts, 1):
         if time.time() >= end:
             return
         if k > 1:
-            draft.try_write(all_runs)
+            state.try_write(all_runs)
         try:
-            took = run_plan(all_runs.only(part), end, scratch, watch=lambda: draft.try_write(all_runs), **how)
+            took = run_plan(all_runs.only(part), end, scratch, watch=lambda: state.try_write(all_runs), **how)
         except Exception as error:  # other stages may work, and predictions so far are kept
-            draft.problems[f"stage {k}"] = one_line(error)
+            state.problems[f"stage {k}"] = one_line(error)
             continue
-        draft.seconds |= {what if len(parts) == 1 else f"{what}, stage {k}": seconds for what, seconds in took.items()}
+        state.seconds |= {what if len(parts) == 1 else f"{what}, stage {k}": seconds for what, seconds in took.items()}

@@ -68,12 +68,10 @@ def list_models() -> list[str]:
     return list(_MODELS)
 
 
-def find_model(
-    name: str,
-) -> ModelEntry:
+def find_model(name: str) -> ModelEntry:
     "Return the entry of a model; raise ValueError for an unknown name."
     if name not in _MODELS:
-        raise ValueError(f"unknown model {name!r}; known are {', '.join(_MODELS)}. Add your own with "
+        raise ValueError(f"unknown model {name!r}; expected one of {', '.join(_MODELS)}. Add your own with "
                          "rsnape_kit.models.registry.register_model(name, factory)")
     return _MODELS[name]
 
@@ -171,7 +169,7 @@ def compile_model(
     keras = import_keras()
     optimizers = {"adam": keras.optimizers.Adam, "adamax": keras.optimizers.Adamax, "adamw": keras.optimizers.AdamW}
     if config.optimizer not in optimizers:
-        raise ValueError(f"unknown optimizer {config.optimizer!r}; known are {', '.join(optimizers)}")
+        raise ValueError(f"unknown optimizer {config.optimizer!r}; expected one of {', '.join(optimizers)}")
     optimizer = optimizers[config.optimizer](config.phases[0].lr, global_clipnorm=config.clip, use_ema=bool(config.ema),
                                              ema_momentum=config.ema or .99)
     loss = {"exams": weighted_bce(), "images": weighted_bce()} if config.is_volume else weighted_bce()

@@ -17,6 +17,7 @@ from ..competition.predictions import Predictions
 from ..competition.tables import locate, slice_index
 from .curves import GRID
 from .html import join_html, light, number, png, svg, tag
+from ..store.dicom_source import PixelSource
 from ..transforms.windows import HU_SCALE, PE, apply_windows
 
 # %% ../../nbs/12_report/04_figures.ipynb #92379910
@@ -125,7 +126,7 @@ def representative_slices(
 
 # %% ../../nbs/12_report/04_figures.ipynb #2605b949
 def frame(
-    source,  # pixel source
+    source: PixelSource,
     row: int,  # of source.table
     keep: float = .72,  # share of the width to keep
 ) -> np.ndarray:  # uint8 [H, W]
@@ -141,7 +142,7 @@ def strip(
     slices: pd.DataFrame,  # slices table
     truth: Predictions,
     pred: Predictions,
-    source=None,  # pixel source; None, or one without this study, shows no slices
+    source: PixelSource | None = None,  # None, or one without this study, shows no slices
     count: int = 6,
 ) -> Markup | None:  # None if the slices table lacks the study
     "Return a study's profile and some of its slices."

@@ -29,6 +29,7 @@ from rsnape_kit.report.sections import (
     time_section,
     worst_studies_section,
 )
+from ..store.dicom_source import PixelSource
 from ..utils.files import atomic_write
 
 # %% ../../nbs/12_report/06_pages.ipynb #264da24f
@@ -53,7 +54,7 @@ def _makers(slices: pd.DataFrame, dicom) -> pd.Series:
     return study_tags(slices.drop_duplicates(STUDY), root=dicom) if "path" in slices else pd.Series(dtype=object)
 
 # %% ../../nbs/12_report/06_pages.ipynb #0aa6b56f
-def write_report(out: Path | str, truth: Predictions, contenders: dict, slices: pd.DataFrame | None = None, source=None,
+def write_report(out: Path | str, truth: Predictions, contenders: dict, slices: pd.DataFrame | None = None, source: PixelSource | None = None,
                  priors: dict | None = None, weights: BlendWeights | None = None, submitted: Predictions | None = None, q=None,
                  groups: dict | None = None, dicom: Path | str = "", stages: dict | None = None,
                  title: str = "Pulmonary embolism report", note: str = "", times: int = 300, worst: int = 6) -> Path:
@@ -137,9 +138,9 @@ def mask_unpredicted(
 ) -> Predictions:  # NaN where no model predicted
     "Set values to NaN that no model predicted."
     exams, images = pred.exams[list(EXAM_LABELS)], pred.images
-    exam_known = [part.exams.reindex(exams.index)[exams.columns].notna().to_numpy() for part in preds.values()]
-    image_known = [part.images.reindex(images.index).notna().to_numpy() for part in preds.values()]
-    return Predictions(exams.where(np.any(exam_known, 0)), images.where(np.any(image_known, 0)))
+    exam_predicted = [part.exams.reindex(exams.index)[exams.columns].notna().to_numpy() for part in preds.values()]
+    image_predicted = [part.images.reindex(images.index).notna().to_numpy() for part in preds.values()]
+    return Predictions(exams.where(np.any(exam_predicted, 0)), images.where(np.any(image_predicted, 0)))
 
 
 def exam_table(
@@ -153,7 +154,7 @@ def exam_table(
 def study_section(
     study: str,  # StudyInstanceUID
     pred: Predictions,  # NaN where not predicted
-    source,  # pixel source with this study
+    source: PixelSource,  # with this study
     count: int = 5,  # slices to show
     problem: str = "",  # what went wrong
 ) -> Markup:
@@ -176,7 +177,7 @@ def study_section(
                     tag("div", *figures, class_="slices"))
 
 
-def write_study_page(out: Path | str, pred: Predictions, source, title: str = "Pulmonary embolism study page", note: str = "",
+def write_study_page(out: Path | str, pred: Predictions, source: PixelSource, title: str = "Pulmonary embolism study page", note: str = "",
                      problems: dict | None = None) -> Path:
     """Write an HTML page of predictions without labels: exam labels, profile and slices of each study.
 

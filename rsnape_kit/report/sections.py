@@ -20,6 +20,7 @@ from .curves import precision_recall, rank_predictions, reliability_band, roc
 from .figures import curve_panel, reliability_panel, strip
 from .html import SERIES_COLOURS, bar, join_html, label_name, number, svg, table, tag, whisker
 from .scores import ReportData, by_group, by_label, interval, study_losses, worst_studies
+from ..store.dicom_source import PixelSource
 
 # %% ../../nbs/12_report/05_sections.ipynb #0835b5fa
 def headline(subject: ReportData) -> Markup:
@@ -135,9 +136,7 @@ def group_section(
     return join_html(*parts) if parts else None
 
 # %% ../../nbs/12_report/05_sections.ipynb #fb0c3182
-def blend_section(
-    weights: BlendWeights,
-) -> Markup:
+def blend_section(weights: BlendWeights) -> Markup:
     "Return each model's weight for each label, and the gain."
     rows = [[label_name(label), *(_heat(w) for w in given)] for label, given in weights.table().iterrows()]
     parts = [table(["weight", *weights.models], rows)]
@@ -182,7 +181,7 @@ def consistency_section(
 def worst_studies_section(
     subject: ReportData,
     slices: pd.DataFrame | None = None,  # slices table; without it there is no order, and no profile
-    source=None,  # pixel source, for pictures
+    source: PixelSource | None = None,  # for pictures
     count: int = 6,  # studies
 ) -> Markup:
     "Return the studies with the largest loss: labels, profile, slices."

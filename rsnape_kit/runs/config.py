@@ -21,7 +21,7 @@ from ..utils.files import validate_name
 # %% ../../nbs/08_runs/01_config.ipynb #7100e216
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    "What identifies a run."
+    "The settings that identify a run."
     model: str  # name of a registered model, e.g. 'efficientnet'
     fold: int = 0  # the fold held out
     seed: int = 0  # of everything random: first weights, order, augmentation, dropout
@@ -116,7 +116,7 @@ class TrainConfig(RunConfig):
     network: dict = field(default_factory=dict)  # more arguments of the model's factory: width, depth, ...
     pixels: InputConfig = InputConfig()  # how slices become input
     affine: AffineRange | None = AffineRange()  # random affine transforms in training
-    batch: int = 32  # slices, or studies, a step
+    batch: int = 32  # slices or studies per step
     phases: tuple[Phase, ...] = PHASES_B1
     slice_warmup: SliceWarmup | None = None  # models of whole studies: steps on single slices first
     loss: str = "bce"  # or 'metric': weighted as the competition's metric
@@ -142,17 +142,17 @@ class KerasConfig(TrainConfig):
     Args:
         model: name of a registered model of kind 'image' or 'volume'.
         fold: number of the fold that is held out.
-        seed: of first weights, order, augmentation and dropout.
+        seed: seed of initial weights, order, augmentation and dropout.
         network: further arguments of the model's factory, such as variant, width, depth, pool.
         pixels: how stored slices become input (windows, field of view, size in pixels).
         frames: slices of a study that a volume model sees at once.
-        mask: side masks that hide a side whose label leaves it open; None: no masks.
+        mask: random masking of sides without an embolus; None: no masks.
         affine: ranges of the random affine transforms in training; None: none.
         balanced: image models: half the slices of a batch are positive; with loss='metric', slices are weighted by class.
-        batch: slices (image) or studies (volume) a step, over all devices.
-        steps: steps an epoch; default: every slice or study once.
+        batch: slices (image) or studies (volume) per step, over all devices.
+        steps: steps per epoch; default: every slice or study once.
         phases: epochs and learning rates, one `Phase` after another.
-        validate: score the held-out studies after so many epochs, and after the last.
+        validate: number of epochs between two validations on the held-out studies; the last epoch is always validated.
         loss: 'bce', the solution's, or 'metric', the competition's.
         slice_warmup: volume models: steps on single slices first.
         emphasis: volume models: factor on the weight of the slices' loss.
@@ -161,7 +161,7 @@ class KerasConfig(TrainConfig):
         ema: momentum of averaged weights, which are then validated and kept; None: no averaging.
         clip: largest norm of the gradient; None: no clipping.
         precision: 'float32', 'bfloat16', 'float16', or 'auto', which a run replaces by what its device has when it starts.
-        store: fingerprint, filled in by `train`, as are those of `split` and `pretrained`.
+        store, split, pretrained: fingerprints of pixels, folds and weights, filled in by `train`.
     """
     frames: int = 256
     mask: SideMask | None = SideMask()
@@ -186,24 +186,24 @@ class PetaFormerConfig(TrainConfig):
     Args:
         model: name of a registered model of kind 'groups'.
         fold: number of the fold that is held out.
-        seed: of first weights, order, augmentation and dropout.
+        seed: seed of initial weights, order, augmentation and dropout.
         network: further arguments of the model's factory; see `PetaFormer`.
-        pixels: how stored slices become input; one window.
-        groups: groups of neighbouring slices an item; a longer study is several items.
-        slices: neighbouring slices a group.
-        affine: ranges of the random affine transforms in training, one transform a study; None: none.
-        batch: items a step and process.
-        accumulate: batches a step of the optimiser.
+        pixels: how stored slices become input (field of view, size in pixels); exactly one window.
+        groups: groups of neighbouring slices per item; a longer study becomes several items.
+        slices: neighbouring slices per group.
+        affine: ranges of the random affine transforms in training, one transform per study; None: none.
+        batch: items per step and process.
+        accumulate: batches per step of the optimiser.
         phases: epochs and learning rates of transformer and heads, one `Phase` after another.
         backbone_lr: factor on the learning rate for the backbone (the CNN); 0: it is not trained on studies.
         slice_warmup: steps of the backbone on single slices first.
         loss: 'metric' or 'bce', see `GroupTargets`.
         auxiliary: weight of each auxiliary label in the loss.
-        weight_decay: of the optimiser.
+        weight_decay: weight decay of the optimiser.
         clip: largest norm of the gradient; None: no clipping.
         precision: 'auto' (bfloat16 or float16 by the GPU, float32 on a CPU; may change when a run is resumed elsewhere),
             'bfloat16', 'float16' or 'float32'. On a CPU it is always float32.
-        store: fingerprint, filled in by `train`, as are those of `split` and `pretrained`.
+        store, split, pretrained: fingerprints of pixels, folds and weights, filled in by `train`.
     """
     model: str = "petaformer"
     pixels: InputConfig = InputConfig((PE,), "fixed", 256)
@@ -230,9 +230,7 @@ def default_config(
     return CONFIGS[find_model(model).framework](model=model)
 
 # %% ../../nbs/08_runs/01_config.ipynb #f4496ef6
-def check_config(
-    config: TrainConfig,
-):
+def check_config(config: TrainConfig):
     "Raise ValueError for settings that have no effect for the model, or that it cannot be trained with."
     kind, loss = config.entry.kind, config.loss
     if not isinstance(config, CONFIGS[config.entry.framework]):

@@ -66,7 +66,7 @@ def load_config(run: Path | str, kind: type | None = None):
     unknown = sorted(set(settings) - {field.name for field in fields(kind)})
     if unknown:
         raise ValueError(f"{run}/config.json has the setting {unknown[0]!r} that {kind.__name__} does not have; "
-                         "was it trained with another framework, or a newer rsnape_kit?")
+                         "read it with the dataclass of its framework, or update rsnape_kit")
     return from_json(kind, settings)
 
 # %% ../../nbs/08_runs/03_folder.ipynb #dc72e954

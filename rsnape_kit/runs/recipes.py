@@ -36,7 +36,7 @@ def override_settings(config, pairs):
         A copy; `config` stays as it is.
 
     Raises:
-        ValueError: for an unknown name, or text where another kind of value is expected.
+        ValueError: for an unallowed name, or text where another kind of value is expected.
     """
     for pair in pairs:
         name, equals, text = pair.partition("=")
@@ -51,10 +51,10 @@ def _put(holder, names: list, value, pair: str):
     items = dict(enumerate(holder)) if isinstance(holder, tuple) else holder
     name = int(names[0]) if items is not holder and names[0].isdecimal() else names[0]
     if items is not holder or not isinstance(holder, dict):
-        known = list(items) if items is not holder else [each.name for each in fields(holder)] if is_dataclass(holder) else []
-        if name not in known:
+        allowed = list(items) if items is not holder else [each.name for each in fields(holder)] if is_dataclass(holder) else []
+        if name not in allowed:
             raise ValueError(f"{pair!r}: there is no setting {names[0]!r} in {type(holder).__name__}; "
-                             f"known are {', '.join(map(str, known)) or 'none'}")
+                             f"allowed are {', '.join(map(str, allowed)) or 'none'}")
     now = items.get(name) if isinstance(items, dict) else getattr(holder, name)
     if len(names) > 1:
         value = _put(now, names[1:], value, pair)
@@ -101,9 +101,7 @@ DEMO = {
 BACKBONE_FROM = {"efficientnet3d": "efficientnet"}  # model -> model whose best.npz of the same fold it starts from
 
 # %% ../../nbs/08_runs/02_recipes.ipynb #c5fd3914
-def quick(
-    config: TrainConfig,
-) -> TrainConfig:
+def quick(config: TrainConfig) -> TrainConfig:
     "Return settings that train for a few steps."
     warmup = config.slice_warmup and replace(config.slice_warmup, steps=2, batch=8)
     short = replace(config, phases=(replace(config.phases[-1], epochs=1),), slice_warmup=warmup)
@@ -118,13 +116,13 @@ def find_recipe(
     model: str,  # name of a registered model
 ) -> TrainConfig:
     "Return the settings that a recipe has for a model; the defaults for a model of one's own in 'full'."
-    known = RECIPES[recipe]
-    if model in known:
-        return known[model]
+    allowed = RECIPES[recipe]
+    if model in allowed:
+        return allowed[model]
     try:
         config = default_config(model)
     except ValueError as error:
-        raise ValueError(f"the recipe {recipe!r} has {', '.join(known)}: {error}") from error
+        raise ValueError(f"the recipe {recipe!r} has {', '.join(allowed)}: {error}") from error
     if recipe != "full":
-        raise ValueError(f"the recipe {recipe!r} has {', '.join(known)}, and no settings for {model!r}: take the recipe 'full'")
+        raise ValueError(f"the recipe {recipe!r} has {', '.join(allowed)}, and no settings for {model!r}: take the recipe 'full'")
     return config

@@ -122,17 +122,25 @@ def update_bar(
     bar.refresh()
 
 # %% ../../nbs/10_training/07_cross_validation.ipynb #8f66b0ae
-def train_all(
-    plan: CrossValidation,
-    at_once: int | None = None,  # trainings; default: one per core, at most three
-) -> list:  # folders of runs
-    "Train every model on every fold; a second call resumes."
+def train_all(plan: CrossValidation, at_once: int | None = None) -> list[Path]:
+    """Train every model on every fold, each training in a process of its own; a second call resumes.
+
+    Args:
+        plan: store, labels, models, number of folds and recipe; see `CrossValidation`.
+        at_once: trainings that run at the same time; default: one per core, at most three.
+
+    Returns:
+        The folders of the runs, each with its out-of-fold predictions in oof/.
+
+    Raises:
+        RuntimeError: a training failed; names its command and its log.
+    """
     trainings = plan.trainings
     with ThreadPoolExecutor(at_once or min(os.cpu_count(), 3)) as pool, tqdm(unit="step", desc="training") as bar:
         futures = {}
         update_bar(bar, trainings, ())
         bar.initial = bar.n  # done by earlier sessions, so not part of the rate
-        for training in trainings:  # a base comes first, so it starts before what waits for it
+        for training in trainings:  # a base comes first, so it starts before the trainings that depend on it
             futures[training] = pool.submit(train_one, training, futures.get(training.base))
         left = set(futures.values())
         try:

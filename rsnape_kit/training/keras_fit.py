@@ -23,7 +23,7 @@ from ..utils.processes import advance
 
 # %% ../../nbs/10_training/01_keras_fit.ipynb #93b86985
 class StepSequence:
-    "The batches of all epochs, by number; a few are made ahead."
+    "The batches of all epochs, by number; a few are prepared in advance."
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class StepSequence:
         ready,  # function applied to each batch, e.g. `weight_targets`
         steps: int | None = None,  # per epoch; default: all batches; more than there are: several passes
         first: int = 0,  # epoch that number 0 belongs to
-        ahead: int = 2,  # batches to make in advance
+        ahead: int = 2,  # batches to prepare in advance
     ):
         self.batches, self.ready, self.first, self.ahead = batches, ready, first, ahead
         if len(batches) == 0:
@@ -100,8 +100,8 @@ def write_variables(
     groups = {"model": model.variables, "optimizer": model.optimizer.variables}
     here = {f"{group}{i:05d}": v for group, variables in groups.items() for i, v in enumerate(variables)}
     if set(here) != set(arrays):
-        raise ValueError(f"the checkpoint holds {len(set(arrays))} variables and this model has {len(here)}: was it made "
-                         "with other settings, or by another version of Keras?")
+        raise ValueError(f"the checkpoint holds {len(set(arrays))} variables and this model has {len(here)}; resume "
+                         "with the settings and the version of Keras that made it")
     for name, v in here.items():
         if tuple(v.shape) != arrays[name].shape:
             raise ValueError(f"the checkpoint's {name} has shape {arrays[name].shape}, this model's {v.path} {tuple(v.shape)}")
@@ -109,11 +109,7 @@ def write_variables(
         v.assign(arrays[name])
 
 
-def reseed(
-    model,
-    seed: int,
-    epoch: int,
-):
+def reseed(model, seed: int, epoch: int):
     "Set every random generator of a model to the state of an epoch."
     generators = [v for v in model.variables if v.path.endswith("seed_generator_state")]
     for i, v in enumerate(generators):

@@ -21,11 +21,12 @@ from ..competition.predictions import Predictions
 from ..data.batches import ImageBatches, StudyBatches
 from ..inference.keras_predictor import make_views, predict_batches
 from ..models.input_layer import on_tpu, with_pixels
-from ..models.keras_backend import all_devices, import_keras, jit, resolve_precision
+from ..models.keras_backend import all_devices, import_keras, jit, resolve_precision, zero_weights
 from ..models.losses import pack_targets, study_weight, weight_targets, weighted_bce
 from ..models.registry import build_model, compile_model
 from ..runs.config import KerasConfig, check_config
 from ..runs.folder import epochs_done, load_checkpoint
+from ..store.dicom_source import PixelSource
 from .keras_fit import OutOfTime, fit_phases
 from ..transforms.masks import SideMask
 from ..utils.processes import CountedBatches, advance, start_steps
@@ -81,7 +82,7 @@ class _Named:
 
 def training_batches(
     config: KerasConfig,
-    source,  # pixel source, e.g. a SliceStore
+    source: PixelSource,
     truth: Predictions,  # of the training studies
     device: bool = False,  # slices and jobs, for `with_pixels`, instead of pixels
 ):  # batches with names
@@ -97,13 +98,14 @@ def training_batches(
 def warm_up_on_slices(
     network,  # volume model, changed in place
     config: KerasConfig,  # with `slice_warmup`
-    source,  # pixel source
+    source: PixelSource,
     truth: Predictions,  # of the training studies
     progress: bool = True,
 ) -> list:  # the loss after each step, averaged over the warm-up so far
     "Train a volume model on single slices before it is trained on studies."
     keras, warmup = import_keras(), config.slice_warmup
-    single = build_model(replace(config, frames=1), truth)
+    with zero_weights():  # loaded in the next line
+        single = build_model(replace(config, frames=1), truth)
     single.set_weights(network.get_weights())  # the backbone may have trained weights
     image = keras.Model(single.inputs, single.output["images"])
     image.compile(keras.optimizers.AdamW(warmup.lr, global_clipnorm=5.), weighted_bce(), jit_compile=jit())
@@ -120,7 +122,7 @@ def warm_up_on_slices(
     return losses
 
 
-def _balanced_slices(config: KerasConfig, source, truth: Predictions):
+def _balanced_slices(config: KerasConfig, source: PixelSource, truth: Predictions):
     return ImageBatches(source, truth, batch=config.slice_warmup.batch, pixels=config.pixels, mask=config.mask or SideMask(),
                         affine=config.affine, balanced=True, weights=True, shuffle=True, seed=config.seed)
 
@@ -137,7 +139,7 @@ def train_keras(
     run: Path,  # folder of the run
     config: KerasConfig,
     resume,  # function of the final settings that opens the folder, or resumes an earlier copy
-    source,  # pixel source
+    source: PixelSource,
     truth: Predictions,  # of all studies
     folds,  # Folds
     *,
@@ -166,7 +168,7 @@ def train_keras(
                   "here or where this folder is attached")
 
 
-def _train(run, config, source, train_truth, held_out, weights, tta, deadline, progress, on_device):
+def _train(run, config, source: PixelSource, train_truth, held_out, weights, tta, deadline, progress, on_device):
     network, batches = build_model(config, train_truth, weights), training_batches(config, source, train_truth, on_device)
     fitted = compile_model(with_pixels(network, batches.batches) if on_device else network, config)
     final = [CountedBatches(view) for view in make_views(config, source, held_out.exams.index, tta)]

@@ -249,7 +249,7 @@ def add_over_processes(
 
 
 def wait(world: int):
-    "Wait until all processes have come here."
+    "Wait until all processes reach this call."
     if world > 1:
         from torch import distributed
         distributed.barrier()

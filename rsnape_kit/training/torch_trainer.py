@@ -24,6 +24,7 @@ from ..models.petaformer import need_torch, normalise
 from ..models.registry import build_model
 from ..runs.config import PetaFormerConfig, check_config
 from ..runs.folder import epochs_done
+from ..store.dicom_source import PixelSource
 from .torch_checkpoint import Checkpoint, Score
 from rsnape_kit.training.torch_learner import (
     GroupLoader,
@@ -41,7 +42,7 @@ from ..utils.processes import CountedBatches, advance, start_steps
 # %% ../../nbs/10_training/05_torch_trainer.ipynb #f5d836a3
 def warm_up_backbone(
     backbone,  # ResNetBackbone, changed in place
-    source,  # pixel source
+    source: PixelSource,
     studies,  # StudyInstanceUIDs to learn from
     truth,  # Predictions
     config: PetaFormerConfig,  # with `slice_warmup`
@@ -74,7 +75,7 @@ def warm_up_backbone(
     return losses
 
 
-def _slice_batches(source, studies, truth, config):
+def _slice_batches(source: PixelSource, studies, truth, config):
     "Yield one balanced batch per step, epoch after epoch."
     batches = ImageBatches(source, truth, studies, balanced=True, batch=config.slice_warmup.batch, pixels=config.pixels,
                            affine=config.affine, seed=config.seed, shuffle=True)
@@ -97,7 +98,7 @@ def train_torch(
     run: Path,  # folder of the run
     config: PetaFormerConfig,
     resume,  # function of the settings that opens the folder, or resumes an earlier copy
-    source,  # pixel source
+    source: PixelSource,
     truth: Predictions,  # of all studies
     folds,  # Folds
     *,
@@ -127,7 +128,7 @@ def train_torch(
             wait(world)
 
 # %% ../../nbs/10_training/05_torch_trainer.ipynb #2d227408
-def _fit(run, source, truth, folds, config, weights, hooks, rank, world, device, progress, tta):
+def _fit(run, source: PixelSource, truth, folds, config, weights, hooks, rank, world, device, progress, tta):
     "Train from the last checkpoint to the last epoch, or until the time is over."
     import torch
     train_studies = folds.train(config.fold)
@@ -154,7 +155,7 @@ def _fit(run, source, truth, folds, config, weights, hooks, rank, world, device,
 # %% ../../nbs/10_training/05_torch_trainer.ipynb #a46ea92b
 def predict_held_out(
     run,  # folder of a run
-    source,  # pixel source
+    source: PixelSource,
     studies,  # StudyInstanceUIDs of the held-out fold
     tta: int = 0,  # augmented views besides the plain one
     rank: int = 0,  # of this process; all of them must call

@@ -18,10 +18,11 @@ from ..competition.predictions import Predictions
 from ..models.registry import find_model
 from ..runs.config import TrainConfig, default_config
 from ..runs.folder import resume_from, run_settings
+from ..store.dicom_source import PixelSource
 
 # %% ../../nbs/10_training/06_trainer.ipynb #e4a9a574
 def source_fingerprint(
-    source,  # anything with a table and a size
+    source: PixelSource,  # only its table and size are used
 ) -> str:  # 16 hex characters
     "Return a hash of a source's slices, their order and their size."
     lines = "\n".join(source.table[STUDY] + " " + source.table[SLICE])
@@ -31,11 +32,11 @@ def source_fingerprint(
 def describe_weights(
     path,  # of a file of weights, or None
 ) -> str:  # its name and the beginning of its SHA-256
-    "Return what a run notes of the weights it starts from."
+    "Return name and hash of the weights that a run starts from, '' if there are none."
     if not path:
         return ""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is not there: give the path of a file with weights")
+        raise FileNotFoundError(f"{path} does not exist: give the path of a file with weights")
     with open(path, "rb") as file:
         return f"{Path(path).name} {hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
 
@@ -65,7 +66,7 @@ def require_positives(
                          "choose fewer folds, or add studies")
 
 # %% ../../nbs/10_training/06_trainer.ipynb #b54f6b63
-def train(model: str, source, fold: int, config: TrainConfig | None = None, *, truth: Predictions, folds: Folds,
+def train(model: str, source: PixelSource, fold: int, config: TrainConfig | None = None, *, truth: Predictions, folds: Folds,
           out: Path | str = "runs", earlier=("/kaggle/input",), weights: Path | str | None = None, tta: int = 0,
           hours: float | None = None, progress: bool | None = None, **options) -> Path:
     """Train one fold, resuming from its last checkpoint if there is one, and predict its held-out studies.
@@ -93,7 +94,7 @@ def train(model: str, source, fold: int, config: TrainConfig | None = None, *, t
     Raises:
         ValueError: for an unknown model, settings without effect, weights of a run that was trained on held-out studies, a fold
             without a positive slice, or a run of this name with other settings.
-        FileNotFoundError: if `weights` is not there.
+        FileNotFoundError: if `weights` does not exist.
     """
     started, framework = time.time(), find_model(model).framework
     config = replace(config or default_config(model), model=model, fold=fold, store=source_fingerprint(source),

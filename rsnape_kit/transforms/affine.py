@@ -17,9 +17,8 @@ from numpy.typing import ArrayLike
 Pair = Sequence | np.ndarray
 
 
-def affine_matrix(
-    rotation: ArrayLike = 0., shear: ArrayLike = 0., zoom: Pair = (1., 1.), shift: Pair = (0., 0.),
-) -> np.ndarray:
+def affine_matrix(rotation: ArrayLike = 0., shear: ArrayLike = 0., zoom: Pair = (1., 1.),
+                  shift: Pair = (0., 0.)) -> np.ndarray:
     """Return affine matrices from result coordinates to source coordinates.
 
     Args:

@@ -257,9 +257,8 @@ def render_kernel(
                 _interleave(windowed[:values.size], target[c:], stride)
 
 # %% ../../nbs/04_transforms/04_render.ipynb #495a4b85
-def render_slice(
-    stored: np.ndarray, params: np.ndarray, config: InputConfig, out: np.ndarray, at: int = 0, stride: int | None = None,
-) -> None:
+def render_slice(stored: np.ndarray, params: np.ndarray, config: InputConfig, out: np.ndarray, at: int = 0,
+                 stride: int | None = None) -> None:
     """Render one slice (side mask, affine transform, windows) into a batch.
 
     Args:

@@ -1,4 +1,4 @@
-"The competition's loss against a slow loop that follows the formula letter by letter."
+"The competition's loss against a slow loop that follows the formula step by step."
 import math
 
 import numpy as np

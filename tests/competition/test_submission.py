@@ -1,4 +1,4 @@
-"A submission.csv through every fault that would have cost it."
+"submission.csv: every fault that would make it invalid is found before it is written."
 import numpy as np
 import pandas as pd
 import pytest

@@ -28,7 +28,7 @@ def quiet():
 
 
 def series(folder, z, orientation=SUPINE, names=None, numbers=None, uid="1.5", shape=(8, 8), syntax=NATIVE[1], **tags):
-    "Write slices at heights `z`; slice i holds 100 + i everywhere, but for a bright mark front right."
+    "Write slices at heights `z`; slice i has the value 100 + i, except for a bright mark at the front right."
     folder.mkdir(parents=True, exist_ok=True)
     for i, height in enumerate(z):
         values = np.full(shape, 100 + i, np.uint16)

@@ -23,7 +23,7 @@ PE = ("rv_lv_ratio_gte_1", "rv_lv_ratio_lt_1", "central_pe", "leftsided_pe", "ri
 
 
 def contradicts(exam: dict, images) -> bool:
-    "Whether a study breaks a rule of the competition's page, sentence by sentence."
+    "Whether a study breaks a rule; the rules as the competition's page states them."
     if max(images) > .5:
         if (exam["rv_lv_ratio_gte_1"] > .5) == (exam["rv_lv_ratio_lt_1"] > .5):
             return True
@@ -155,26 +155,26 @@ def test_a_consistent_prediction_comes_back_to_the_last_bit():
 
 def test_thousands_of_random_consistent_predictions_cost_more():
     rng = np.random.default_rng(1)
-    believed = some_consistent(rng, 2000, 4)
-    believed = Predictions(believed.exams * 0 + rng.random(believed.exams.shape),
-                           believed.images * 0 + rng.random(len(believed.images)))
-    q = pd.Series(rng.random(2000), believed.exams.index)
-    best = expected_cost(believed, make_consistent(believed, q), q)
+    assumed = some_consistent(rng, 2000, 4)
+    assumed = Predictions(assumed.exams * 0 + rng.random(assumed.exams.shape),
+                           assumed.images * 0 + rng.random(len(assumed.images)))
+    q = pd.Series(rng.random(2000), assumed.exams.index)
+    best = expected_cost(assumed, make_consistent(assumed, q), q)
     for _ in range(20):
-        other = expected_cost(believed, some_consistent(rng, 2000, 4), q)
+        other = expected_cost(assumed, some_consistent(rng, 2000, 4), q)
         assert (best <= other + 1e-12).all()
 
 
 def test_expected_cost_is_the_mean_of_realised_costs():
-    "Draw truths of one study from the believed probabilities, q included, and apply the formula of the metric."
+    "Draw truths of one study from the assumed probabilities, q included, and apply the formula of the metric."
     rng = np.random.default_rng(2)
     draws, q_values = 200_000, np.array([.25, .5])
-    believed_q = rng.choice(q_values, draws)  # a study of four slices, one or two of them positive
-    first = believed_q == .25
+    assumed_q = rng.choice(q_values, draws)  # a study of four slices, one or two of them positive
+    first = assumed_q == .25
     y = np.zeros((draws, 4))
     y[first, rng.choice(4, first.sum(), p=[.6, .2, .1, .1])] = 1
     y[~first] = rng.permuted(np.tile([1., 1, 0, 0], ((~first).sum(), 1)), axis=1)
-    image_p = (believed_q[:, None] * y).mean(0) / believed_q.mean()  # E[q y] / E[q], the best prediction for the metric
+    image_p = (assumed_q[:, None] * y).mean(0) / assumed_q.mean()  # E[q y] / E[q], the best prediction for the metric
     exam_p = rng.random(9)
     exams = rng.random((draws, 9)) < exam_p
     to_exam, to_image = rng.uniform(.05, .95, 9), rng.uniform(.05, .95, 4)
@@ -182,13 +182,13 @@ def test_expected_cost_is_the_mean_of_realised_costs():
     def numerator(exam_c, image_c):
         weights = np.array(list(EXAM_WEIGHTS.values()))
         bce = -np.where(exams, np.log(exam_c), np.log(1 - exam_c)) @ weights
-        return bce - IMAGE_WEIGHT * believed_q * np.where(y > 0, np.log(image_c), np.log(1 - image_c)).sum(1)
+        return bce - IMAGE_WEIGHT * assumed_q * np.where(y > 0, np.log(image_c), np.log(1 - image_c)).sum(1)
 
     index = slice_index((["s"] * 4, list("abcd")))
     pred, to = (Predictions(pd.DataFrame([e], ["s"], EXAM_LABELS), pd.Series(i, index))
                 for e, i in ((exams.mean(0), image_p), (to_exam, to_image)))
     realised = (numerator(to_exam, to_image) - numerator(exams.mean(0), image_p)).mean()
-    expected = expected_cost(pred, to, pd.Series({"s": believed_q.mean()}))["s"]
+    expected = expected_cost(pred, to, pd.Series({"s": assumed_q.mean()}))["s"]
     assert expected == pytest.approx(realised, rel=1e-9)
 
 

@@ -1,4 +1,4 @@
-"The whole way as a newcomer goes it: the quick demo, killed once, then its models on real CT."
+"The quick demo, killed once and resumed; then its models on real CT."
 import json
 import os
 import shutil
@@ -32,7 +32,7 @@ def rsnape(*words, **options):
                             stderr=subprocess.STDOUT, text=True, start_new_session=True, **options)
 
 
-def said(process) -> str:
+def output_of(process) -> str:
     text = process.communicate()[0]
     assert process.returncode == 0, text[-3000:]
     return text
@@ -40,7 +40,7 @@ def said(process) -> str:
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    "The folder of a finished quick demo, and what it said; it was killed when its first training was done."
+    "The folder of a finished quick demo, and its output; it was killed when its first training was done."
     folder = tmp_path_factory.mktemp("demo")
     first = rsnape("demo", "--size", "quick", "--folder", folder)
     while not any(complete_folder(run / "oof") for run in folder.glob("runs/*")):
@@ -49,7 +49,7 @@ def demo(tmp_path_factory):
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
     kept = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.suffix in (".dcm", ".slices")}
-    text = said(rsnape("demo", "--size", "quick", "--folder", folder))
+    text = output_of(rsnape("demo", "--size", "quick", "--folder", folder))
     assert len(kept) > 500 and all(path.stat().st_mtime_ns == when for path, when in kept.items())
     return folder, text
 
@@ -71,7 +71,7 @@ def test_the_demo_goes_on_where_it_was_killed_and_ends_with_a_valid_submission(d
 
 @pytest.fixture
 def real(tmp_path):
-    "Real series in the competition's layout; one has lost its positions."
+    "Real series in the competition's layout; one lacks its positions."
     if not CT.exists():
         pytest.skip(f"no real CT at {CT}")
     for study, where in SERIES_OF.items():
@@ -87,20 +87,20 @@ def real(tmp_path):
     return tmp_path
 
 
-def test_the_demos_models_answer_for_real_ct(demo, real):
+def test_the_demos_models_predict_real_ct(demo, real):
     folder, _ = demo
-    text = said(rsnape("predict", *folder.glob("runs/*"), "--competition", real, "--ensemble", folder / "ensemble.json",
-                       "--out", real / "out"))
+    text = output_of(rsnape("predict", *folder.glob("runs/*"), "--competition", real,
+                            "--ensemble", folder / "ensemble.json", "--out", real / "out"))
     test = read_csv(real / "test.csv")
     assert check_submission(real / "out" / "submission.csv", real / "sample_submission.csv", test) == [], text
     done = json.loads((real / "out" / "submit.json").read_text())
     assert done["finished"] and done["studies"]["by every model"] == len(SERIES_OF) == test[STUDY].nunique(), done
 
 
-def test_one_study_is_read_out_with_a_warning_that_this_is_no_medical_device(demo, real):
+def test_one_study_is_read_out_with_a_warning_that_this_is_not_a_medical_device(demo, real):
     folder, _ = demo
-    text = said(rsnape("predict", *folder.glob("runs/efficientnet3d*"), "--dicom", real / "test" / "lidc1",
-                       "--out", real / "out"))
-    assert all(label in text for label in EXAM_LABELS) and "no medical device" in text
+    text = output_of(rsnape("predict", *folder.glob("runs/efficientnet3d*"), "--dicom", real / "test" / "lidc1",
+                            "--out", real / "out"))
+    assert all(label in text for label in EXAM_LABELS) and "not a medical device" in text
     page = (real / "out" / "report.html").read_text()
-    assert "no medical device" in page and page.count("<img") >= 3
+    assert "not a medical device" in page and page.count("<img") >= 3

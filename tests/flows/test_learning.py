@@ -1,4 +1,4 @@
-"Models of the demo's settings, made smaller, see in a minute or two what no prior can know."
+"Small models with the demo's settings beat both priors after a minute or two of training."
 import os
 
 import numpy as np
@@ -28,7 +28,7 @@ PLACES = {"train": "train", "test": "test", "twins": "truth/twins"}
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    "Stores, slices tables and truths of 120 studies to learn from, 60 to be tried on, and their twins without clots."
+    "Stores, slices tables and truths of 120 training studies, 60 held-out ones, and their twins without clots."
     folder = tmp_path_factory.mktemp("learning")
     made = make_competition(folder / "made", 120, 60, slices=20, size=256, seed=5, difficulty="demo", clean=True,
                             twins=True)
@@ -40,7 +40,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(world):
-    "Trains a model once: its run, and what infers with it."
+    "A function that trains a model once and returns its run and its predictor."
     folder, stores, tables, truths = world
     runs = {}
 
@@ -51,7 +51,7 @@ def trained(world):
         else:
             from rsnape_kit.inference.keras_predictor import infer
         if (model, shuffled) not in runs:
-            truth = dealt(truths["train"]) if shuffled else truths["train"]
+            truth = exchanged(truths["train"]) if shuffled else truths["train"]
             split = make_folds(tables["train"][STUDY].unique(), truth, 6)
             config = override_settings(DEMO[model], SMALLER[model])
             runs[model, shuffled] = train(model, stores["train"], 0, config, truth=truth, folds=split,
@@ -61,8 +61,8 @@ def trained(world):
     return train_once
 
 
-def dealt(truth: Predictions) -> Predictions:
-    "Each study with the labels of another, its images stretched to fit."
+def exchanged(truth: Predictions) -> Predictions:
+    "The labels of the studies, exchanged among them; image labels are resampled to the number of slices."
     names = truth.exams.index
     other = pd.Series(np.random.default_rng(1).permutation(names), names)
     values, parts = {name: part.to_numpy() for name, part in truth.images.groupby(level=0)}, []
@@ -73,7 +73,7 @@ def dealt(truth: Predictions) -> Predictions:
 
 
 def gain(world, pred) -> dict:
-    "Of the images over the better of both priors, on the studies to be tried on."
+    "The gain of the image predictions over the better prior, on the held-out studies."
     _, _, tables, truths = world
     rivals = {"constant": constant_prior(truths["train"], tables["test"]),
               "position": position_prior(truths["train"], tables["train"], tables["test"])}
@@ -89,8 +89,8 @@ def test_it_beats_both_priors_on_held_out_images(world, trained, model):
 
 
 @pytest.mark.slow
-def test_its_answers_fall_where_the_clots_are_painted_away(world, trained):
-    "Position, noise and patient stay the same: what falls is what was seen."
+def test_its_predictions_fall_where_the_clots_are_removed(world, trained):
+    "Position, noise and patient stay the same, so the difference is due to the clots."
     truth, infer = world[3]["test"].images, trained("petaformer")
     positive = truth[truth == 1].index
     seen, without = (infer(part).images[positive].groupby(level=0).mean() for part in ("test", "twins"))

@@ -1,4 +1,4 @@
-"Many runs, two frameworks, one source: the same as each run alone, whatever is broken, late or killed."
+"Predictions with many runs of two frameworks equal those of single runs, with damaged studies, deadlines and kills."
 import shutil
 import signal
 import subprocess
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import warm
 from broken_studies import BROKEN, break_study
 from small_runs import keras_run, torch_run
 
@@ -29,14 +30,22 @@ from rsnape_kit.utils.processes import worker_environ
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     "Five studies of nine slices, and runs: two folds of an image model, a volume model, a PetaFormer."
+    warm.server("both")  # before this process uses a framework
     folder = tmp_path_factory.mktemp("world")
     made = make_competition(folder / "competition", 1, 5, slices=9, difficulty="demo")
     runs = {"efficientnet": [keras_run(folder / "runs", "efficientnet", fold) for fold in (0, 1)],
             "resnet3d": [keras_run(folder / "runs", "resnet3d")], "petaformer": [torch_run(folder / "runs")]}
     table = scan(made / "test")
-    alone = {run: (infer_torch if name == "petaformer" else infer_keras)(run, DicomSource(table))
+    single = {run: (infer_torch if name == "petaformer" else infer_keras)(run, DicomSource(table))
              for name, folders in runs.items() for run in folders}
-    return folder, table, runs, alone
+    return folder, table, runs, single
+
+
+@pytest.fixture
+def forked():
+    "Workers start in forks of a process with all frameworks imported; other tests start them as users do."
+    with warm.workers():
+        yield
 
 
 def odds_mean(*p):
@@ -44,29 +53,29 @@ def odds_mean(*p):
     return odds / (1 + odds)
 
 
-def agrees(pred, alone):
-    "Up to what batches of another composition change."
+def agrees(pred, single):
+    "Compare predictions with the mean of single runs; batches of another composition change the last digits."
     labels = [label for label in pred.exams if pred.exams[label].notna().any()]
-    alone = [part.align(pred) for part in alone]
-    np.testing.assert_allclose(pred.images, odds_mean(*(part.images for part in alone)), rtol=1e-4, atol=1e-5)
+    single = [part.align(pred) for part in single]
+    np.testing.assert_allclose(pred.images, odds_mean(*(part.images for part in single)), rtol=1e-4, atol=1e-5)
     if labels:
-        exams = odds_mean(*(part.exams[labels] for part in alone))
+        exams = odds_mean(*(part.exams[labels] for part in single))
         np.testing.assert_allclose(pred.exams[labels], exams, rtol=1e-4, atol=1e-5)
     return labels
 
 
-def test_all_at_once_equals_infer_run_by_run_and_both_frameworks_read_a_study_once(world, tmp_path):
-    folder, table, runs, alone = world
+def test_all_at_once_equals_infer_run_by_run_and_both_frameworks_read_a_study_once(world, forked, tmp_path):
+    folder, table, runs, single = world
     every = [run for folders in runs.values() for run in folders]
-    work = plan_predictions(every, table, tmp_path / "answers")
+    work = plan_predictions(every, table, tmp_path / "results")
     seconds = run_plan(work, scratch=tmp_path / "scratch", gpus=[], progress=False)
     assert list(seconds) == ["keras", "torch"]
     preds = work.gather()
-    assert {name: len(agrees(pred, [alone[run] for run in runs[name]])) for name, pred in preds.items()} == {
+    assert {name: len(agrees(pred, [single[run] for run in runs[name]])) for name, pred in preds.items()} == {
         "efficientnet": 0, "resnet3d": 9, "petaformer": 13}
     kept = [path for path in (tmp_path / "scratch").iterdir() if path.suffix != ".lock"]
     assert {path.name for path in kept} == set(work.index.keys.values())
-    for path in table.path:  # gone: whoever comes now can only have the studies from the scratch folder
+    for path in table.path:  # removed: the studies can only come from the scratch folder now
         shutil.move(path, f"{path}.away")
     try:
         again = plan_predictions(runs["petaformer"], table, tmp_path / "others")
@@ -78,64 +87,65 @@ def test_all_at_once_equals_infer_run_by_run_and_both_frameworks_read_a_study_on
 
 
 @pytest.mark.slow
-def test_two_processes_side_by_side_say_the_same_and_share_the_reading(world, tmp_path):
-    "As with two GPUs; here their names mean nothing to the frameworks."
-    folder, table, runs, alone = world
+def test_two_processes_give_the_same_predictions_and_share_the_decoded_studies(world, tmp_path):
+    "As with two GPUs; the names used here have no effect on the frameworks."
+    folder, table, runs, single = world
     both = [runs["resnet3d"][0], runs["petaformer"][0]]
-    work = plan_predictions(both, table, tmp_path / "answers")
+    work = plan_predictions(both, table, tmp_path / "results")
     seconds = run_plan(work, scratch=tmp_path / "scratch", gpus=["0", "1"], progress=False)
     assert list(seconds) == ["keras and torch"]
     for name, pred in work.gather().items():
-        agrees(pred, [alone[run] for run in runs[name]])
-    work = plan_predictions(runs["petaformer"], table, tmp_path / "alone")  # one framework takes both
+        agrees(pred, [single[run] for run in runs[name]])
+    work = plan_predictions(runs["petaformer"], table, tmp_path / "one framework")  # one framework takes both
     run_plan(work, gpus=["0", "1"], progress=False)
-    agrees(work.gather()["petaformer"], [alone[runs["petaformer"][0]]])
-    assert {path.name for path in (tmp_path / "alone").glob("*.log")} == {"torch-0.log", "torch-1.log"}
+    agrees(work.gather()["petaformer"], [single[runs["petaformer"][0]]])
+    assert {path.name for path in (tmp_path / "one framework").glob("*.log")} == {"torch-0.log", "torch-1.log"}
 
 
-def test_augmented_looks_do_not_depend_on_what_else_is_asked(world, tmp_path):
+def test_augmented_views_do_not_depend_on_the_other_studies(world, forked, tmp_path):
     folder, table, runs, _ = world
     studies = table[STUDY].unique()
 
-    def said(**how):
+    def predictions(**how):
         return predict(runs["petaformer"], table, progress=False, **how)["petaformer"]
 
-    whole, one = said(tta=2, out=tmp_path / "a"), said(tta=2, out=tmp_path / "b", studies=studies[3:4])
+    whole = predictions(tta=2, out=tmp_path / "a")
+    one = predictions(tta=2, out=tmp_path / "b", studies=studies[3:4])
     pd.testing.assert_series_equal(one.images, whole.select(studies[3:4]).images, check_exact=True)
-    plain = said(out=tmp_path / "a")  # which does not find the other's answers
+    plain = predictions(out=tmp_path / "a")  # does not use the results with other TTA settings
     assert np.abs(plain.images - whole.images).max() > 1e-6
 
 
-def test_a_store_a_folder_and_a_table_give_the_same(world, tmp_path):
+def test_a_store_a_folder_and_a_table_give_the_same(world, forked, tmp_path):
     folder, table, runs, _ = world
     build_store(table, tmp_path / "store")
     sources = {"table": table, "folder": folder / "competition" / "test", "store": SliceStore(tmp_path / "store")}
-    said = {name: predict(runs["petaformer"], source, out=tmp_path / name, progress=False)["petaformer"]
-            for name, source in sources.items()}
+    preds = {name: predict(runs["petaformer"], source, out=tmp_path / name, progress=False)["petaformer"]
+             for name, source in sources.items()}
     for name in ("folder", "store"):
-        pd.testing.assert_series_equal(said[name].images, said["table"].images, check_exact=True)
+        pd.testing.assert_series_equal(preds[name].images, preds["table"].images, check_exact=True)
 
 
-def test_answers_of_other_weights_settings_or_slices_are_never_used(world, tmp_path):
+def test_results_of_other_weights_settings_or_slices_are_never_used(world, forked, tmp_path):
     folder, table, runs, _ = world
     run = shutil.copytree(runs["petaformer"][0], tmp_path / "run")
     studies = table[STUDY].unique()
-    first = plan_predictions([run], table, tmp_path / "answers")
+    first = plan_predictions([run], table, tmp_path / "results")
     run_plan(first, progress=False)
-    assert plan_predictions([run], table, tmp_path / "answers").done().all(axis=None)
+    assert plan_predictions([run], table, tmp_path / "results").done().all(axis=None)
     moved = shutil.copytree(run, tmp_path / "elsewhere")
-    assert plan_predictions([moved], table, tmp_path / "answers").done().all(axis=None)  # the run elsewhere
+    assert plan_predictions([moved], table, tmp_path / "results").done().all(axis=None)  # the run elsewhere
     grown = table[~((table[STUDY] == studies[0]) & (table["order"] == 8))]  # a slice less in the first study
-    assert plan_predictions([run], grown, tmp_path / "answers").done().iloc[:, 0].tolist() == [False] + [True] * 4
+    assert plan_predictions([run], grown, tmp_path / "results").done().iloc[:, 0].tolist() == [False] + [True] * 4
     torch_weights = run / "weights.pt"
     other = shutil.copytree(torch_run(tmp_path / "fresh", fold=3), tmp_path / "other") / "weights.pt"
     shutil.copy(other, torch_weights)
-    assert not plan_predictions([run], table, tmp_path / "answers").done().any(axis=None)
+    assert not plan_predictions([run], table, tmp_path / "results").done().any(axis=None)
 
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory):
-    "A competition of which each study but the last is broken in its own way."
+    "A competition in which all studies but the last are damaged, each in another way."
     folder = tmp_path_factory.mktemp("broken")
     made = make_competition(folder / "competition", 1, len(BROKEN) + 1, slices=8, difficulty="demo")
     studies = sorted(path.name for path in (made / "test").iterdir())
@@ -144,34 +154,34 @@ def broken(tmp_path_factory):
     return made, dict(zip(BROKEN, studies)), studies[-1]
 
 
-def test_every_broken_study_is_answered_or_said_to_be_unanswered(world, broken, tmp_path):
+def test_every_broken_study_is_predicted_or_reported(world, forked, broken, tmp_path):
     _, _, runs, _ = world
     made, studies, whole = broken
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         both = [*runs["resnet3d"], *runs["petaformer"]]
-        preds = predict(both, made / "test", out=tmp_path / "answers", progress=False)
+        preds = predict(both, made / "test", out=tmp_path / "results", progress=False)
     for pred in preds.values():
-        answered = pred.exams[list(EXAM_LABELS)].notna().all(axis=1)
-        assert answered[whole]
-        assert {kind: answered.get(study) for kind, study in studies.items()} == BROKEN
-        assert (pred.images.notna().groupby(level=0).all()[list(answered.index)] == answered).all()
+        predicted = pred.exams[list(EXAM_LABELS)].notna().all(axis=1)
+        assert predicted[whole]
+        assert {kind: predicted.get(study) for kind, study in studies.items()} == BROKEN
+        assert (pred.images.notna().groupby(level=0).all()[list(predicted.index)] == predicted).all()
         assert len(pred.images[studies["twice"]]) == 8 and len(pred.images[studies["one slice"]]) == 1
-    assert any("had problems" in str(warning.message) for warning in said)
+    assert any("had problems" in str(warning.message) for warning in caught)
 
 
-def test_a_deadline_is_kept_and_what_was_done_counts(world, tmp_path):
-    folder, table, runs, alone = world
-    late = predict(runs["resnet3d"], table, out=tmp_path / "answers", time_budget=0, progress=False)["resnet3d"]
+def test_a_deadline_is_kept_and_what_was_done_counts(world, forked, tmp_path):
+    folder, table, runs, single = world
+    late = predict(runs["resnet3d"], table, out=tmp_path / "results", time_budget=0, progress=False)["resnet3d"]
     assert late.exams.isna().all(axis=None) and len(late.exams) == 5
-    work = plan_predictions(runs["resnet3d"], table, tmp_path / "answers")
+    work = plan_predictions(runs["resnet3d"], table, tmp_path / "results")
     name, rows = next(iter(work.index.keys.values())), next(iter(work.index.rows.values()))
     full = predict(runs["resnet3d"], table, out=tmp_path / "full", progress=False)
     source = next((tmp_path / "full").glob("resnet3d*")) / name
     shutil.copy(source, work.folders[str(runs["resnet3d"][0])])
-    again = predict(runs["resnet3d"], table, out=tmp_path / "answers", time_budget=0, progress=False)["resnet3d"]
+    again = predict(runs["resnet3d"], table, out=tmp_path / "results", time_budget=0, progress=False)["resnet3d"]
     assert again.exams.notna().all(axis=1).sum() == 1
-    agrees(full["resnet3d"], [alone[runs["resnet3d"][0]]])
+    agrees(full["resnet3d"], [single[runs["resnet3d"][0]]])
     assert load_result(work.folders[str(runs["resnet3d"][0])], name, len(rows)) is not None
 
 
@@ -185,18 +195,18 @@ def test_a_process_whose_parent_is_killed_ends_by_itself(world, tmp_path, how):
 import pandas as pd, os, signal, threading, time
 from rsnape_kit.inference.predict_runs import predict
 def end():
-    while not list(__import__('pathlib').Path({str(tmp_path)!r}).glob('answers/*.now')): time.sleep(.01)
+    while not list(__import__('pathlib').Path({str(tmp_path)!r}).glob('results/*.now')): time.sleep(.01)
     os.kill(os.getpid(), signal.{how})
 threading.Thread(target=end, daemon=True).start()
 predict([{str(runs['petaformer'][0])!r}], pd.read_parquet({str(tmp_path / 'slices.parquet')!r}),
-        out={str(tmp_path / 'answers')!r}, tta=200, progress=False)
+        out={str(tmp_path / 'results')!r}, tta=200, progress=False)
 """
     done = subprocess.run([sys.executable, "-c", code], env=worker_environ(), timeout=120)
     assert done.returncode == -signal.Signals[how]
-    job = str(tmp_path / "answers" / "torch-0.job")
+    job = str(tmp_path / "results" / "torch-0.job")
     time.sleep(2)
     assert not any(job in cmdline for cmdline in _commands())
-    work = plan_predictions(runs["petaformer"], table, tmp_path / "answers", tta=200)
+    work = plan_predictions(runs["petaformer"], table, tmp_path / "results", tta=200)
     assert work.done().to_numpy().sum() < 5
 
 

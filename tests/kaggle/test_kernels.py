@@ -41,7 +41,7 @@ def competition(folder):
 
 
 @pytest.mark.parametrize("prefixes", [("", ""), ("datasets/owner/", "competitions/")], ids=["old", "new"])
-def test_the_submission_kernel_answers_every_id_on_both_mount_layouts(tmp_path, prefixes):
+def test_the_submission_kernel_predicts_every_id_on_both_mount_layouts(tmp_path, prefixes):
     dataset, mount = prefixes
     sample = competition(tmp_path / "input" / mount / COMPETITION)
     shutil.copytree(ROOT / "rsnape_kit", tmp_path / "input" / dataset / "rsnape-kit" / "rsnape_kit")
@@ -52,12 +52,12 @@ def test_the_submission_kernel_answers_every_id_on_both_mount_layouts(tmp_path, 
     submission = pd.read_csv(tmp_path / "working" / "submission.csv")
     assert submission["id"].tolist() == sample["id"].tolist()
     values = submission.set_index("id").label
-    assert values["c1_negative_exam_for_pe"] == pytest.approx(.5, abs=2e-6)  # the mean, pushed over to *yes*
+    assert values["c1_negative_exam_for_pe"] == pytest.approx(.5, abs=2e-6)  # the mean, moved just above 0.5 (yes)
     assert values["c2_central_pe"] == 0 and values["d1"] == .5  # half of the positive study's images are positive
 
 
-def test_the_blend_kernel_fits_what_all_attached_runs_say(tmp_path):
-    "Two models of two folds, one a kernel's output and one a dataset; a good one and one that knows nothing."
+def test_the_blend_kernel_fits_on_all_runs_among_the_inputs(tmp_path):
+    "Two models of two folds, one a kernel's output and one a dataset; a good one and one that predicts constants."
     truth = simulate_truth(80, (4, 8, 12), seed=1)
     competition(tmp_path / "input" / COMPETITION)
     train = truth.images.rename(IMAGE_LABEL).reset_index().merge(truth.exams, left_on=STUDY, right_index=True)
@@ -76,8 +76,8 @@ def test_the_blend_kernel_fits_what_all_attached_runs_say(tmp_path):
     ensemble = Ensemble.load(tmp_path / "working" / "ensemble.json")
     assert set(ensemble.models) == set(oofs)
     assert ensemble.blend_weights.table().loc[IMAGE_LABEL, "resnet3d"] > .8
-    honest = fit_ensemble(oofs, truth, split)  # the same from memory, with the folds as they were made
-    pd.testing.assert_frame_equal(ensemble.blend_weights.table()[list(oofs)], honest.blend_weights.table(), atol=1e-6)
+    expected = fit_ensemble(oofs, truth, split)  # the same from memory, with the folds as they were made
+    pd.testing.assert_frame_equal(ensemble.blend_weights.table()[list(oofs)], expected.blend_weights.table(), atol=1e-6)
 
 
 def source(name, **values):
@@ -98,7 +98,7 @@ def test_every_copy_of_a_kernel_has_its_own_parameters():
 
 
 def test_parts_are_prepared_and_trained_on_as_one(tmp_path):
-    "Two kernels prepare, one of them going on from its own output; one trains on what both have left."
+    "Two kernels prepare the store, one of them resuming from its own output; another trains on both parts."
     made = make_competition(tmp_path / "made", 6, 1, slices=6, size=64, difficulty="demo")
     kit, mounts = tmp_path / "input", tmp_path / "input" / "notebooks" / "me"
     mounts.mkdir(parents=True)
@@ -121,21 +121,21 @@ def test_parts_are_prepared_and_trained_on_as_one(tmp_path):
     assert len(Predictions.load(run / "oof").exams) == 3
 
 
-def test_a_missing_competition_is_named_with_what_is_attached(tmp_path):
+def test_a_missing_competition_is_named_with_the_inputs_found(tmp_path):
     shutil.copytree(ROOT / "rsnape_kit", tmp_path / "input" / "rsnape-kit" / "rsnape_kit")
     error = run_kernel(tmp_path).stderr
     assert "holds sample_submission.csv" in error and "attached: rsnape-kit" in error
 
 
-def test_child_processes_see_what_the_header_attached(tmp_path):
-    "As wheels are unpacked in a bundle: on the path of this process and of those that it starts."
+def test_child_processes_can_import_from_the_bundle(tmp_path):
+    "Unpacked wheels of a bundle are on the path of this process and of those that it starts."
     competition(tmp_path / "input" / COMPETITION)
     kit = tmp_path / "input" / "datasets" / "owner" / "rsnape-kit"
     shutil.copytree(ROOT / "rsnape_kit", kit / "rsnape_kit")
     (kit / "site").mkdir()
-    (kit / "site" / "only_in_the_bundle.py").write_text("answer = 42")
+    (kit / "site" / "only_in_the_bundle.py").write_text("value = 42")
     (tmp_path / "working").mkdir()
-    child = "import only_in_the_bundle as m, rsnape_kit; print(m.answer, rsnape_kit.__file__)"
+    child = "import only_in_the_bundle as m, rsnape_kit; print(m.value, rsnape_kit.__file__)"
     start_child = f"import subprocess; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
     result = run_kernel(tmp_path, then=start_child)
     assert result.returncode == 0, result.stderr
@@ -143,7 +143,7 @@ def test_child_processes_see_what_the_header_attached(tmp_path):
 
 
 def bundled(folder, target):
-    "The package with a manifest of its one file, as a bundle has it of all."
+    "The package with a manifest that lists one file; a bundle's lists all."
     shutil.copytree(ROOT / "rsnape_kit", folder / "rsnape_kit")
     files = {"rsnape_kit/__init__.py": sha256(folder / "rsnape_kit" / "__init__.py")}
     (folder / "manifest.json").write_text(json.dumps({"python": PYTHON, "target": target, "files": files}))
@@ -185,7 +185,7 @@ def test_every_kernel_begins_with_the_header():
 
 def run_kernel(kaggle, name="submit", then="import rsnape_kit; print(rsnape_kit.__file__)", values=(),
                environ=()):
-    "A kernel's cells as one script, /kaggle moved to a folder, then a line of ours."
+    "A kernel's cells as one script, /kaggle moved to a folder, then a line of the test."
     code = source(name, **dict(values)).replace("/kaggle/", f"{kaggle}/")
     return subprocess.run([sys.executable, "-c", code + "\n" + then], cwd=kaggle, capture_output=True, text=True,
                           env={"PATH": "/usr/bin:/bin", "RSNAPE_KAGGLE": str(kaggle), **dict(environ)})
@@ -199,7 +199,7 @@ def test_the_kernel_that_push_sends_is_there():
 
 
 def test_the_documented_commands_are_ones_that_the_library_takes(monkeypatch):
-    "From clone to submission, and through training."
+    "The commands from a clone to a submission, and those of training."
     page = (ROOT / "docs" / "howto" / "kaggle.md").read_text().partition("## Resume")[0]
     blocks = re.findall(r"```sh\n(.*?)```", page, re.S)
     commands = [line.split() for line in re.findall(r"\brsnape ([^#&;\n]+)", "".join(blocks))]
@@ -216,7 +216,7 @@ def test_the_documented_commands_are_ones_that_the_library_takes(monkeypatch):
 
 
 def test_exported_kernels_are_in_step_with_their_notebooks(tmp_path):
-    "Whoever they are exported for: `rsnape kernels --owner NAME` puts a name into the metadata."
+    "For any owner: `rsnape kernels --owner NAME` writes a name into the metadata."
     owner = json.loads((ROOT / "kernel-metadata.json").read_text())["id"].partition("/")[0]
     shutil.copytree(ROOT / "nbs" / "kernels", tmp_path / "nbs" / "kernels")
     folders = export_kernels(owner, tmp_path)

@@ -17,7 +17,7 @@ extended = pytest.importorskip("kaggle.api.kaggle_api_extended", reason="pip ins
 
 @pytest.fixture
 def stub(monkeypatch, tmp_path):
-    "A stand-in for Kaggle, a client that talks to it, and a home of its own for the client's notes."
+    "A stub of Kaggle, a client connected to it, and a separate home folder for the client's records."
     stub = Stub()
     with serving(stub) as proxy:
         for name in ("NO_PROXY", "no_proxy", "KAGGLE_API_TOKEN"):
@@ -50,7 +50,7 @@ def bundle(tmp_path):
 
 
 def change(folder, name, **values):
-    "A folder's metadata with other values; None takes a key out."
+    "Change a folder's metadata; None removes a key."
     meta = json.loads((folder / name).read_text()) | values
     (folder / name).write_text(json.dumps({key: value for key, value in meta.items() if value is not None}))
     return folder
@@ -71,8 +71,8 @@ def test_waiting_ends_when_the_new_version_is_ready_not_when_the_old_one_is(stub
     stub.pending, stub.lags = 5, True
     assert push_bundle(bundle, poll=.01).version == 2
     calls = [name for name, _ in stub.calls]
-    asked = calls[calls.index("CreateDatasetVersion"):]
-    assert asked.count("GetDatasetStatus") > 5
+    later = calls[calls.index("CreateDatasetVersion"):]
+    assert later.count("GetDatasetStatus") > 5
 
 
 @pytest.mark.parametrize("name", ["site.zip", "manifest.json"])
@@ -86,7 +86,7 @@ def test_a_failed_upload_is_reported_and_nothing_is_published(stub, bundle, name
 
 
 def test_a_file_that_changed_after_a_failed_upload_is_sent_again(stub, bundle):
-    "Size and time of the file are as they were, and the client goes by these."
+    "Size and time of the file are unchanged, and the client only compares these."
     manifest = bundle / MANIFEST
     stub.faults["PUT site.zip"] = 400
     with pytest.raises(KaggleError, match="not uploaded"):
@@ -99,7 +99,7 @@ def test_a_file_that_changed_after_a_failed_upload_is_sent_again(stub, bundle):
     assert b'"xyz"' in stub.datasets["test/rsnape-kit"]["files"][MANIFEST]
 
 
-def test_a_version_that_kaggle_does_not_tell_is_not_taken_for_the_new_one(stub, bundle):
+def test_a_version_that_kaggle_does_not_report_is_not_taken_for_the_new_one(stub, bundle):
     push_bundle(bundle, poll=.01)
     stub.faults["GetDataset"] = (500, {"message": "no"})
     with pytest.raises(KaggleError, match="which version test/rsnape-kit has now"):
@@ -131,7 +131,7 @@ def test_a_dataset_that_fails_or_never_gets_ready_is_an_error(stub, bundle):
         push_bundle(bundle, wait=5, poll=.01)
 
 
-def test_a_wrong_token_is_told_from_a_dataset_that_is_not_there(stub, bundle):
+def test_a_wrong_token_is_distinguished_from_a_missing_dataset(stub, bundle):
     stub.faults["GetDatasetStatus"] = (401, {"code": 401, "message": "Unauthenticated"})
     with pytest.raises(KaggleError, match="is the API token valid"):
         push_bundle(bundle, poll=.01)
@@ -188,15 +188,15 @@ def test_plain_kaggle_kernels_push_works_from_the_top_of_the_repository(stub, ke
     assert sent["slug"] == "test/rsnape-kit-submit" and "submission.csv" in sent["text"]
 
 
-@pytest.mark.parametrize("answer, words", [
+@pytest.mark.parametrize("response, words", [
     ({"error": "Maximum batch session count reached"}, "Maximum batch session"),
     ({"url": "u", "versionNumber": 2, "invalidDatasetSources": ["test/rsnape-kit"]}, "without dataset_sources"),
     ({}, "no address"), ({"url": "u"}, "no version"), ([1], "no address"),
     ({"url": "u", "versionNumber": 2, "invalidCompetitionSources": ["rsna"]}, "without competition_sources"),
     ({"url": "u", "versionNumber": 2, "invalidKernelSources": ["test/prepare"]}, "without kernel_sources"),
 ])
-def test_what_the_client_only_prints_is_an_error(stub, kernels, answer, words):
-    stub.faults["SaveKernel"] = (200, answer)
+def test_what_the_client_only_prints_is_an_error(stub, kernels, response, words):
+    stub.faults["SaveKernel"] = (200, response)
     with pytest.raises(KaggleError, match=words):
         push(kernels / "kernels" / "submit")
 
@@ -238,10 +238,10 @@ def test_the_newest_version_is_submitted_and_named(stub, kernels):
         submit_kernel(kernels, wait=0)
 
 
-@pytest.mark.parametrize("answer", [{}, {"message": ""}, {"message": "Submission not allowed: too many today"}])
-def test_a_submission_that_is_not_confirmed_is_an_error(stub, kernels, answer):
+@pytest.mark.parametrize("response", [{}, {"message": ""}, {"message": "Submission not allowed: too many today"}])
+def test_a_submission_that_is_not_confirmed_is_an_error(stub, kernels, response):
     stub.kernel_states = ["COMPLETE"]
-    stub.faults["CreateCodeSubmission"] = (200, answer)
+    stub.faults["CreateCodeSubmission"] = (200, response)
     with pytest.raises(KaggleError, match="did not confirm version 3"):
         submit_kernel(kernels, version=3, poll=.01)
 
@@ -266,7 +266,7 @@ def test_a_refused_submission_is_an_error(stub, kernels):
         submit_kernel(kernels, version=1, poll=.01)
 
 
-def test_without_credentials_the_way_to_get_them_is_told(stub, kernels, monkeypatch):
+def test_without_credentials_the_error_names_the_way_to_get_them(stub, kernels, monkeypatch):
     monkeypatch.delenv("KAGGLE_USERNAME")
     monkeypatch.delenv("KAGGLE_KEY")
     with pytest.raises(KaggleError, match="not logged in"):

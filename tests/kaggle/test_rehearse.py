@@ -23,7 +23,7 @@ NEEDED_BY_WHEELS = ("numpy", "six")  # which both images have
 
 @pytest.fixture(scope="module")
 def shelf():
-    "Room for bundles and an environment, half a gigabyte that is not kept."
+    "A folder for bundles and an environment (half a gigabyte), deleted afterwards."
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
 
@@ -98,8 +98,8 @@ def test_the_whole_rerun_offline_from_the_bundle_alone(bundles, python, contest,
 
 
 @pytest.mark.slow
-def test_a_trained_model_answers_in_the_rehearsal(shelf, tmp_path):
-    "Keras on JAX, from DICOM to submission.csv; PyTorch and TensorFlow are too large to bring along here."
+def test_a_trained_model_predicts_in_the_rehearsal(shelf, tmp_path):
+    "Keras on JAX, from DICOM to submission.csv; PyTorch and TensorFlow are too large for this test."
     if reason := why_not():
         pytest.skip(reason)
     run = keras_run(tmp_path / "runs", "efficientnet3d")
@@ -114,7 +114,7 @@ def test_a_trained_model_answers_in_the_rehearsal(shelf, tmp_path):
     shutil.rmtree(made / "truth")
     went = rehearse(bundle, made, ROOT / "kernels" / "submit", python, out=tmp_path / "out")
     assert went.ok, went.problem + went.log
-    assert "2 studies, 2 answered by every model" in went.log, went.log
+    assert "2 studies, 2 predicted by every model" in went.log, went.log
 
 
 def test_a_file_that_the_upload_lost_is_named(bundles, python, contest, tmp_path):
@@ -153,7 +153,7 @@ assert total(picture) == picture.sum()
 for module in (numba, pydicom): assert module.__file__.startswith("/kaggle/input/"), module
 subprocess.run([sys.executable, "-c", "import numba, rsnape_kit"], check=True)
 """
-ANSWER = """
+PRINT = """
 import pandas
 from rsnape_kit.kaggle.runtime import competition_dir
 table = pandas.read_csv(competition_dir() / "sample_submission.csv")
@@ -174,6 +174,6 @@ def test_a_submission_that_contradicts_itself_is_caught(bundles, python, contest
 
 @pytest.mark.parametrize("target", IMAGES)
 def test_what_the_bundle_brings_works_on_kaggles_python(bundles, python, contest, tmp_path, target):
-    text = BOTH + (TPU if target == "tpu" else "") + ANSWER
+    text = BOTH + (TPU if target == "tpu" else "") + PRINT
     went = rehearse(bundles[target], contest, code(tmp_path / "kernel", text), python)
     assert went.ok, went.problem + went.log

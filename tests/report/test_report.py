@@ -67,7 +67,7 @@ def test_draws_equal_scoring_the_drawn_studies(world):
 def test_bands_equal_a_loop_over_draws_and_thresholds(world):
     truth, models, _ = world
     draws, label = resample(len(truth.exams), 20), "rightsided_pe"
-    answers = rank_predictions(truth, models["m1"], label)
+    ranked = rank_predictions(truth, models["m1"], label)
     y, p = truth.exams[label].to_numpy(), models["m1"].exams[label].to_numpy()
     precisions, observed = [], []
     for draw in draws:
@@ -76,16 +76,16 @@ def test_bands_equal_a_loop_over_draws_and_thresholds(world):
                            for r in (.25, .5, .99)])
         inside = (.2 <= p) & (p < .3)
         observed.append(draw @ (y * inside) / (draw @ inside))
-    curve = precision_recall(answers, draws)
+    curve = precision_recall(ranked, draws)
     expected = interval(precisions)
     assert curve.low[[25, 50, 99]] == pytest.approx(expected[0])
     assert curve.high[[25, 50, 99]] == pytest.approx(expected[1])
-    table = reliability_band(answers, draws)
+    table = reliability_band(ranked, draws)
     row = table[(table.predicted >= .2) & (table.predicted < .3)].iloc[0]
     assert (row.low, row.high) == pytest.approx(interval(observed))
 
 
-def test_intervals_cover_as_often_as_they_say():
+def test_intervals_have_their_nominal_coverage():
     losses = []
     for seed in range(120):
         truth = simulate_truth(120, slices=(3, 5, 8), seed=seed)
@@ -97,7 +97,7 @@ def test_intervals_cover_as_often_as_they_say():
     assert .88 <= np.mean(covered) <= 1  # binomial: 95 % of 120, less three standard deviations
 
 
-def test_groups_are_scored_as_if_alone(world):
+def test_groups_are_scored_like_separate_sets(world):
     truth, models, _ = world
     groups = pd.Series(np.resize(["a", "b", None], len(truth.exams)), truth.exams.index)
     losses = (study_losses(truth, pred) for pred in (models["m0"], constant_prior(truth)))
@@ -111,7 +111,7 @@ def test_groups_are_scored_as_if_alone(world):
 
 
 class Reader(HTMLParser):
-    "Elements closed in order, ids, references, and what a person reads."
+    "Parser that checks the order of elements and collects ids, references and visible text."
 
     def __init__(self, text):
         super().__init__()
@@ -156,7 +156,7 @@ def pages(tmp_path_factory, world):
     return path, ensemble
 
 
-def test_page_is_whole_and_stands_alone(pages):
+def test_page_is_complete_and_self_contained(pages):
     text = pages[0].read_text()
     page = Reader(text)
     assert len(page.ids) == len(set(page.ids)), "ids must be unique in a document"
@@ -169,7 +169,7 @@ def test_page_is_whole_and_stands_alone(pages):
         assert text.count(f"{variable}:#") == 2, f"{variable} needs a light and a dark value"
 
 
-def test_page_says_what_the_metric_says(pages, world):
+def test_page_shows_the_values_of_the_metric(pages, world):
     truth, models, slices = world
     text = " ".join(" ".join(Reader(pages[0].read_text()).text).split())
     for pred in (pages[1], *models.values(), constant_prior(truth)):
@@ -230,10 +230,10 @@ def test_slices_on_the_page_are_those_of_the_files(tmp_path):
     own = source.table[source.table.StudyInstanceUID == study].sort_values("position")
     found = re.findall(r'alt="slice (\d+) of 8".*?base64,([^"]*)".*?predicted (\S+), (embolus|none)</figcaption>', text)
     assert len(found) == 6
-    for place, encoded, said, word in found:
+    for place, encoded, predicted, word in found:
         row = own.iloc[int(place) - 1]
         assert word == ("embolus" if truth.images[study, row.SOPInstanceUID] else "none")
-        assert said == f"{model.images[study, row.SOPInstanceUID]:.2f}"
+        assert predicted == f"{model.images[study, row.SOPInstanceUID]:.2f}"
         ds = pydicom.dcmread(competition / "train" / row.path)
         hu = ds.pixel_array * float(ds.get("RescaleSlope", 1)) + float(ds.get("RescaleIntercept", 0))
         hu = hu[::-1] if row.flip_rows else hu

@@ -1,4 +1,4 @@
-"A run may make its pixels on the host or beside the network, and change its mind: files and weights are the same."
+"A run may render pixels on the host or the device, and change that when it resumes: files and weights are equal."
 import os
 import subprocess
 import sys

@@ -19,7 +19,7 @@ PHASES = (Phase(3, .01), Phase(3, .003, .0005))
 
 
 class Toy:
-    "Is the left half brighter? Order and noise follow from epoch and step."
+    "Batches labelled by whether the left half is brighter. Order and noise follow from epoch and step."
 
     def __init__(self, die=None):
         self.die = die

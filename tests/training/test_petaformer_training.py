@@ -1,4 +1,4 @@
-"PetaFormer runs, in processes of their own: killed ones, and several at once; none of them meets TensorFlow."
+"PetaFormer runs, in processes of their own: killed ones, and several at once; none of them loads TensorFlow."
 import json
 import os
 import shutil
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import warm
 from conftest import ROOT
 
 from rsnape_kit.competition.predictions import Predictions
@@ -25,9 +26,9 @@ SESSION = str(ROOT / "tests" / "petaformer_session.py")
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
 
 
-def session(out, *args, launcher=()):
-    command = [sys.executable, *launcher, SESSION, str(out), *args]
-    return subprocess.run(command, env=ENV, capture_output=True, text=True)
+def session(out, *args):
+    "A session in a process that has PyTorch and fastai imported, and nothing else."
+    return warm.run(Path(SESSION).read_text(), out, *args, backend="torch", OMP_NUM_THREADS="1")
 
 
 def finished(result):
@@ -62,8 +63,9 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    two = finished(session(tmp_path / "two", *calm, "batch=2", launcher=[
-        "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]))
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    command = [sys.executable, *launcher, SESSION, str(tmp_path / "two"), *calm, "batch=2"]
+    two = finished(subprocess.run(command, env=ENV, capture_output=True, text=True))
     pd.testing.assert_frame_equal(history(one), history(two), rtol=1e-4)
     a, b = (Predictions.load(run / "oof") for run in (one, two))
     pd.testing.assert_series_equal(a.images, b.align(a).images, rtol=1e-3)
