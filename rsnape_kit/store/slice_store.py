@@ -23,7 +23,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..competition.tables import read_parquet
+from ..competition.tables import read_arrow, read_parquet
 from .codec import compress, decompress, unpack_all
 from .dicom_source import as_row_numbers, output_array
 
@@ -86,8 +86,8 @@ def read_footer(path: str | os.PathLike) -> tuple[pd.DataFrame, dict]:
         raise ValueError(f"{path}: not a complete shard ({error}); delete it and build the store again") from None
     if not complete:
         raise ValueError(f"{path}: not a complete shard; delete it and build the store again")
-    arrow = pq.read_table(io.BytesIO(raw), use_threads=False)
-    return arrow.to_pandas(), json.loads(arrow.schema.metadata[b"rsnape_kit"])
+    arrow = read_arrow(io.BytesIO(raw))
+    return arrow.to_pandas(use_threads=False), json.loads(arrow.schema.metadata[b"rsnape_kit"])
 
 def slices_in(path: str | os.PathLike) -> int:
     "The number of slices in a shard; 0 if it is not complete."

@@ -10,7 +10,7 @@ from rsnape_kit.models.keras_backend import import_keras, jit, zero_weights
 from rsnape_kit.models import efficientnet as image, volume
 keras, out = import_keras(), {}
 rng = np.random.default_rng(0)
-# All weights are set below; for the initial ones XLA would compile a random generator per shape, half a minute in all.
+# All weights are set below; for the initial ones XLA would compile a random generator per shape.
 with zero_weights():
     small = {
         "image": (image.efficientnet("b0", 32, pool="gem", width=.25, depth=.1), (2, 32, 32, 3)),
