@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import _synthetic as synthetic
+import blosc2
 import numpy as np
 import pydicom
 from PIL import Image
@@ -22,10 +23,13 @@ from pydicom.pixels import apply_modality_lut
 
 from rsnape_kit.dicom.slices import scan
 from rsnape_kit.store.build import build_store
+from rsnape_kit.store.codec import compress
 from rsnape_kit.store.dicom_source import DicomSource
 from rsnape_kit.store.slice_store import SliceStore
 
 WINDOWS = ((-600, 1500), (100, 700), (40, 400))
+BLOSC2 = {"typesize": 2, "codec": blosc2.Codec.LZ4, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE],
+          "filters_meta": [0], "splitmode": blosc2.SplitMode.NEVER_SPLIT, "nthreads": 1}
 
 
 def usual(path, file):
@@ -39,10 +43,22 @@ def usual(path, file):
     file.write(packed.getvalue())
 
 
-def build(table, folder, codec="tiles"):
+def build(table, folder):
     "Build a store in this process."
     shutil.rmtree(folder, ignore_errors=True)
-    return build_store(table, folder, codec=codec)
+    return build_store(table, folder)
+
+
+def pack_blosc2(slices):
+    "A general codec: LZ4 on shuffled bytes, one block per slice."
+    return [blosc2.compress2(values, blocksize=values.nbytes, **BLOSC2) for values in slices]
+
+
+def unpack_blosc2(chunks, out):
+    def run():
+        for chunk in chunks:
+            blosc2.decompress2(chunk, dst=out, nthreads=1)
+    return run
 
 
 def by_pydicom(paths):
@@ -104,7 +120,6 @@ def measure(root, folder, rounds):
     os.environ["TQDM_DISABLE"] = "1"
     seconds = synthetic.alternate({
         "build_store": lambda: build(few, folder / "store"),
-        "build_store, blosc2": lambda: build(few, folder / "store", "blosc2"),
         "pydicom + JPEG": lambda: usual_build(paths, folder / "usual"),
         "read() of the files": read_files(few.path),
     }, rounds)
@@ -112,16 +127,18 @@ def measure(root, folder, rounds):
     synthetic.table("Building a store, one core", seconds, counts, ["pydicom + JPEG", "read() of the files"])
 
     store, rng = SliceStore(build_store(table, folder / "all")), np.random.default_rng(0)
-    blosc2 = SliceStore(build(table, folder / "blosc2", "blosc2"))
-    print(f"\n{store}: {store._bytes.mean() / 1024:.0f} KB a slice, {blosc2._bytes.mean() / 1024:.0f} with blosc2")
     rows, out = rng.integers(0, len(store), (16, 64)), np.empty((64, 256, 256), np.int16)
+    slices = store[rows.ravel()]
+    tiles, chunks = [compress(values) for values in slices], pack_blosc2(slices)
+    means = [np.mean([len(chunk) for chunk in packed]) / 1024 for packed in (tiles, chunks)]
+    print(f"\n{store}: {means[0]:.0f} KB a slice, {means[1]:.0f} with blosc2")
     studies = [store.study(s) for s in store.table.StudyInstanceUID.unique()]
     source, block = DicomSource(table), np.empty_like(out)
     seconds = synthetic.alternate({
         "random slices, each into one buffer": read_rows(store, rows.reshape(-1, 1), out[:1]),
         "random slices, into the memory of a batch": read_rows(store, rows, out),
         "random slices, into new memory": read_rows(store, rows),
-        "random slices, blosc2": read_rows(blosc2, rows.reshape(-1, 1), out[:1]),
+        "slices in memory, blosc2": unpack_blosc2(chunks, out[0]),
         "whole studies": read_rows(store, studies),
         "copying decoded slices": lambda: [np.copyto(out, block) for _ in range(16)],
         "read() of the compressed bytes": read_compressed(store, rows.ravel()),

@@ -96,16 +96,15 @@ def make_folds(studies: Iterable[str], truth: Predictions | None = None, n: int 
     ids = pd.Index(sorted(set(studies)), name=STUDY)
     if not 2 <= n <= len(ids):
         raise ValueError(f"{n} folds of {len(ids)} studies: expected at least 2 folds and at least one study per fold")
-    kinds = None if truth is None else strata(truth.select(ids).exams, n)
-    count = None if kinds is None else pd.Series(kinds).value_counts()
-    if count is not None and count.min() < n:
-        kinds = None
-        warnings.warn(f"{count.index[-1]}: {count.iloc[-1]} of {len(ids)} studies, fewer than {n} folds; "
-                      "the split is at random, not stratified", stacklevel=2)
-    if kinds is None:
-        parts = KFold(n, shuffle=True, random_state=seed).split(ids)
-    else:
-        parts = StratifiedKFold(n, shuffle=True, random_state=seed).split(ids, kinds)
+    parts = KFold(n, shuffle=True, random_state=seed).split(ids)
+    if truth is not None:
+        kinds = strata(truth.select(ids).exams, n)
+        count = pd.Series(kinds).value_counts()
+        if count.min() >= n:
+            parts = StratifiedKFold(n, shuffle=True, random_state=seed).split(ids, kinds)
+        else:
+            warnings.warn(f"{count.index[-1]}: {count.iloc[-1]} of {len(ids)} studies, fewer than {n} folds; "
+                          "the split is at random, not stratified", stacklevel=2)
     of = pd.Series(0, ids, name="fold")
     for fold, (_, held_out) in enumerate(parts):
         of.iloc[held_out] = fold

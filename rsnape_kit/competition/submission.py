@@ -123,14 +123,16 @@ def write_submission(pred: Predictions, sample: Path | str | pd.DataFrame, out: 
     sample = sample if isinstance(sample, pd.DataFrame) else read_csv(sample)
     table = pred.to_submission() if fill is None else _fill_ids(pred.to_submission(), sample["id"], fill)
     problems = check_submission(table, sample)
-    missing = table["label"].isna().any()
-    problems += [] if missing else _rule_problems(pred)
+    if not table["label"].isna().any():
+        problems += _rule_problems(pred)
     if problems:
         raise SubmissionError(problems)
     table = table.set_index("id").loc[sample["id"]].reset_index()
     with atomic_file(out) as fresh:
         table.to_csv(fresh, index=False)
-        _check_written(fresh, table)
+        back = read_csv(fresh)
+        if not (back["id"].equals(table["id"]) and (back["label"].to_numpy() == table["label"].to_numpy()).all()):
+            raise SubmissionError([f"- {fresh} does not read back as it was written; check the free space of the disk"])
     return Path(out)
 
 
@@ -142,9 +144,3 @@ def _fill_ids(table: pd.DataFrame, ids: pd.Series, fill: dict) -> pd.DataFrame:
     if missing.any():
         values[missing] = parse_ids(ids[missing])["label"].map(fill).to_numpy()
     return values.rename_axis("id").reset_index()
-
-
-def _check_written(path: Path, table: pd.DataFrame):
-    back = read_csv(path)
-    if not (back["id"].equals(table["id"]) and (back["label"].to_numpy() == table["label"].to_numpy()).all()):
-        raise SubmissionError([f"- {path} does not read back as it was written; check the free space of the disk"])

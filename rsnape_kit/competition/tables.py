@@ -120,22 +120,16 @@ def labels_of(
     where: str = "the submission",  # name of the table in the error
 ) -> np.ndarray:  # float [n]
     "Return the labels of the given ids."
-    values = _by_id(table)
-    at = values.index.get_indexer(ids)
-    if (at < 0).any():
-        raise ValueError(f"id {np.asarray(ids)[at.argmin()]!r} is missing from {where}")
-    return values.to_numpy()[at]
-
-
-def _by_id(table: pd.DataFrame) -> pd.Series:
-    for column in ("id", "label"):
-        if column not in table:
-            raise ValueError(f"expected the columns id and label; this table has {', '.join(map(str, table.columns))}")
+    if not {"id", "label"} <= set(table):
+        raise ValueError(f"expected the columns id and label; this table has {', '.join(map(str, table.columns))}")
     values = pd.Series(table["label"].to_numpy(float), pd.Index(table["id"], dtype=object))
     if not values.index.is_unique:
         twice = values.index[values.index.duplicated()][0]
         raise ValueError(f"id {twice!r} appears twice in the submission; expected each id once")
-    return values
+    at = values.index.get_indexer(ids)
+    if (at < 0).any():
+        raise ValueError(f"id {np.asarray(ids)[at.argmin()]!r} is missing from {where}")
+    return values.to_numpy()[at]
 
 # %% ../../nbs/01_competition/02_tables.ipynb #ea193cb4
 def split_submission(

@@ -13,6 +13,8 @@ import warnings
 
 import numpy as np
 
+from ..utils import require_module
+
 # %% ../../nbs/02_dicom/02_decode.ipynb #c961489c
 class DicomError(ValueError):
     """A file does not yield a CT slice.
@@ -63,12 +65,9 @@ def _stream_size(frame):
 # %% ../../nbs/02_dicom/02_decode.ipynb #f4f16291
 def decode(ds, decoder) -> tuple[np.ndarray, int]:
     "Decode the one frame of a dataset with one of DECODERS: (stored values, int16 or uint16 [H, W]; number of valid bits)."
-    try:
-        import imagecodecs
-    except ImportError:
-        raise ImportError("compressed with JPEG, which needs imagecodecs: pip install imagecodecs") from None
     from pydicom.encaps import get_frame
 
+    imagecodecs = require_module("imagecodecs", "JPEG files need it: pip install imagecodecs")
     if (getattr(ds, "NumberOfFrames", None) or 1) > 1:
         raise ValueError(f"expected one grayscale frame, found {ds.NumberOfFrames} frames")
     frame = get_frame(ds.PixelData, 0, number_of_frames=1)

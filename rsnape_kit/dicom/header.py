@@ -112,10 +112,7 @@ def _equals(buf, start, length, text, prefix):
         length -= 1
     if length != text.size and not (prefix and length > text.size):
         return False
-    for i in range(text.size):
-        if buf[start + i] != text[i]:
-            return False
-    return True
+    return (buf[start:start + text.size] == text).all()
 
 @compiled
 def _element(buf, pos, size, implicit):
@@ -137,14 +134,6 @@ def _element(buf, pos, size, implicit):
     return a | b << 8, length | np.int64(buf[pos + 10]) << 16 | np.int64(buf[pos + 11]) << 24, pos + 12
 
 # %% ../../nbs/02_dicom/01_header.ipynb #18ac2666
-@compiled
-def _has_required(at):
-    "Whether all fields were found that a scan needs and every CT slice has."
-    for k in range(at.size):
-        if _required[k] and at[k] < 0:
-            return False
-    return True
-
 @compiled
 def walk_header(
     buf,  # uint8 [n], the beginning of a file
@@ -177,7 +166,7 @@ def walk_header(
             return UNUSUAL
         last = tag
         if early and tag > _last_scanned:
-            return FOUND if _has_required(at) else UNUSUAL
+            return FOUND if (at[_required] >= 0).all() else UNUSUAL
         vr, n, value = _element(buf, pos, size, implicit)
         if n == -3:
             return MORE

@@ -6,7 +6,7 @@
 __all__ = ['FILLED', 'FILLED_WITH_AIR', 'to_standard_view', 'read_slice', 'nearest', 'read_or_fill', 'read_series']
 
 # %% ../../nbs/02_dicom/06_series.ipynb #6ed283ff
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pandas as pd
@@ -33,12 +33,13 @@ def read_slice(
     return to_standard_view(read_hu(row.path, lowest, scratch, finish), row)
 
 # %% ../../nbs/02_dicom/06_series.ipynb #295e05a5
-def nearest(rows: list, i: int) -> list[int]:
-    "Indices of the other rows (named tuples) of the series of row `i`, nearest first; of two equally near ones the lower first."
+def nearest(rows: list, i: int) -> Iterator[int]:
+    "`i`, then the indices of the other rows (named tuples) of its series, nearest first; of two equally near ones the lower first."
+    yield i  # most slices are readable and do not need the search
     here = rows[i]
     others = [j for j, row in enumerate(rows) if row.SeriesInstanceUID == here.SeriesInstanceUID
               and row.StudyInstanceUID == here.StudyInstanceUID and j != i]
-    return sorted(others, key=lambda j: (abs(rows[j].order - here.order), rows[j].order))
+    yield from sorted(others, key=lambda j: (abs(rows[j].order - here.order), rows[j].order))
 
 # %% ../../nbs/02_dicom/06_series.ipynb #306233d9
 FILLED = "filled "  # start of the note on a filled slice in the table's problem column
@@ -52,17 +53,13 @@ def read_or_fill(
 ) -> tuple[np.ndarray | None, str]:  # (int16 [H, W], note); None if no slice of the series is readable
     "Read row `i`, or its nearest readable neighbour with a note on the fault; the note is '' for the row itself."
     bad = {} if bad is None else bad
-    for j in [i] if i not in bad else []:
+    for j in nearest(rows, i):
+        if j in bad:
+            continue
         try:
-            return read(rows[j]), ""
+            return read(rows[j]), "" if j == i else f"{FILLED}from {rows[j].SOPInstanceUID}: {bad[i]}"
         except DicomError as error:
             bad[j] = error.args[1]
-    for j in nearest(rows, i):
-        if j not in bad:
-            try:
-                return read(rows[j]), f"{FILLED}from {rows[j].SOPInstanceUID}: {bad[i]}"
-            except DicomError as error:
-                bad[j] = error.args[1]
     return None, f"{FILLED_WITH_AIR}, no slice of its series is readable: {bad[i]}"
 
 # %% ../../nbs/02_dicom/06_series.ipynb #f595fd4f

@@ -24,8 +24,9 @@ from ..data.slice_loader import SliceLoader
 from ..dicom.series import FILLED_WITH_AIR
 from .averaging import RunningMean
 from ..runs.folder import run_settings
+from ..store.codec import decompress
 from ..store.dicom_source import PixelSource
-from ..store.slice_store import get_codec, read_footer, write_shard
+from ..store.slice_store import read_footer, write_shard
 from ..utils.files import atomic_write
 from ..utils.processes import hold_lock
 
@@ -92,7 +93,7 @@ def fetch_study(
         study = read_study(source, rows)
         with suppress(OSError):  # disk full or folder removed: the study is not cached
             if shutil.disk_usage(Path(cached).parent).free - study.pixels.nbytes > reserve:
-                write_shard(cached, study.table, iter(study.pixels), {"size": study.size, "codec": "tiles"})
+                write_shard(cached, study.table, iter(study.pixels), {"size": study.size})
         return study
 
 
@@ -100,7 +101,7 @@ def _read_cached(path) -> LoadedStudy | None:
     "Return a cached study, None if its file is damaged."
     try:
         table, meta = read_footer(path)
-        pixels, (_, decompress) = np.empty((len(table), meta["size"], meta["size"]), np.int16), get_codec(meta["codec"])
+        pixels = np.empty((len(table), meta["size"], meta["size"]), np.int16)
         raw = memoryview(Path(path).read_bytes())
         for start, count, out in zip(table["start"], table["bytes"], pixels):
             decompress(raw[start:start + count], out)

@@ -11,9 +11,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from ..data.adapters import require_module
 from ..transforms.affine import FRACTION_BITS
 from ..transforms.render import RENDER_PARAMS, InputConfig
+from ..utils import require_module
 
 # %% ../../nbs/07_models/02_input_layer.ipynb #7f6d41b3
 def _hide_sides(ops, stored, params):  # int32 [n, S, S], int32 [n, 9] -> int32 [n, S, S]

@@ -21,6 +21,7 @@ from ..competition.tables import read_parquet
 from ..dicom.series import FILLED
 from .dicom_source import DicomSource, StoreInput
 from .slice_store import INDEX, read_footer, slices_in, write_shard
+from ..utils.files import atomic_file
 from ..utils.processes import exclusive, executor_for, map_ahead
 
 # %% ../../nbs/03_store/05_build.ipynb #a58852a4
@@ -82,12 +83,13 @@ def _plan(source, out, part, meta):
         raise ValueError(f"{out} contains {len(foreign)} shards of other slices or settings, such as {foreign[0].name}; "
                          "choose another folder or delete them")
     finished = [slices_in(path) for path in paths]
-    return rows, paths, finished, all(finished) and _settings(out) == meta
+    done = all(finished) and (out / INDEX).exists() and read_parquet(out / INDEX, ["problem"]).attrs == meta
+    return rows, paths, finished, done
 
 # %% ../../nbs/03_store/05_build.ipynb #17c18749
 def build_store(source: StoreInput | pd.DataFrame | str | os.PathLike, out: str | os.PathLike, size: int = 256,
                 part: tuple[int, int] = (0, 1), executor: Executor | None = None, labels: pd.DataFrame | None = None,
-                codec: str = "tiles", keep_padding: bool = False) -> Path:
+                keep_padding: bool = False) -> Path:
     """Build a store of slices in HU x 4 (fixed point), or resume building it.
 
     Args:
@@ -98,7 +100,6 @@ def build_store(source: StoreInput | pd.DataFrame | str | os.PathLike, out: str 
         executor: runs one task per shard. Default: new processes, if there is enough to do.
         labels: DataFrame with StudyInstanceUID, SOPInstanceUID (text) and label columns (train.csv), to store beside the
             pixels; NaN for slices without a row.
-        codec: 'tiles' or 'blosc2': how slices are compressed.
         keep_padding: keep values below -1024 HU, down to -8192, for a method that scales by each image's minimum.
 
     Returns:
@@ -118,7 +119,7 @@ def build_store(source: StoreInput | pd.DataFrame | str | os.PathLike, out: str 
         source = source.take(np.arange(len(source.table)))  # a copy, since its table is changed
         source.table = _with_labels(source.table, labels)
     out, meta = Path(out), {"size": size, "lowest": getattr(source, "lowest", -1024), "part": list(part),
-                            "codec": codec}
+                            "codec": "tiles"}
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out):
         rows, paths, finished, done = _plan(source, out, part, meta)
@@ -166,14 +167,9 @@ def _index(out, paths, meta, table):
     index = index.sort_values(["StudyInstanceUID", "SeriesInstanceUID", "order"], ignore_index=True, kind="stable")
     columns = ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "path", "problem", "shard"]
     index.loc[index.problem != "", columns].to_csv(out / "problems.csv", index=False)
-    temporary = out / f"{INDEX}.tmp"
     index.attrs = meta
-    index.to_parquet(temporary, compression="zstd", index=False)
-    os.replace(temporary, out / INDEX)
-
-def _settings(out):
-    "The settings of a finished store, None if there is none."
-    return read_parquet(out / INDEX, ["problem"]).attrs if (out / INDEX).exists() else None
+    with atomic_file(out / INDEX) as fresh:
+        index.to_parquet(fresh, compression="zstd", index=False)
 
 def _warn_filled(out):
     "Warn about filled slices, with the way to read them again."

@@ -21,7 +21,9 @@ def _plane(bits, width):
 
 @compiled(inline="always")
 def _put(tile, bits, width, words, at):
-    "Write a plane of a tile's 16 words; return the index of the next plane."
+    "Write a plane of a tile's 16 words, if its width has one; return the index of the next plane."
+    if not width & _u(bits):
+        return at
     mask, shift = _plane(bits, width)
     for j in range(_u(bits)):
         word = _u(0)
@@ -33,7 +35,9 @@ def _put(tile, bits, width, words, at):
 
 @compiled(inline="always")
 def _add(tile, bits, width, words, at):
-    "Add a plane to a tile's 16 words; return the index of the next plane."
+    "Add a plane to a tile's 16 words, if its width has one; return the index of the next plane."
+    if not width & _u(bits):
+        return at
     mask, shift = _plane(bits, width)
     for k in range(_u(16 // bits)):
         step = _u(bits) * _u(k)
@@ -60,16 +64,11 @@ def _pack(values, bases, widths, words):
             for y in range(8):
                 for x in range(2):
                     tile[2 * y + x] = (rows[r + y, c + x] ^ _signs) - _u(bases[t]) * _lanes
-            if width & _u(16):
-                at = _put(tile, 16, width, words, at)
-            if width & _u(8):
-                at = _put(tile, 8, width, words, at)
-            if width & _u(4):
-                at = _put(tile, 4, width, words, at)
-            if width & _u(2):
-                at = _put(tile, 2, width, words, at)
-            if width & _u(1):
-                at = _put(tile, 1, width, words, at)
+            at = _put(tile, 16, width, words, at)
+            at = _put(tile, 8, width, words, at)
+            at = _put(tile, 4, width, words, at)
+            at = _put(tile, 2, width, words, at)
+            at = _put(tile, 1, width, words, at)
             t += 1
     return at
 
@@ -81,16 +80,11 @@ def _unpack(bases, widths, words, out):
         rows[r:r + 8] = 0  # in order, once: cheaper than fetching memory for eight lines in turn
         for c in range(0, rows.shape[1], 2):
             width, tile[:] = _u(widths[t]), _u(bases[t]) * _lanes
-            if width & _u(16):
-                at = _add(tile, 16, width, words, at)
-            if width & _u(8):
-                at = _add(tile, 8, width, words, at)
-            if width & _u(4):
-                at = _add(tile, 4, width, words, at)
-            if width & _u(2):
-                at = _add(tile, 2, width, words, at)
-            if width & _u(1):
-                at = _add(tile, 1, width, words, at)
+            at = _add(tile, 16, width, words, at)
+            at = _add(tile, 8, width, words, at)
+            at = _add(tile, 4, width, words, at)
+            at = _add(tile, 2, width, words, at)
+            at = _add(tile, 1, width, words, at)
             for y in range(8):
                 rows[r + y, c], rows[r + y, c + 1] = tile[2 * y] ^ _signs, tile[2 * y + 1] ^ _signs
             t += 1

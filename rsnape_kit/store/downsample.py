@@ -61,12 +61,8 @@ def to_fixed_point(
         out[:] = _area_mean(hu, size, lowest)
     return out
 
-def is_exact(
-    rows,  # int or array, rows of the slices
-    columns,  # int or array, columns of the slices
-    size: int = 256,  # pixels along each side of the downsampled image
-):  # bool or array
-    "Whether a downsampled image holds exact sums of pixels, or the pixels themselves, and no rounded means."
+def is_exact(rows, columns, size: int = 256):
+    "Whether images of `rows` x `columns` (ints or arrays) have exact sums or the pixels themselves at `size`, no rounded means."
     return (rows == columns) & ((rows == 2 * size) | (rows == size))
 
 # %% ../../nbs/03_store/01_downsample.ipynb #cb0aad71

@@ -21,19 +21,13 @@ from ..dicom.hounsfield import to_hu
 from ..dicom.series import to_standard_view
 from ..dicom.slices import list_files
 from .dicom_source import DicomSource
+from ..utils import require_module
+from ..utils.files import atomic_file
 
 # %% ../../nbs/03_store/06_tfrecords.ipynb #37d1700e
-def _crc32c():
-    "The function bytes -> CRC-32C, or an error that names the package to install."
-    try:
-        from google_crc32c import value
-    except ImportError:
-        raise ImportError("TFRecords need google-crc32c: pip install google-crc32c, or rsnape_kit[dicom]") from None
-    return value
-
 def masked(data: bytes) -> int:
     "The checksum as TFRecord files store it: CRC-32C, rotated and offset so that data may contain checksums itself."
-    value = _crc32c()(data)
+    value = require_module("google_crc32c", "TFRecords need it: pip install google-crc32c, or rsnape_kit[dicom]").value(data)
     return ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 # %% ../../nbs/03_store/06_tfrecords.ipynb #48dd5b5a
@@ -45,12 +39,7 @@ TAGS = ("SpecificCharacterSet ImageType SOPClassUID SOPInstanceUID Modality Slic
 LABELS = (*EXAM_LABELS, *AUX_LABELS, IMAGE_LABEL)
 
 def _tensorflow():
-    "TensorFlow, or an error that names the package to install."
-    try:
-        import tensorflow
-    except ImportError:
-        raise ImportError("TFRecords need TensorFlow: pip install tensorflow-cpu") from None
-    return tensorflow
+    return require_module("tensorflow", "TFRecords need it: pip install tensorflow-cpu")
 
 # %% ../../nbs/03_store/06_tfrecords.ipynb #0fde5a2d
 def _example(path, labels=None):
@@ -70,17 +59,6 @@ def _example(path, labels=None):
     for label in LABELS if labels is not None else ():
         feature[label] = train.Feature(int64_list=train.Int64List(value=[int(labels[label])]))
     return train.Example(features=train.Features(feature=feature)).SerializeToString(deterministic=True)
-
-def _write(rows, path, labelled):
-    "Write one file completely or not at all."
-    temporary = path.with_suffix(".tmp")
-    try:
-        with _tensorflow().io.TFRecordWriter(os.fspath(temporary)) as writer:
-            for row in rows:
-                writer.write(_example(row["path"], row if labelled else None))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 def write_tfrecords(table: pd.DataFrame, out: str | os.PathLike, per_file: int = 1000) -> list[Path]:
     """Write slices as TFRecords in the organisers' image-level schema.
@@ -108,7 +86,9 @@ def write_tfrecords(table: pd.DataFrame, out: str | os.PathLike, per_file: int =
     rows, paths = table.to_dict("records"), []
     for start in tqdm(range(0, len(rows), per_file), desc="tfrecords", unit=" files", disable=len(rows) < 4 * per_file):
         paths.append(out / f"{start // per_file:05d}.tfrec")
-        _write(rows[start:start + per_file], paths[-1], labelled)
+        with atomic_file(paths[-1]) as fresh, _tensorflow().io.TFRecordWriter(os.fspath(fresh)) as writer:
+            for row in rows[start:start + per_file]:
+                writer.write(_example(row["path"], row if labelled else None))
     for old in set(out.glob("[0-9]" * 5 + ".tfrec")) - set(paths):  # of an earlier, longer call
         old.unlink()
     return paths

@@ -28,11 +28,8 @@ def warn_once():
         warnings.warn("numba is not installed: results are the same, but a slice takes some 0.05 s from a store, 0.2 s from "
                       "DICOM, and rendering 40 times as long; pip install numba", stacklevel=3)
 
-def _uncompiled(
-    function,
-    plain,  # whether Python may run it
-):
-    "Return the Python function that replaces the compiled one."
+def _uncompiled(function, plain):
+    "Return what replaces a compiled function: itself as Python, or (`plain` is false) an ImportError when it is called."
     @wraps(function)
     def run(*args, **named):
         if not plain:

@@ -10,7 +10,7 @@ __all__ = ['PROGRESS', 'INTERVAL', 'worker_environ', 'last_line', 'map_ahead', '
 import os
 import sys
 import time
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from pathlib import Path
@@ -51,23 +51,11 @@ def map_ahead(
             future.cancel()
 
 # %% ../../nbs/00_utils/03_processes.ipynb #a3631bdc
-class _Inline(Executor):
-    "Runs tasks in this process."
-    _max_workers = 1
-
-    def submit(self, function, *args):
-        future = Future()
-        future.set_result(function(*args))
-        return future
-
-def executor_for(
-    slices: int,  # number of slices to process
-    tasks: int,  # number of tasks they are split into
-) -> Executor:
-    "Return a process pool, or an executor in this process where a pool does not pay."
+def executor_for(slices: int, tasks: int) -> Executor:
+    "Return a process pool for some tasks of `slices` slices together, or one thread where a pool does not pay."
     workers = min(os.cpu_count() or 1, tasks)
     if workers < 2 or slices < 2000:
-        return _Inline()
+        return ThreadPoolExecutor(1)
     return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
 
 # %% ../../nbs/00_utils/03_processes.ipynb #149ae4e3
@@ -96,10 +84,8 @@ def exclusive(
 
 
 @contextmanager
-def hold_lock(
-    path,  # lock file, created if missing and not deleted
-):
-    "Hold a lock file, after waiting for the process or thread that holds it."
+def hold_lock(path):
+    "Hold a lock file (created if missing, not deleted) after waiting for the process or thread that holds it."
     lock = FileLock(path)
     with suppress(OSError, NotImplementedError):
         lock.acquire(poll_interval=.01)
@@ -115,11 +101,8 @@ INTERVAL = 1.  # seconds between two writes
 _state = {"done": 0, "total": 0, "written": -INTERVAL}
 
 # %% ../../nbs/00_utils/03_processes.ipynb #face94b6
-def start_steps(
-    total: int,  # steps of the whole task
-    done: int = 0,  # steps that are done already
-):
-    "Start to count the steps of this process."
+def start_steps(total: int, done: int = 0):
+    "Start to count the steps of this process; `done` of the `total` are done already."
     _state.update(total=total, done=done, written=-INTERVAL)
     advance(0)
 
@@ -151,11 +134,9 @@ class CountedBatches:
             yield batch
             advance()
 
-# %% ../../nbs/00_utils/03_processes.ipynb #45a4eac1
-def read_steps(
-    path,  # progress file
-) -> tuple:  # steps done, steps in total
-    "Read a progress file; (0, 0) if there is none yet."
+
+def read_steps(path) -> tuple:
+    "Return (steps done, steps in total) from a progress file; (0, 0) if there is none yet."
     try:
         done, total = map(int, Path(path).read_text().split())
     except (OSError, ValueError):
