@@ -52,11 +52,8 @@ def _check_truth(truth: Predictions):
 EPSILON = 1e-15
 
 
-def log_loss(
-    y,  # truth, 0 or 1, any shape
-    p,  # probability, same shape; clipped to [EPSILON, 1 - EPSILON]
-) -> np.ndarray:  # float64, same shape
-    "Return the binary cross-entropy of each element, in nats."
+def log_loss(y, p) -> np.ndarray:  # y: truth, 0 or 1; p: probability; all of one shape
+    "Return the binary cross-entropy of each element in nats, with `p` clipped to [EPSILON, 1 - EPSILON]."
     p = np.clip(np.asarray(p, float), EPSILON, 1 - EPSILON)
     return -np.log(np.where(np.asarray(y) == 1, p, 1 - p))
 

@@ -215,15 +215,8 @@ def parse_header(
 
 # %% ../../nbs/02_dicom/01_header.ipynb #a69f8f6e
 @compiled
-def walk_many(
-    bufs,  # uint8 [files, bytes]
-    sizes,  # int64 [files], count of valid bytes in each
-    at,  # int64 [files, fields], filled
-    length,  # int64 [files, fields], filled
-    numbers,  # float64 [files, NUMBERS], filled
-    status,  # uint8 [files], filled: FOUND, MORE or UNUSUAL
-):
-    "Apply `walk_header` (early) and `parse_header` to the beginnings of many files."
+def walk_many(bufs, sizes, at, length, numbers, status):
+    "Apply `walk_header` (early) and `parse_header` to many files, one row of their arrays each, and fill uint8 `status` [files]."
     for i in range(sizes.size):
         status[i] = walk_header(bufs[i], sizes[i], True, at[i], length[i])
         if status[i] == FOUND:

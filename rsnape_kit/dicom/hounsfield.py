@@ -69,7 +69,6 @@ def to_hu(
 
 # %% ../../nbs/02_dicom/03_hounsfield.ipynb #1c27a20b
 _local = threading.local()
-_slice_bytes = 512 * 512 * 2  # of the pixels of a slice of the usual size
 
 def header_buffers():
     "This thread's header buffer (a plain header must end in it) and the arrays that a walk fills."
@@ -122,14 +121,10 @@ _photometric, _charset, _lut, _frames_at, _slope_at = (
 
 # %% ../../nbs/02_dicom/03_hounsfield.ipynb #72a4c4e4
 @compiled
-def open_plain(
-    path,  # uint8, one of those from `raw_paths`
-    buf,  # uint8, filled with the header
-    at,  # int64 [fields], filled
-    length,  # int64 [fields], filled
-    numbers,  # float64 [NUMBERS], filled
-):
-    "Open a plain file and return its descriptor, which the caller closes; -1 for any other file. Pixels are the last field."
+def open_plain(path, buf, at, length, numbers):
+    """Open a plain file and return its descriptor, which the caller closes; -1 for any other file. Pixels are the last field.
+
+    `path` is one of those from `raw_paths`; the other arguments are `header_buffers`, which are filled."""
     fd, most = open_file(path), 4096
     if fd < 0:
         return -1
@@ -155,10 +150,9 @@ def fetch(path, pixels, buf, at, length, numbers):
     return count
 
 # %% ../../nbs/02_dicom/03_hounsfield.ipynb #48f8ba13
-def _plain(path, scratch=None):
-    "(stored values [H, W], slope, intercept, bits) of a plain file, in `scratch` if it is large enough; None for any other."
-    name, buffers = raw_paths([path])[0], header_buffers()
-    pixels = np.empty(_slice_bytes, np.uint8) if scratch is None else scratch
+def _plain(path):
+    "(stored values [H, W], slope, intercept, bits) of a plain file; None for any other."
+    name, buffers, pixels = raw_paths([path])[0], header_buffers(), np.empty(512 * 512 * 2, np.uint8)  # of the usual size
     count = fetch(name, pixels, *buffers)
     if count > pixels.size:
         pixels = np.empty(count, np.uint8)
@@ -169,15 +163,12 @@ def _plain(path, scratch=None):
     return pixels[:count].view(np.int16 if signed else np.uint16).reshape(shape), slope, intercept, bits
 
 # %% ../../nbs/02_dicom/03_hounsfield.ipynb #467777df
-def read_hu(path: str | os.PathLike, lowest: float = -1024, scratch: np.ndarray | None = None,
-            finish: Callable = to_hu) -> np.ndarray:
+def read_hu(path: str | os.PathLike, lowest: float = -1024, finish: Callable = to_hu) -> np.ndarray:
     """Read one DICOM file as Hounsfield units, as stored (not flipped).
 
     Args:
         path: a DICOM file: uncompressed, JPEG of any kind, or any other that pydicom can decode.
         lowest: HU, -32768 or more. Everything below, above all padding, is raised to it. Default: air; -32768 keeps all.
-        scratch: uint8 [524288 or more], contiguous: memory to use for the result, which the next call overwrites.
-            Default: new memory for each call.
         finish: (stored values int16 or uint16 [H, W], slope, intercept, lowest, bits) -> result: converts the slice.
 
     Returns:
@@ -186,13 +177,9 @@ def read_hu(path: str | os.PathLike, lowest: float = -1024, scratch: np.ndarray 
     Raises:
         DicomError: the file is missing or damaged or holds no CT slice; names the file and the cause.
         ImportError: the file is compressed and imagecodecs is not installed.
-        ValueError: `scratch` has another type or layout.
     """
-    if scratch is not None and not (scratch.dtype == np.uint8 and scratch.ndim == 1
-                                    and scratch.flags.c_contiguous and scratch.flags.writeable):
-        raise ValueError(f"scratch is {scratch.dtype} {list(scratch.shape)}: expected a contiguous, writable uint8 array [n]")
     try:
-        values, slope, intercept, bits = _plain(path, scratch) or read_with_pydicom(path, lowest)
+        values, slope, intercept, bits = _plain(path) or read_with_pydicom(path, lowest)
         return finish(values, slope, intercept, lowest, bits)
     except Exception as error:  # whatever pydicom or a decoder raises for a damaged file
         raise to_dicom_error(path, error) from error

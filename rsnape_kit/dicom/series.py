@@ -24,13 +24,12 @@ def to_standard_view(image: np.ndarray, row) -> np.ndarray:
 def read_slice(
     row,  # row of the slices table, with path, rows, problem, flip_rows and flip_columns
     lowest: float = -1024,  # HU; everything below is raised to it
-    scratch: np.ndarray | None = None,  # uint8 [524288 or more]: memory for the result, which the next call overwrites
     finish: Callable = to_hu,  # converts the stored values, see `read_hu`
 ) -> np.ndarray:  # int16 [H, W]
     "Read one slice in HU; columns run to the patient's left, rows to the back."
     if row.rows == 0:
         raise DicomError(row.path, row.problem or "no image")
-    return to_standard_view(read_hu(row.path, lowest, scratch, finish), row)
+    return to_standard_view(read_hu(row.path, lowest, finish), row)
 
 # %% ../../nbs/02_dicom/06_series.ipynb #295e05a5
 def nearest(rows: list, i: int) -> Iterator[int]:
@@ -63,12 +62,11 @@ def read_or_fill(
     return None, f"{FILLED_WITH_AIR}, no slice of its series is readable: {bad[i]}"
 
 # %% ../../nbs/02_dicom/06_series.ipynb #f595fd4f
-def _add_notes(table, notes):
-    "Append notes to the problem column of a table, in place."
+def _add_note(table, i, note):
+    "Append a note to the problem column of a table's row, in place."
+    before = table["problem"].iat[i]
     with pd.option_context("mode.chained_assignment", None):
-        for i, note in notes.items():
-            before = table["problem"].iat[i]
-            table.iloc[i, table.columns.get_loc("problem")] = f"{before}; {note}" if before else note
+        table.iloc[i, table.columns.get_loc("problem")] = f"{before}; {note}" if before else note
 
 def read_series(rows: pd.DataFrame, on_error: str = "raise", lowest: float = -1024) -> np.ndarray:
     """Read the slices of one series as a stack in HU.
@@ -95,7 +93,6 @@ def read_series(rows: pd.DataFrame, on_error: str = "raise", lowest: float = -10
     shape, slices = shapes.index[0], list(rows.itertuples(index=False))
     stack = np.empty((len(rows), *shape), np.int16)
     bad: dict[int, str] = {}
-    notes: dict[int, str] = {}
 
     def read(row):
         hu = read_slice(row, lowest)
@@ -109,6 +106,5 @@ def read_series(rows: pd.DataFrame, on_error: str = "raise", lowest: float = -10
             raise DicomError(row.path, bad[i])
         stack[i] = values
         if note:
-            notes[i] = note
-    _add_notes(rows, notes)
+            _add_note(rows, i, note)
     return stack

@@ -58,13 +58,6 @@ def non_dicom_files(table: pd.DataFrame) -> pd.Series:
     return candidates
 
 # %% ../../nbs/02_dicom/05_slices.ipynb #b376a21d
-_texts = ("study", "series", "image", "syntax")
-_keywords = {"thickness": "SliceThickness", "instance": "InstanceNumber", "corner": "ImagePositionPatient",
-             "orientation": "ImageOrientationPatient", "samples": "SamplesPerPixel", "frames": "NumberOfFrames",
-             "rows": "Rows", "columns": "Columns", "spacing": "PixelSpacing", "allocated": "BitsAllocated",
-             "stored": "BitsStored", "signed": "PixelRepresentation", "intercept": "RescaleIntercept",
-             "slope": "RescaleSlope"}
-
 def _text(value):
     "A text as stored in the file; pydicom splits it at backslashes."
     return value if isinstance(value, str) else "\\".join(map(str, value))
@@ -80,18 +73,17 @@ def _read_with_pydicom(path):
         texts.append(str(ds.file_meta.get("TransferSyntaxUID", "")))
     except Exception as error:  # whatever pydicom raises for a damaged file
         return ("",) * 4, numbers, to_dicom_error(path, error).args[1]
-    for name, keyword in _keywords.items():
+    for name, tag, _, count in FIELDS:
         try:
-            values = np.ravel(np.asarray(ds.get(keyword, []), float))
+            values = np.ravel(np.asarray(ds[tag].value, float)) if count and tag in ds else ()
         except Exception:  # noqa: S112  a value that is not a number is a missing value
             continue
-        count = next(count for field, *_, count in FIELDS if field == name)
-        if values.size == count:
+        if count and len(values) == count:
             numbers[NUMBER[name]:NUMBER[name] + count] = values
     return texts, numbers, ""
 
 # %% ../../nbs/02_dicom/05_slices.ipynb #f1c70cba
-_text_fields = [FIELD[name] for name in _texts]
+_text_fields = [FIELD[name] for name in ("study", "series", "image", "syntax")]
 
 def _batch(paths, bufs, numbers, status, size):
     "Read and walk a few files; return their four texts, None where the header is unusual or incomplete."

@@ -87,15 +87,6 @@ def output_array(n: int, size: int, out: np.ndarray | None = None) -> np.ndarray
     return out
 
 # %% ../../nbs/03_store/03_dicom_source.ipynb #60c79c9b
-_local = threading.local()
-
-def _scratch(size):
-    "This thread's memory for one slice of twice the size, or of 512x512."
-    wanted = max(8 * size**2, 512 * 512 * 2)
-    if not hasattr(_local, "pixels") or _local.pixels.size < wanted:
-        _local.pixels = np.empty(wanted, np.uint8)
-    return _local.pixels
-
 class DicomSource:
     """A `PixelSource` that reads slices from DICOM files each time they are requested.
 
@@ -105,7 +96,7 @@ class DicomSource:
         on_error: 'fill' an unreadable slice from its nearest readable neighbour, or with air, and note that in the
             table's `problem` column; or 'raise' `DicomError`.
         lowest: HU in [-8192, 0]; everything below is raised to it. Default: air; -8192 keeps the raw padding.
-        reader: (row, lowest, scratch, finish) -> result of `finish`, oriented: reads one slice, for other formats.
+        reader: (row, lowest, finish) -> result of `finish`, oriented: reads one slice, for other formats.
 
     Attributes:
         table: the slices table with a column `exact`; reading adds notes to `problem`.
@@ -164,7 +155,7 @@ class DicomSource:
         if self._rows is None:  # created on first use: a million of them take a gigabyte
             self._rows = list(self.table.itertuples(index=False))
         finish = partial(stored_to_fixed_point, size=self.size, out=out)
-        read = partial(self.reader, lowest=self.lowest, scratch=_scratch(self.size), finish=finish)
+        read = partial(self.reader, lowest=self.lowest, finish=finish)
         if self.on_error == "raise":
             values, note = read(self._rows[i]), ""
         else:

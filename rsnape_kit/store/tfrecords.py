@@ -112,8 +112,9 @@ def _places(path):
             pos += 16 + count
     return places
 
-def _record(path, start, count):
-    "The bytes of one example, verified by its checksum."
+def _parse(path, start, count):
+    "The features of one record, verified by its checksum: dict of bytes and ints."
+    Example = _tensorflow().train.Example
     try:
         with open(path, "rb") as file:
             raw = os.pread(file.fileno(), count + 4, start)
@@ -121,13 +122,8 @@ def _record(path, start, count):
         raise to_dicom_error(path, error) from error
     if masked(raw[:count]).to_bytes(4, "little") != raw[count:]:
         raise DicomError(path, f"the checksum of the record at byte {start:,} is wrong: a damaged copy; copy it again")
-    return raw[:count]
-
-def _parse(path, start, count):
-    "The features of one record: dict of bytes and ints."
-    raw, Example = _record(path, start, count), _tensorflow().train.Example
     try:
-        feature = Example.FromString(raw).features.feature
+        feature = Example.FromString(raw[:count]).features.feature
     except Exception as error:  # protobuf's DecodeError, whose module differs between versions
         raise DicomError(path, f"the record at byte {start:,} is not a tf.train.Example: {error}") from error
     return {k: (v.bytes_list.value or v.int64_list.value or [b""])[0] for k, v in feature.items()}
@@ -163,8 +159,8 @@ def _row(path, start, count):
     }
 
 # %% ../../nbs/03_store/06_tfrecords.ipynb #12b4b5d8
-def read_record(row, lowest: float = -1024, scratch=None, finish=to_hu) -> np.ndarray:
-    "Read one slice of a TFRecord file like `read_slice`: int16 [H, W] in HU, oriented. `scratch` is not used."
+def read_record(row, lowest: float = -1024, finish=to_hu) -> np.ndarray:
+    "Read one slice of a TFRecord file like `read_slice`: int16 [H, W] in HU, oriented."
     place = f"{row.path}, record at byte {row.record_start:,}"
     if row.rows == 0 or row.problem.startswith("only one"):
         raise DicomError(place, row.problem)

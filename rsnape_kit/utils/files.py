@@ -31,12 +31,8 @@ def atomic_file(
         fresh.unlink(missing_ok=True)
 
 
-def atomic_write(
-    path,  # file to replace; need not exist
-    content: str | bytes,  # text is written as UTF-8
-    unique: bool = False,  # as in `atomic_file`
-):
-    "Write text or bytes to a file; a reader finds the old content or the new one, never a part."
+def atomic_write(path, content: str | bytes, unique: bool = False):
+    "Write text (as UTF-8) or bytes like `atomic_file`; a reader finds the old content or the new one, never a part."
     with atomic_file(path, unique) as fresh:
         fresh.write_bytes(content.encode() if isinstance(content, str) else content)
 

@@ -30,12 +30,8 @@ def last_line(output: str) -> str:
     return (output.strip().splitlines() or ["no output"])[-1]
 
 # %% ../../nbs/00_utils/03_processes.ipynb #722fa4c0
-def map_ahead(
-    tasks,  # iterable of (function, *arguments)
-    executor,  # concurrent.futures.Executor
-    done,  # called with each result
-):
-    "Run tasks on an executor with a bounded queue and call `done(result)` after each."
+def map_ahead(tasks, executor: Executor, done):
+    "Run tasks (function, *arguments) on an executor with a bounded queue and call `done(result)` after each."
     ahead, running, tasks = 2 * getattr(executor, "_max_workers", 16), set(), iter(tasks)
     try:
         while True:
