@@ -34,13 +34,12 @@ def slice_positions(
     position = corner @ normal
     missing = np.isnan(position)
     valid = ~missing & ~np.isnan(instance)
-    if not missing.any() or valid.sum() < 3 or np.isnan(instance[missing]).any():
-        return position, np.zeros(len(position), bool)
-    line = np.polyfit(instance[valid], position[valid], 1)
-    error = np.abs(np.polyval(line, instance[valid]) - position[valid]).max()
-    if error > abs(line[0]) / 2:
-        return position, np.zeros(len(position), bool)
-    return np.where(missing, np.polyval(line, instance), position), missing
+    if missing.any() and valid.sum() >= 3 and not np.isnan(instance[missing]).any():
+        line = np.polyfit(instance[valid], position[valid], 1)
+        fitted = np.polyval(line, instance)
+        if np.abs(fitted - position)[valid].max() <= abs(line[0]) / 2:
+            return np.where(missing, fitted, position), missing
+    return position, np.zeros(len(position), bool)
 
 # %% ../../nbs/02_dicom/04_geometry.ipynb #127a2b6f
 def _natural(name):
@@ -107,9 +106,7 @@ def _join(notes, more):
     return np.array([f"{a}; {b}" if a and b else a + b for a, b in zip(notes, more)], object)
 
 # %% ../../nbs/02_dicom/04_geometry.ipynb #7d912a4d
-def arrange(
-    table: pd.DataFrame,  # rows of a scan, with the columns CORNER and ORIENTATION
-) -> pd.DataFrame:
+def arrange(table: pd.DataFrame) -> pd.DataFrame:  # table: rows of a scan, with the columns CORNER and ORIENTATION
     "The slices table: sorted by study, series and position, with columns position, order, flips and problem."
     table = table.sort_values(["StudyInstanceUID", "SeriesInstanceUID", "path"], ignore_index=True)
     series = table.StudyInstanceUID + "/" + table.SeriesInstanceUID

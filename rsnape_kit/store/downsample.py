@@ -41,19 +41,16 @@ def _area_mean(hu, size, lowest):
 
 # %% ../../nbs/03_store/01_downsample.ipynb #772235b2
 def to_fixed_point(
-    hu: np.ndarray,  # int16 [H, W] or [n, H, W], HU
+    hu: np.ndarray,  # int16 [H, W], HU
     size: int = 256,  # pixels along each side of the result
     lowest: float = AIR,  # HU in [-8192, 0]; everything below is raised to it
-    out: np.ndarray | None = None,  # int16 of the result's shape, to fill
-) -> np.ndarray:  # int16 [size, size] or [n, size, size], HU x 4
+    out: np.ndarray | None = None,  # int16 [size, size], to fill
+) -> np.ndarray:  # int16 [size, size], HU x 4
     "Four times the mean HU over each output pixel's area: exact sums of 2x2 blocks if H = W = 2 size, else rounded."
     if not -8192 <= lowest <= 0 or hu.dtype != np.int16:
         raise ValueError(f"expected int16 HU and lowest in [-8192, 0], got {hu.dtype} and {lowest}")
-    out = np.empty((*hu.shape[:-2], size, size), np.int16) if out is None else out
-    if hu.ndim == 3:
-        for one, into in zip(hu, out):
-            to_fixed_point(one, size, lowest, into)
-    elif hu.shape == (2 * size, 2 * size):
+    out = np.empty((size, size), np.int16) if out is None else out
+    if hu.shape == (2 * size, 2 * size):
         _sum_2x2(hu, np.int16(lowest), np.int16(HIGHEST), np.int16(0), out)
     elif hu.shape == (size, size):
         np.multiply(np.clip(hu, lowest, HIGHEST), 4, out=out)

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from ..competition.tables import read_arrow, read_parquet
 from .codec import compress, decompress, unpack_all
-from .dicom_source import as_row_numbers, output_array
+from .dicom_source import RowIndexing, output_array
 from ..utils.files import atomic_file
 
 # %% ../../nbs/03_store/04_slice_store.ipynb #ab2154c5
@@ -132,7 +132,7 @@ def _join(paths):
 # %% ../../nbs/03_store/04_slice_store.ipynb #7673d9da
 _fix = "copy the shard again, or delete it and build the store again"
 
-class SliceStore:
+class SliceStore(RowIndexing):
     """A `PixelSource` of one or more finished stores: `store[rows]` is int16 [n, S, S] in HU x 4 (fixed point).
 
     Args:
@@ -158,9 +158,6 @@ class SliceStore:
         self._maps: dict[int, np.ndarray] = {}
         self._address, self._end = np.zeros((2, len(self._shards)), np.int64)
 
-    def __len__(self):
-        return len(self.table)
-
     def __repr__(self):
         return (f"SliceStore({len(self):,} slices of {self.table.StudyInstanceUID.nunique():,} studies, "
                 f"{self.size}x{self.size}, {self._bytes.sum() / 1e9:.2f} GB in {len(self._shards)} shards)")
@@ -185,11 +182,6 @@ class SliceStore:
         for shard in set(shards[self._address[shards] == 0].tolist()):
             self._map(shard)
         return unpack_all(self._address[shards] + self._start[rows], self._bytes[rows], self._end[shards], out)
-
-    def __getitem__(self, rows) -> np.ndarray:
-        "Return int16 [n, S, S], or [S, S] for an int, in HU x 4; `rows` as in `PixelSource`."
-        out = self.read(as_row_numbers(rows, len(self)))
-        return out if isinstance(rows, slice) or np.ndim(rows) else out[0]
 
     def read(self, rows, out: np.ndarray | None = None) -> np.ndarray:
         """Return int16 [n, S, S] in HU x 4 for ints [n] in [0, len(store)).

@@ -131,16 +131,12 @@ def _parse(path, start, count):
 # %% ../../nbs/03_store/06_tfrecords.ipynb #8179edf6
 _number = re.compile(rb"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 
-def _numbers(raw, count):
-    "The numbers in a string, NaN unless there are exactly `count`."
-    found = [float(x) for x in _number.findall(raw)]
-    return found if len(found) == count else [np.nan] * count
-
 def _row(path, start, count):
     "One record as a row of the slices table."
     features = _parse(path, start, count)
-    def get(tag, n=1):
-        return _numbers(features.get(tag, b""), n)
+    def get(tag, n=1):  # the numbers in a tag's string, NaN unless there are exactly n
+        found = [float(x) for x in _number.findall(features.get(tag, b""))]
+        return found if len(found) == n else [np.nan] * n
     ids = {k: features.get(k, b"").decode() for k in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")}
     (rows,), (columns,), (slope,), (intercept,) = map(get, ("Rows", "Columns", "RescaleSlope", "RescaleIntercept"))
     complete = rows * columns * 2 == len(features.get("image", b"")) > 0

@@ -14,19 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 # %% ../../nbs/00_utils/00_utils.ipynb #c19fe530
-def typed_imports(
-    source: str,  # of a module
-) -> dict:  # name -> (module with leading dots if relative, name there)
-    "Return the names that a module imports below `if TYPE_CHECKING:`."
+def typed_imports(source: str) -> dict:  # name -> (module with leading dots if relative, name there)
+    "Return the names that a module's source imports below `if TYPE_CHECKING:`."
     blocks = [node for node in ast.parse(source).body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     imports = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)]
     return {alias.asname or alias.name: ("." * node.level + (node.module or ""), alias.name) for node in imports for alias in node.names}
 
 # %% ../../nbs/00_utils/00_utils.ipynb #741b1a0e
-def lazy_exports(
-    package: str,  # __name__ of the package
-) -> tuple:  # __getattr__, __dir__, __all__ of the package
-    "Return what makes a package import its names, and its modules, at their first use."
+def lazy_exports(package: str) -> tuple:  # its __getattr__, __dir__ and __all__
+    "Return what makes a package (its `__name__`) import its names, and its modules, at their first use."
     spec = sys.modules[package].__spec__  # None in a notebook, where the imports below stand for themselves
     names = typed_imports(Path(spec.origin).read_text(encoding="utf-8")) if spec and spec.origin else {}
 

@@ -57,10 +57,8 @@ def compiled(
         return numba.njit(nogil=True, **options)(function)
 
 # %% ../../nbs/00_utils/02_native.ipynb #9cecd714
-def raw_paths(
-    paths,  # list of str, bytes or Path
-) -> tuple:  # (uint8: zero-terminated paths; int64 [n + 1]: start of each and end of the last)
-    "Return paths as one array of zero-terminated bytes."
+def raw_paths(paths) -> tuple:  # (uint8: zero-terminated paths; int64 [n + 1]: start of each and end of the last)
+    "Return paths (str, bytes or Path) as one array of zero-terminated bytes."
     names, lengths = bytearray(), np.zeros(len(paths) + 1, np.int64)
     for i in range(0, len(paths), 4096):  # joining all at once would need three times the memory
         part = [os.fsencode(path) + b"\0" for path in paths[i:i + 4096]]

@@ -175,7 +175,7 @@ def test_faults_of_the_machine_are_raised_unchanged(tmp_path, monkeypatch, fault
         raise fault
     for path in (plain, packed):
         with monkeypatch.context() as patch, pytest.raises(type(fault)) as error:
-            patch.setattr("rsnape_kit.dicom.hounsfield.fetch", lambda *_: 0)  # as if no file could be opened
+            patch.setattr("rsnape_kit.dicom.hounsfield.open_plain", lambda *_: -1)  # as if no file could be opened
             patch.setattr(pydicom, "dcmread", fails)
             read_hu(path)
         assert error.value is fault
