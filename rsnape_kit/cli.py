@@ -15,6 +15,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
+import rsnape_kit as rk
 from .commands import Count, blend, demo, phantom, predict, report, scan, store, train
 
 # %% ../nbs/17_cli.ipynb #a7cm0006
@@ -27,9 +28,7 @@ def kernels(*, owner: str = "OWNER", folds: Count | None = None, trained: bool =
         trained: attach the outputs of the blend and training kernels to the submission kernel
         resume: attach the own last output to the prepare and training kernels
     """
-    from rsnape_kit.kaggle.kernels import export_kernels
-
-    print(*export_kernels(owner, folds=folds, trained=trained, resume=resume), sep="\n")
+    print(*rk.export_kernels(owner, folds=folds, trained=trained, resume=resume), sep="\n")
 
 
 def bundle(*, out: str = "", target: Literal["gpu", "tpu"] = "gpu", runs: list[Path] = (), owner: str = "OWNER"):
@@ -41,10 +40,7 @@ def bundle(*, out: str = "", target: Literal["gpu", "tpu"] = "gpu", runs: list[P
         runs: folders of trained runs to include
         owner: your Kaggle user name
     """
-    from rsnape_kit.kaggle.bundle import make_bundle
-
-    print(make_bundle(out or ("build/bundle" if target == "gpu" else f"build/bundle-{target}"), target=target, owner=owner,
-                      runs=runs))
+    print(rk.make_bundle(out or ("build/bundle" if target == "gpu" else f"build/bundle-{target}"), target, owner, runs))
 
 
 def check(folder: Path = Path("."), *, bundle: Path | None = None, allow: Annotated[list, "TEXT"] = ()):
@@ -95,15 +91,13 @@ def rehearse(*, folder: Path = Path("build/rehearsal"), runs: list[Path] = (), b
         runs: folders of trained runs, and ensemble.json, to submit with
         bundle: folder of a bundle (default: a new one is made)
     """
-    from rsnape_kit.kaggle.bundle import make_bundle
     from rsnape_kit.kaggle.kernels import ROOT
     from rsnape_kit.kaggle.rehearsal import CORE, MORE, make_environment, rehearse, why_not
-    from rsnape_kit.phantom.generate import make_competition
 
     if reason := why_not():
         sys.exit(f"rsnape: rehearsal is not possible: {reason}")
-    bundle = bundle or make_bundle(folder / "bundle", runs=runs)
-    competition = make_competition(folder / "competition", 4, 2, slices=16, difficulty="demo")
+    bundle = bundle or rk.make_bundle(folder / "bundle", runs=runs)
+    competition = rk.make_competition(folder / "competition", 4, 2, slices=16, difficulty="demo")
     python, skipped = make_environment(folder / "python", packages=CORE + MORE if runs else CORE)
     print("packages missing in the rehearsal's Python:", ", ".join(skipped) or "none")
     result = rehearse(bundle, competition, ROOT / "kernels" / "submit", python, out=folder / "working")
@@ -111,9 +105,7 @@ def rehearse(*, folder: Path = Path("build/rehearsal"), runs: list[Path] = (), b
     sys.exit(0 if result.ok else f"rsnape: {result.problem}")
 
 # %% ../nbs/17_cli.ipynb #9b2a3323
-def read_docstring(
-    function,
-) -> tuple:  # first line, and parameter -> text
+def read_docstring(function) -> tuple:  # first line, and parameter -> text
     "Return a Google-style docstring's summary and argument texts."
     text = inspect.getdoc(function)
     return text.partition("\n")[0], dict(re.findall(r"^    (\w+): (.+)$", text.partition("Args:\n")[2], re.M))
@@ -143,11 +135,8 @@ def argument_settings(
     return settings | {"type": extra[0] if extra else kind}
 
 # %% ../nbs/17_cli.ipynb #f5c7c38e
-def add_command(
-    commands,  # argparse's subparsers
-    function,  # with annotated parameters and a Google-style docstring
-):
-    "Add a function as a command."
+def add_command(commands, function):  # commands: argparse's subparsers
+    "Add a function with annotated parameters and a Google-style docstring as a command."
     summary, texts = read_docstring(function)
     sub = commands.add_parser(function.__name__, help=summary, description=summary)
     sub.set_defaults(run=function)

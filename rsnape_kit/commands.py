@@ -14,6 +14,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Literal
 
+import rsnape_kit as rk
+
 # %% ../nbs/16_commands.ipynb #a7cm0002
 def count(text: str) -> int:
     "Return an integer of at least 1."
@@ -63,10 +65,8 @@ def phantom(out: Path, *, studies: Count = 24, test_studies: Count = 8, slices: 
         difficulty: sizes and rates of the emboli
         seed: the same seed gives the same bytes
     """
-    from rsnape_kit.phantom.generate import make_competition
-
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as executor:
-        make_competition(out, studies, test_studies, slices, difficulty=difficulty, seed=seed, executor=executor)
+        rk.make_competition(out, studies, test_studies, slices, difficulty=difficulty, seed=seed, executor=executor)
 
 
 def scan(folder: Path, *, out: Path = Path("slices.parquet")):
@@ -76,9 +76,7 @@ def scan(folder: Path, *, out: Path = Path("slices.parquet")):
         folder: DICOM files at any depth
         out: table to write
     """
-    from rsnape_kit.dicom.slices import scan
-
-    table = scan(folder)
+    table = rk.scan(folder)
     out.parent.mkdir(parents=True, exist_ok=True)
     table.to_parquet(out)
     odd = table.problem[table.problem != ""]
@@ -95,11 +93,8 @@ def store(folder: Path, out: Path, *, size: Literal[256, 512] = 256, part: Part 
         size: pixels per side
         part: part i of n, counted from 0, written i/n (default 0/1: all)
     """
-    from rsnape_kit.store.build import build_store
-    from rsnape_kit.store.slice_store import SliceStore
-
-    build_store(folder, out, size=size, part=part)
-    print(SliceStore(out))
+    rk.build_store(folder, out, size=size, part=part)
+    print(rk.SliceStore(out))
 
 # %% ../nbs/16_commands.ipynb #1ae7ac71
 def train(model: str, *, store: list[Path], train_csv: Path, fold: int = 0, folds: Count = 5,
@@ -123,18 +118,14 @@ def train(model: str, *, store: list[Path], train_csv: Path, fold: int = 0, fold
         tta: augmented views of the held-out studies beside the plain one
         hours: time budget; training stops in time and can be resumed
     """
-    from rsnape_kit.competition.folds import make_folds
     from rsnape_kit.competition.labels import STUDY
-    from rsnape_kit.competition.predictions import Predictions
     from rsnape_kit.runs.recipes import find_recipe, override_settings
-    from rsnape_kit.store.slice_store import SliceStore
-    from rsnape_kit.training.trainer import train
 
     config = override_settings(replace(find_recipe(recipe, model), seed=seed), set)
-    source, truth = SliceStore(*store), Predictions.from_train_csv(train_csv)
-    split = make_folds(source.table[STUDY].unique(), truth, folds)
-    print(train(model, source, fold, config, truth=truth, folds=split, out=out, earlier=earlier, weights=weights, tta=tta,
-                hours=hours))
+    source, truth = rk.SliceStore(*store), rk.Predictions.from_train_csv(train_csv)
+    split = rk.make_folds(source.table[STUDY].unique(), truth, folds)
+    print(rk.train(model, source, fold, config, truth=truth, folds=split, out=out, earlier=earlier, weights=weights,
+                   tta=tta, hours=hours))
 
 # %% ../nbs/16_commands.ipynb #1c916fbb
 def blend(runs: list[Path] = (), *, train_csv: Path, space: Literal["probability", "logit"] = "probability",
@@ -147,13 +138,11 @@ def blend(runs: list[Path] = (), *, train_csv: Path, space: Literal["probability
         space: scale on which predictions are averaged
         out: file to write; a picture of the blend weights is written beside it
     """
-    from rsnape_kit.competition.predictions import Predictions
-    from rsnape_kit.ensemble.ensemble import fit_ensemble
     from rsnape_kit.ensemble.weight_fitting import loss_by_label, plot_weights, summary
     from rsnape_kit.inference.predict_runs import load_folds, load_oofs
 
-    truth = Predictions.from_train_csv(train_csv)
-    ensemble = fit_ensemble(load_oofs(runs), truth, load_folds(runs), space)
+    truth = rk.Predictions.from_train_csv(train_csv)
+    ensemble = rk.fit_ensemble(load_oofs(runs), truth, load_folds(runs), space)
     ensemble.save(out)
     picture = out.with_suffix(".png")
     plot_weights(ensemble.blend_weights).savefig(picture, dpi=80)
@@ -187,24 +176,19 @@ def predict(runs: list[Path] = (), *, competition: Path | None = None, store: li
     if ensemble and not ensemble.is_file():
         raise FileNotFoundError(f"{ensemble} does not exist; rsnape blend writes it")
     if competition:
-        from rsnape_kit.kaggle.submitter import submit
-
-        submit(runs, ensemble, competition=competition, out=submission or out / "submission.csv", work=out / "work",
-               time_budget=seconds, tta=tta)
+        rk.submit(runs, ensemble, competition=competition, out=submission or out / "submission.csv", work=out / "work",
+                  time_budget=seconds, tta=tta)
         return
     if not runs:
         raise ValueError("no runs: give folders of trained runs; rsnape train and make demo write them to runs/")
-    from rsnape_kit.dicom.slices import scan
-    from rsnape_kit.inference.predict_runs import plan_predictions, predict
-    from rsnape_kit.store.dicom_source import DicomSource
-    from rsnape_kit.store.slice_store import SliceStore
-
-    source, work = SliceStore(*store) if store else DicomSource(scan(dicom)), out / "results"
-    preds = predict(runs, source, tta, work, time_budget=seconds)
+    source, work = rk.SliceStore(*store) if store else rk.DicomSource(rk.scan(dicom)), out / "results"
+    preds = rk.predict(runs, source, tta, work, time_budget=seconds)
     for name, pred in preds.items():
         pred.save(out / name)
         print(f"{out / name}: {pred}")
     if dicom:
+        from rsnape_kit.inference.predict_runs import plan_predictions
+
         _study_page(runs, ensemble, out, preds, source, plan_predictions(runs, source, work, tta).problems())
 
 
@@ -238,17 +222,15 @@ def report(runs: list[Path] = (), *, train_csv: Path, ensemble: Path = Path("ens
         dicom: DICOM folder that the store was built from; adds results by manufacturer
         out: file to write
     """
-    from rsnape_kit.competition.predictions import Predictions
-    from rsnape_kit.ensemble.ensemble import Ensemble, nested_blend
+    from rsnape_kit.ensemble.ensemble import nested_blend
     from rsnape_kit.inference.predict_runs import load_folds, load_oofs
-    from rsnape_kit.report.pages import write_report
-    from rsnape_kit.store.slice_store import SliceStore
 
     if not runs:
         raise ValueError("no runs: give folders of finished runs; rsnape train and make demo write them to runs/")
-    fitted, oofs = Ensemble.load(ensemble), load_oofs(runs)
-    truth = Predictions.from_train_csv(train_csv).align(next(iter(oofs.values())))
+    fitted, oofs = rk.Ensemble.load(ensemble), load_oofs(runs)
+    truth = rk.Predictions.from_train_csv(train_csv).align(next(iter(oofs.values())))
     _, blended = nested_blend(oofs, truth, load_folds(runs), fitted.blend_weights.space, bool(fitted.calibrations))
-    source = SliceStore(*store) if store else None
-    print(write_report(out, truth, {"blend": blended, **oofs}, source=source, weights=fitted.blend_weights, q=fitted.q,
-                       dicom=dicom or "", note=f"Out-of-fold losses of the ensemble: {_listed(fitted.losses)}"))
+    source = rk.SliceStore(*store) if store else None
+    print(rk.write_report(out, truth, {"blend": blended, **oofs}, source=source, weights=fitted.blend_weights,
+                          q=fitted.q, dicom=dicom or "",
+                          note=f"Out-of-fold losses of the ensemble: {_listed(fitted.losses)}"))

@@ -14,27 +14,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .competition.labels import EXAM_LABELS, IMAGE_LABEL
-from .competition.metric import competition_loss, loss_table
-from .competition.predictions import Predictions
-from .competition.priors import constant_prior, position_prior
-from .competition.submission import violations
+import rsnape_kit as rk
+from .competition.labels import IMAGE_LABEL
 from .competition.tables import read_parquet
-from .dicom.slices import scan
-from .ensemble.consistency import make_consistent
-from .ensemble.ensemble import Ensemble, fit_ensemble
 from .ensemble.weight_fitting import summary
 from .inference.predict_runs import load_folds, load_oofs, plan_predictions
-from .kaggle.submitter import submit
-from .phantom.generate import make_competition
-from .report.pages import write_report
 from .report.scores import gain_over
-from .runs.recipes import RECIPES
-from .store.build import build_store
-from .store.dicom_source import DicomSource
-from .store.slice_store import SliceStore
-from .training.cross_validation import CrossValidation, train_all
-from .transforms.windows import PE, apply_windows
+from .training.cross_validation import CrossValidation
 from .utils.files import atomic_file
 
 # %% ../nbs/15_demo.ipynb #c3fe1fb5
@@ -47,7 +33,7 @@ class DemoSettings:
     size: int = 256  # pixels per side; real slices have 512, which take four times the disk and the time
     folds: int = 2  # each model is trained once per fold
     recipe: str = "demo"  # of RECIPES: 'demo', or 'quick' for a few steps
-    models: tuple = tuple(RECIPES["demo"])
+    models: tuple = tuple(rk.RECIPES["demo"])
     tta: int = 1  # augmented views for predictions besides the plain one
     difficulty: str = "demo"  # or 'real': sizes and rates of emboli as in patients
     seed: int = 0
@@ -57,28 +43,22 @@ SIZES = {"quick": DemoSettings(24, 8, 16, recipe="quick", tta=0), "small": DemoS
          "large": DemoSettings(1500, 300, 48, 512, folds=3)}
 
 # %% ../nbs/15_demo.ipynb #a2fef584
-def slices_table(
-    folder: Path,  # DICOM folder
-    cache: Path,  # parquet file that keeps the table
-) -> pd.DataFrame:
-    "Return the slices table of a folder, scanned once."
+def slices_table(folder: Path, cache: Path) -> pd.DataFrame:  # cache: parquet file that keeps the table
+    "Return the slices table of a DICOM folder, scanned once."
     if not cache.exists():
-        table = scan(folder)
+        table = rk.scan(folder)
         with atomic_file(cache) as fresh:
             table.to_parquet(fresh)
     return read_parquet(cache)
 
 
-def prepare(
-    folder: Path,  # the demo's folder
-    settings: DemoSettings,
-) -> tuple:  # slices table of train, slices table of test, SliceStore of train
+def prepare(folder: Path, settings: DemoSettings) -> tuple:  # slices tables of train and test, SliceStore of train
     "Make and scan the competition and store its training slices."
-    made = make_competition(folder / "competition", settings.studies, settings.test_studies, settings.slices, settings.size,
-                            settings.seed, settings.difficulty)
+    made = rk.make_competition(folder / "competition", settings.studies, settings.test_studies, settings.slices,
+                               settings.size, settings.seed, settings.difficulty)
     train, test = (slices_table(made / split, folder / f"{split}.parquet") for split in ("train", "test"))
-    build_store(train, folder / "store")
-    return train, test, SliceStore(folder / "store")
+    rk.build_store(train, folder / "store")
+    return train, test, rk.SliceStore(folder / "store")
 
 # %% ../nbs/15_demo.ipynb #5a0c240f
 def clot_slice(
@@ -97,55 +77,51 @@ def clot_slice(
 
 
 def montage(
-    store: SliceStore,
-    truth: Predictions,
+    store: rk.SliceStore,
+    truth: rk.Predictions,
     clots: Path,  # truth/clots of the competition
     path: Path,  # png to write
-    each: int = 4,  # number of studies with an embolus, and without
 ):
-    "Write a picture of slices with and without an embolus."
+    "Write a picture of slices of four studies with and four without an embolus."
     from matplotlib.figure import Figure
 
     positive = truth.images.groupby(level=0).max() > 0
-    figure, keep = Figure(figsize=(1.75 * each, 5.6), dpi=90, layout="tight"), slice(store.size // 5, -store.size // 5)
-    for axes, yes, no in zip(figure.subplots(3, each).T, positive.index[positive], positive.index[~positive]):
+    figure, keep = Figure(figsize=(7, 5.6), dpi=90, layout="tight"), slice(store.size // 5, -store.size // 5)
+    for axes, yes, no in zip(figure.subplots(3, 4).T, positive.index[positive], positive.index[~positive]):
         at = store.study(yes)
         k, cover = clot_slice(clots, yes, store.size, int(store.table["rows"].iloc[at[0]]))
         shown = (at[k], "embolus"), (at[k], "the same, outlined"), ((rows := store.study(no))[len(rows) // 2], "none")
         for ax, (row, title) in zip(axes, shown):
-            ax.imshow(apply_windows(store[int(row)] / 4, (PE,), "fixed")[keep, keep, 0], cmap="gray")
+            ax.imshow(rk.apply_windows(store[int(row)] / 4, (rk.PE,), "fixed")[keep, keep, 0], cmap="gray")
             ax.set_title(title, fontsize=8)
             ax.axis("off")
         axes[1].contour(cover[keep, keep], [.5], colors="orange", linewidths=1)
     figure.savefig(path)
 
 # %% ../nbs/15_demo.ipynb #8059d22e
-def demo_trainings(
-    folder: Path,  # the demo's folder, prepared
-    settings: DemoSettings,
-) -> CrossValidation:
+def demo_trainings(folder: Path, settings: DemoSettings) -> CrossValidation:  # folder: the demo's, prepared
     "Return the trainings of all models on all folds."
     return CrossValidation(folder / "store", folder / "competition" / "train.csv", folder / "runs", settings.models, settings.folds,
-                settings.recipe, settings.seed, settings.tta)
+                           settings.recipe, settings.seed, settings.tta)
 
 # %% ../nbs/15_demo.ipynb #1157ce7e
 def score(
     predictions: dict,  # name -> Predictions of the held-out studies
     priors: dict,  # name -> Predictions to compare with
-    truth: Predictions,  # of the held-out studies
+    truth: rk.Predictions,  # of the held-out studies
 ) -> pd.DataFrame:  # one row each: exams, images, loss, gain, at_least, violations
     "Return the competition's loss of predictions, in parts, and their gain over the priors."
     rows = {}
     for name, pred in (priors | predictions).items():
-        table = loss_table(truth, pred)
-        exams, whole = table.loc[list(EXAM_LABELS)], table.loss.notna().all()
+        table = rk.loss_table(truth, pred)
+        exams, whole = table.loc[list(rk.EXAM_LABELS)], table.loss.notna().all()
         rows[name] = {"exams": (exams.loss @ exams.weight) / exams.weight.sum(), "images": table.loss[IMAGE_LABEL],
-                      "loss": competition_loss(truth, pred) if whole else np.nan}
+                      "loss": rk.competition_loss(truth, pred) if whole else np.nan}
         if name in predictions:
             found = gain_over(truth, pred, priors)
             rows[name] |= {"gain": found["gain"], "at_least": found["at_least"]}
         if whole:
-            rows[name]["violations"] = len(violations(pred.align(truth)))
+            rows[name]["violations"] = len(rk.violations(pred.align(truth)))
     return pd.DataFrame.from_dict(rows, orient="index")
 
 # %% ../nbs/15_demo.ipynb #aa2ebb41
@@ -159,21 +135,21 @@ def demo(
     folder.mkdir(parents=True, exist_ok=True)
     with _stage("data", seconds):
         train, test, store = prepare(folder, settings)
-        truth = Predictions.from_train_csv(folder / "competition" / "train.csv")
+        truth = rk.Predictions.from_train_csv(folder / "competition" / "train.csv")
         montage(store, truth, folder / "competition" / "truth" / "clots", folder / "slices.png")
         print(store)
     cross_validation = demo_trainings(folder, settings)
     with _stage(f"{len(settings.models)} models on {settings.folds} folds, each training a command: "
                 f"{' '.join(cross_validation.trainings[0].command)}", seconds, "training"):
-        runs = train_all(cross_validation, at_once)
+        runs = rk.train_all(cross_validation, at_once)
     with _stage("blend, fitted on out-of-fold predictions", seconds, "blend"):
-        ensemble = fit_ensemble(load_oofs(runs), truth, load_folds(runs))
+        ensemble = rk.fit_ensemble(load_oofs(runs), truth, load_folds(runs))
         ensemble.save(folder / "ensemble.json")
         print(ensemble.blend_weights.table().round(2).to_string())
         print(summary(ensemble.blend_weights))
     with _stage("the test studies, from DICOM to submission.csv", seconds, "submission"):
-        state = submit(runs, ensemble, test, competition=folder / "competition", out=folder / "submission.csv",
-                       work=folder / "results", tta=settings.tta)
+        state = rk.submit(runs, ensemble, test, competition=folder / "competition", out=folder / "submission.csv",
+                          work=folder / "results", tta=settings.tta)
     with _stage("score and report", seconds, "report"):
         preds = plan_predictions(runs, test, folder / "results", settings.tta).gather()
         scores = _report(folder, settings, ensemble, preds, truth, (train, test), {**state.seconds, **seconds})
@@ -190,19 +166,21 @@ def _stage(text: str, seconds: dict, name: str = ""):
     seconds[name or text] = round(time.perf_counter() - began, 1)
 
 
-def _report(folder: Path, settings: DemoSettings, ensemble: Ensemble, preds: dict, truth: Predictions, tables: tuple,
-            seconds: dict) -> pd.DataFrame:
+def _report(folder: Path, settings: DemoSettings, ensemble: rk.Ensemble, preds: dict, truth: rk.Predictions,
+            tables: tuple, seconds: dict) -> pd.DataFrame:
     "Score all predictions on the labels kept aside, and write report.html."
-    held_out = Predictions.from_train_csv(folder / "competition" / "truth" / "test.csv")
-    priors = {"constant prior": constant_prior(truth, tables[1]), "position prior": position_prior(truth, *tables)}
+    held_out = rk.Predictions.from_train_csv(folder / "competition" / "truth" / "test.csv")
+    priors = {"constant prior": rk.constant_prior(truth, tables[1]),
+              "position prior": rk.position_prior(truth, *tables)}
     blended = ensemble.blend(preds, tables[1])
-    consistent = make_consistent(blended, ensemble.q)
+    consistent = rk.make_consistent(blended, ensemble.q)
     scores = score(preds | {"blend": blended, "consistent blend": consistent}, priors, held_out)
     scores.to_csv(folder / "scores.csv")
     note = (f"Synthetic studies of difficulty {settings.difficulty!r}, seed {settings.seed}; {settings.studies} for training. "
             "The scores do not apply to patients.")
-    write_report(folder / "report.html", held_out, {"blend": blended, **preds}, source=DicomSource(tables[1]), priors=priors,
-                 weights=ensemble.blend_weights, submitted=consistent, q=ensemble.q, stages=seconds, note=note)
+    rk.write_report(folder / "report.html", held_out, {"blend": blended, **preds}, source=rk.DicomSource(tables[1]),
+                    priors=priors, weights=ensemble.blend_weights, submitted=consistent, q=ensemble.q, stages=seconds,
+                    note=note)
     return scores
 
 

@@ -19,8 +19,7 @@ from ..competition.tables import locate
 # %% ../../nbs/11_ensemble/01_cross_fit.ipynb #83ebcc82
 def common_folds(
     oofs: dict,  # model name -> Predictions, all of the same studies
-    folds=None,  # Series study -> fold, or a dict model name -> such a Series; None assigns `parts` random parts
-    parts: int = 5,
+    folds=None,  # Series study -> fold, or a dict model name -> such a Series; None assigns five random parts
 ) -> pd.Series:  # study -> fold, in the order of the first OOF
     "Return the folds that all OOF predictions share; raise if their studies or folds differ."
     if not oofs:
@@ -39,7 +38,7 @@ def common_folds(
             study = studies[differ.argmax()]
             raise ValueError(f"{first!r} and {name!r} were trained on different folds: {study!r} is in fold "
                              f"{by_model[first][study]} of one and {own[study]} of the other; train both on one split")
-    return by_model[first] if by_model and by_model[first].nunique() > 1 else _random_parts(studies, parts)
+    return by_model[first] if by_model and by_model[first].nunique() > 1 else _random_parts(studies)
 
 # %% ../../nbs/11_ensemble/01_cross_fit.ipynb #5c51b7f8
 def _folds_of(name: str, folds, studies: pd.Index) -> pd.Series:
@@ -56,11 +55,11 @@ def _folds_of(name: str, folds, studies: pd.Index) -> pd.Series:
     return folds.reindex(studies)
 
 
-def _random_parts(studies: pd.Index, parts: int) -> pd.Series:
-    "Studies assigned to `parts` parts of equal size by a fixed seed."
+def _random_parts(studies: pd.Index) -> pd.Series:
+    "Studies assigned to five parts of equal size by a fixed seed."
     if len(studies) < 2:
         raise ValueError(f"{len(studies)} study cannot be split into folds; give at least two studies")
-    order = np.random.default_rng(0).permutation(len(studies)) % min(parts, len(studies))
+    order = np.random.default_rng(0).permutation(len(studies)) % min(5, len(studies))
     return pd.Series(order, studies.sort_values()).reindex(studies)
 
 # %% ../../nbs/11_ensemble/01_cross_fit.ipynb #8bd87d07

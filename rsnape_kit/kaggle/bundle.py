@@ -9,36 +9,28 @@ __all__ = ['copy_package', 'copy_runs', 'commit', 'write_manifest', 'write_metad
 import json
 import shutil
 import subprocess
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import rsnape_kit
-from .client import push, push_bundle, submit_kernel  # noqa: F401
 from .dataset import BUNDLES, METADATA, OWNER, check_dataset
 from .kernels import ROOT
-from .preflight import check_kernel  # noqa: F401
 from .runtime import MANIFEST, sha256
 from .wheels import image, missing, resolve, unpack
 from ..utils.files import atomic_folder
 
 # %% ../../nbs/13_kaggle/08_bundle.ipynb #392f303f
-def copy_package(
-    out: Path,  # a folder for sys.path
-):
+def copy_package(out: Path):  # a folder for sys.path
     "Copy this package without caches; empty files get a line end, because an upload may lose them."
     package = Path(rsnape_kit.__file__).parent
     for path in sorted(package.rglob("*")):
-        if path.is_file() and path.suffix in (".py", ".txt", ".json") and "__pycache__" not in path.parts:
+        if path.is_file() and path.suffix in (".py", ".txt", ".json", ".css", ".sh"):
             target = Path(out, package.name, path.relative_to(package))
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes() or b"\n")
 
 
-def copy_runs(
-    runs,  # folders of trained runs, or single files of weights
-    out: Path,
-):
+def copy_runs(runs, out: Path):  # runs: folders of trained runs, or single files of weights
     "Copy runs into `runs`, each under its own name."
     for run in map(Path, runs):
         target = Path(out, "runs", run.name)
@@ -78,24 +70,14 @@ def write_manifest(
     (out / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def write_metadata(
-    out: Path,
-    owner: str,  # Kaggle user name
-    slug: str,
-):
+def write_metadata(out: Path, owner: str, slug: str):  # owner: Kaggle user name
     "Write the metadata that Kaggle's client needs."
     meta = {"id": f"{owner}/{slug}", "title": slug, "licenses": [{"name": "apache-2.0"}],
             "subtitle": "Pulmonary embolism in chest CT: a kit to import offline"}
     (out / METADATA).write_text(json.dumps(meta, indent=2) + "\n")
 
 # %% ../../nbs/13_kaggle/08_bundle.ipynb #8ef2a893
-def _free(out: Path):
-    "Raise FileExistsError if a folder has content that is not a bundle."
-    if out.exists() and any(out.iterdir()) and not (out / MANIFEST).exists():
-        raise FileExistsError(f"{out} is not empty and no bundle: name another folder, or empty it yourself")
-
-
-def make_bundle(out: Path | str, python: str = "3.12", target: str = "gpu", owner: str = OWNER, slug: str = "", runs=(),
+def make_bundle(out: Path | str, target: str = "gpu", owner: str = OWNER, runs=(),
                 wheels: Path | str | None = None) -> Path:
     """Make a folder with the package and what Kaggle's image lacks, ready to be pushed as a dataset.
 
@@ -103,10 +85,8 @@ def make_bundle(out: Path | str, python: str = "3.12", target: str = "gpu", owne
 
     Args:
         out: folder to make; an older bundle there is replaced.
-        python: Kaggle's Python version.
         target: Kaggle's image: 'gpu' (also for sessions on a CPU) or 'tpu'.
         owner: Kaggle user name; needed to push.
-        slug: name of the dataset; default: the one that this project's kernels attach.
         runs: folders of trained runs to include, and ensemble.json.
         wheels: folder that keeps downloaded wheels; default: beside `out`.
 
@@ -118,8 +98,9 @@ def make_bundle(out: Path | str, python: str = "3.12", target: str = "gpu", owne
         RuntimeError: if wheels cannot be downloaded.
         FileExistsError: if `out` has other content, or two runs have the same name.
     """
-    out, there = Path(out), replace(image(target), python=python)
-    _free(out)
+    out, there = Path(out), image(target)
+    if out.exists() and any(out.iterdir()) and not (out / MANIFEST).exists():
+        raise FileExistsError(f"{out} is not empty and no bundle: name another folder, or empty it yourself")
     cache = Path(wheels or out.with_name(out.name + "-wheels"))
     cache.mkdir(parents=True, exist_ok=True)
     chosen = resolve(missing(target), there, cache)
@@ -127,7 +108,7 @@ def make_bundle(out: Path | str, python: str = "3.12", target: str = "gpu", owne
         copy_package(part)
         unpack(chosen, part / "site")
         copy_runs(runs, part)
-        write_metadata(part, owner, slug or BUNDLES[target])
+        write_metadata(part, owner, BUNDLES[target])
         write_manifest(part, there, chosen)
         faults = [fault for fault in check_dataset(part) if owner != OWNER or OWNER not in fault]
         if faults:

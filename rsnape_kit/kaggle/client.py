@@ -124,16 +124,15 @@ def _wait_ready(api, name: str, before: int, seconds: float, poll: float) -> int
 
 def push_bundle(
     folder,  # a bundle of make_bundle, or any folder with dataset-metadata.json
-    notes: str = "",  # version notes; default: version and commit of the manifest
     wait: float = 1800,  # seconds until the dataset must be ready
     poll: float = 5,  # seconds between two requests
 ) -> Pushed:
-    "Make a dataset or its next version and wait until it can be attached."
+    "Make a dataset or its next version, noting the manifest's version and commit, and wait until it can be attached."
     folder = Path(folder)
     refuse(check_dataset(folder), f"the dataset {folder}")
     name = read_json(folder / METADATA)[0]["id"]
     manifest = read_json(folder / MANIFEST)[0]
-    notes = notes or f"{manifest.get('version', '')} {manifest.get('commit') or ''}".strip() or "new version"
+    notes = f"{manifest.get('version', '')} {manifest.get('commit') or ''}".strip() or "new version"
     api = client()
     status, before = request(f"the status of {name}", _state, api, name)
     if before is None:
@@ -204,7 +203,6 @@ def submit_kernel(
     folder,  # of the kernel, with kernel-metadata.json
     version: int | None = None,  # as returned by push; default: the newest
     message: str = "rsnape_kit",  # shown beside the score
-    competition: str = COMPETITION,
     wait: float = 12 * 3600,  # seconds until the run must be finished
     poll: float = 30,
 ) -> str:  # Kaggle's response
@@ -217,9 +215,10 @@ def submit_kernel(
     version = version or request(f"the status of {name}", api.newest_version, name)
     if not version:
         raise KaggleError(f"Kaggle does not return the newest version of {name}: name one (option --version)")
-    response = request(f"submitting {name}", api.competition_submit_code, "submission.csv", message, competition, name, version, quiet=True)
+    response = request(f"submitting {name}", api.competition_submit_code, "submission.csv", message, COMPETITION, name,
+                       version, quiet=True)
     text = getattr(response, "message", "") or "nothing"
     if "success" not in text.lower():
         raise KaggleError(f"Kaggle did not confirm version {version} of {name}, it returned: {text}. See "
-                          f"https://www.kaggle.com/competitions/{competition}/submissions")
+                          f"https://www.kaggle.com/competitions/{COMPETITION}/submissions")
     return f"version {version} of {name}: {text}"

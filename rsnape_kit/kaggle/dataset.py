@@ -39,11 +39,8 @@ def read_json(path: Path) -> tuple:
 PREFIXES = ("datasets/", "competitions/", "kernels/", "code/", "notebooks/", "models/")  # of addresses, not of names
 
 
-def name_faults(
-    value,  # should be owner/slug
-    what: str,  # its name in the message
-) -> list:
-    "Return the faults of an owner/slug, the name of a kernel or dataset."
+def name_faults(value, what: str) -> list:  # what: name of the value in the message
+    "Return the faults of a value that should be owner/slug, the name of a kernel or dataset."
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9_-]+/[a-z0-9-]+", value) or value.startswith(PREFIXES):
         return [f"{what} is {value!r}: write owner/slug, the slug in lower case with dashes, no prefix and no version"]
     if value.startswith(f"{OWNER}/"):
@@ -58,10 +55,8 @@ def _length_fault(meta: dict, key: str, least: int, most: int) -> list:
     return [f"{key} is {value!r}: write {least} to {most} characters"]
 
 
-def metadata_faults(
-    meta: dict,  # content of dataset-metadata.json
-) -> list:  # one text per fault, with its fix
-    "Return what Kaggle would refuse in a dataset's metadata."
+def metadata_faults(meta: dict) -> list:  # one text per fault, with its fix
+    "Return what Kaggle would refuse in the content of a dataset-metadata.json."
     found = name_faults(meta.get("id"), "id") + _length_fault(meta, "title", 6, 50)
     slug = str(meta.get("id")).rpartition("/")[2]
     if not 6 <= len(slug) <= 50:
@@ -115,9 +110,7 @@ def _manifest_faults(folder: Path) -> list:
     return found + [f"{path} is not in the manifest: make the bundle again or remove it" for path in extra[:5]]
 
 
-def check_dataset(
-    folder,  # to be uploaded
-) -> list:  # one text per fault, with its fix; empty if there are none
+def check_dataset(folder) -> list:  # one text per fault, with its fix; empty if there are none
     "Return what would be refused, lost or changed if a folder became a dataset."
     folder = Path(folder)
     meta, found = read_json(folder / METADATA)

@@ -39,11 +39,8 @@ def seconds_of(settings: dict) -> float:  # of a run's config.json
     return SECONDS.get(settings["model"], 1.) * (side / 256)**2 * network.get("width", 1.)
 
 
-def stages(
-    models: dict,  # name -> folders of runs
-    ensemble: Ensemble,
-) -> list:  # lists of runs: first folds, then all others; within a list by value per second
-    "Return the runs in the order in which they predict."
+def stages(models: dict, ensemble: Ensemble) -> list:  # models: name -> folders of runs
+    "Return lists of runs in the order in which they predict: first folds, then all others, each by value per second."
     value = {run: model_value(ensemble, name) / k**2 / seconds_of(run_settings(run))
              for name, runs in models.items() for k, run in enumerate(runs, 1)}
     first = [runs[0] for runs in models.values()]
@@ -69,11 +66,8 @@ def count_studies(
     return {"all": total, "by every model": every, "by some": some - every, "by the prior": total - some}
 
 
-def count_predictions(
-    work,  # PredictionPlan
-    test: pd.DataFrame,
-) -> dict:  # models, studies, views: as in submit.json
-    "Count the studies that each model has predicted."
+def count_predictions(work, test: pd.DataFrame) -> dict:  # work: PredictionPlan
+    "Count the studies that each model has predicted: models, studies, views, as in submit.json."
     table = work.done()
     of = {name: table[list(runs)] for name, runs in work.models.items()}
     models = {name: {"runs": len(work.models[name]), "studies": int(own.any(axis=1).sum()),
@@ -82,10 +76,8 @@ def count_predictions(
     return {"models": models, "studies": count_studies(predicted.tolist(), test[STUDY].nunique(), len(models)), "views": work.tta}
 
 
-def rank_of(
-    report: dict,  # models, studies, views, as in submit.json
-) -> tuple:  # larger is better
-    "Return the rank of a submission for comparisons."
+def rank_of(report: dict) -> tuple:  # report: models, studies, views, as in submit.json
+    "Return the rank of a submission for comparisons; larger is better."
     studies, models = report["studies"], report["models"].values()
     predicted = studies["by every model"] + studies["by some"]
     views = report.get("views", 0) if predicted else 0

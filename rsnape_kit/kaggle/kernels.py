@@ -42,10 +42,7 @@ KERNELS = {  # name of the notebook -> kernel
 }
 
 
-def copies(
-    name: str,  # of a notebook
-    folds: int = FOLDS,
-) -> dict:  # variant, which is part of the title -> parameters
+def copies(name: str, folds: int = FOLDS) -> dict:  # variant, which is part of the title -> parameters
     "Return the variants of a notebook, one per kernel."
     if name == "prepare":
         return {str(part): {"PART": part, "PARTS": PARTS} for part in range(PARTS)}
@@ -84,10 +81,7 @@ def _title(name: str, variant: str) -> str:
     return f"{KERNELS[name].title} {variant}".strip()
 
 # %% ../../nbs/13_kaggle/06_kernels.ipynb #c09a392b
-def with_values(
-    code: str,  # source of a notebook's code cells
-    values: dict,  # parameter -> value
-) -> str:
+def with_values(code: str, values: dict) -> str:  # values: parameter -> value
     "Return code with other values in its lines `NAME = ...`, keeping the comments behind them."
     for name, value in values.items():
         spots = [node.value for node in parse(code).body if isinstance(node, ast.Assign)
@@ -105,10 +99,7 @@ def with_values(
 SPLIT = "\n# --- next cell ---\n"
 
 
-def pushed(
-    notebook: dict,  # in nbformat 4
-    values: dict,  # parameter -> value
-) -> dict:
+def pushed(notebook: dict, values: dict) -> dict:  # notebook: in nbformat 4; values: parameter -> value
     "Return a notebook as it is pushed: without directives and outputs, with a kernelspec."
     cells = notebook["cells"]
     code = SPLIT.join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")

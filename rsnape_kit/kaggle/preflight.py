@@ -107,10 +107,8 @@ def _sources(meta: dict) -> list:
     return found
 
 
-def kernel_metadata_faults(
-    meta: dict,  # content of kernel-metadata.json
-) -> list:  # one text per fault, with its fix
-    "Return the faults of a kernel's metadata."
+def kernel_metadata_faults(meta: dict) -> list:  # one text per fault, with its fix
+    "Return the faults of the content of a kernel-metadata.json."
     found = []
     for key in sorted(set(meta) - KEYS):
         near = difflib.get_close_matches(key, KEYS, 1)
@@ -128,11 +126,8 @@ def kernel_metadata_faults(
 PLATFORM = ("kaggle_secrets", "kaggle_datasets", "kaggle_session")  # modules that Kaggle adds to its sessions
 
 
-def _in_bundle(
-    bundle: Path | None,  # folder of a bundle; None if it is not made yet
-    target: str,  # image: gpu or tpu
-) -> tuple:  # folder of the package, names that can be imported from the bundle, its id or None
-    "Return what a bundle contains."
+def _in_bundle(bundle: Path | None, target: str) -> tuple:  # bundle: None if it is not made yet
+    "Return the folder of the package, the names that can be imported from the bundle, and its id or None."
     if bundle is None:
         return Path(rsnape_kit.__file__).parent, set(missing(target)) | {"keras-applications"}, None
     names = {path.name.partition(".")[0] for top in (bundle, bundle / "site") if top.is_dir() for path in top.iterdir()}
@@ -234,27 +229,26 @@ def _code_faults(path: Path, meta: dict, bundle: Path | None, submits: bool) -> 
 NO_SUBMISSION = re.compile(r"rsnape-kit-(prepare|train|blend|explore)\b")
 
 
-def check_kernel(folder: Path | str, bundle: Path | str | None = None, submits: bool | None = None, allow=()) -> list[str]:
+def check_kernel(folder: Path | str, bundle: Path | str | None = None, allow=()) -> list[str]:
     """Return what would make a kernel fail on Kaggle or run as something else.
 
-    Reads metadata and source; runs nothing and needs no network.
+    Reads metadata and source; runs nothing and needs no network. The code must write submission.csv, unless the kernel's
+    name is that of one of this project's prepare, train or blend kernels.
 
     Args:
         folder: folder with kernel-metadata.json and the code file that it names.
         bundle: folder of the bundle that the kernel will attach, to look for modules in it; default: a bundle as
             `make_bundle` would make it now.
-        submits: whether the kernel must write submission.csv; default: yes, unless it is one of this project's prepare,
-            train or blend kernels by its name.
         allow: texts; faults that contain one of them are left out.
 
     Returns:
         One text per fault, each with its fix; empty if there are none.
     """
-    found = _faults(Path(folder), None if bundle is None else Path(bundle), submits)
+    found = _faults(Path(folder), None if bundle is None else Path(bundle))
     return [fault for fault in found if not any(text in fault for text in allow)]
 
 
-def _faults(folder: Path, bundle: Path | None, submits: bool | None) -> list:
+def _faults(folder: Path, bundle: Path | None) -> list:
     "Return the faults of metadata and code."
     meta, found = read_json(folder / KERNEL)
     if found:
@@ -263,6 +257,5 @@ def _faults(folder: Path, bundle: Path | None, submits: bool | None) -> list:
     path = folder / str(meta.get("code_file"))
     if not path.is_file():
         return [*found, f"{path}, the code_file, does not exist: name a file beside {KERNEL}"]
-    if submits is None:
-        submits = not NO_SUBMISSION.match(str(meta.get("id")).rpartition("/")[2])
+    submits = not NO_SUBMISSION.match(str(meta.get("id")).rpartition("/")[2])
     return found + _code_faults(path, meta, bundle, submits)

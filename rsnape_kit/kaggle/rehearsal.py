@@ -12,10 +12,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import rsnape_kit
 from ..competition.submission import check_submission
 from ..competition.tables import read_csv
 from .dataset import read_json
@@ -32,9 +32,7 @@ HERE = {"tensorflow": "tensorflow-cpu"}  # build without GPU
 SKIPPED = ("torch", "torchvision", "fastai")  # GPU wheels have gigabytes, CPU wheels are on another index
 
 
-def find_python(
-    version: str = "3.12",
-) -> str | None:  # path of the interpreter; None if there is none
+def find_python(version: str = "3.12") -> str | None:  # path of the interpreter; None if there is none
     "Find a Python of Kaggle's version: this one, one on the path, or one of pyenv."
     if sys.version.startswith(f"{version}."):
         return sys.executable
@@ -74,39 +72,7 @@ def make_environment(
 
 # %% ../../nbs/13_kaggle/09_rehearsal.ipynb #6a5d0840
 LAYOUTS = {"old": ("{slug}", "{slug}"), "new": ("datasets/me/{slug}", "competitions/{slug}")}
-SANDBOX = """
-set -e
-mount -t tmpfs -o size=64m tmpfs "$ROOT"
-show() {  # mount a folder read-only: source, target
-  mkdir -p "$ROOT$2"
-  mount --rbind "$1" "$ROOT$2"
-  mount -o remount,bind,ro "$ROOT$2" 2>/dev/null || mount -o remount,bind,ro,nosuid,nodev "$ROOT$2"
-}
-for path in /bin /etc /lib* /nix /sbin /usr; do
-  if [ -L "$path" ]; then cp -P "$path" "$ROOT$path"
-  elif [ -d "$path" ]; then show "$path" "$path"
-  fi
-done
-mkdir "$ROOT/dev" "$ROOT/proc" "$ROOT/sys"
-mount --rbind /dev "$ROOT/dev"
-mount --rbind /sys "$ROOT/sys"
-mount -t proc proc "$ROOT/proc" 2>/dev/null || mount --rbind /proc "$ROOT/proc"
-for path in /tmp /kaggle/working /kaggle/temp; do
-  mkdir -p "$ROOT$path"
-  mount -t tmpfs -o "size=$WORKING" tmpfs "$ROOT$path"
-done
-mkdir -p "$ROOT/kaggle/input" "$ROOT/kaggle/src"
-cp "$SCRIPT" "$ROOT/kaggle/src/kernel.py"
-while [ $# -gt 0 ]; do show "$1" "$2"; shift 2; done
-mount -o remount,bind,ro "$ROOT"
-ip link set lo up 2>/dev/null || true
-set +e
-chroot "$ROOT" /usr/bin/env -i PATH=/usr/bin:/bin HOME=/kaggle/temp TMPDIR=/tmp LANG=C.UTF-8 MPLBACKEND=agg \
-  TF_CPP_MIN_LOG_LEVEL=2 PYTHONUNBUFFERED=1 KAGGLE_KERNEL_RUN_TYPE=Batch /bin/sh -c 'cd /kaggle/working && exec "$0" -c "$1"' "$PYTHON" "$CODE" < /dev/null
-status=$?
-cp -r "$ROOT/kaggle/working/." "$OUT"
-exit $status
-"""
+SANDBOX = Path(rsnape_kit.__file__).parent / "kaggle" / "sandbox.sh"
 
 
 def unshare() -> list:
@@ -121,13 +87,11 @@ def unshare() -> list:
     return []
 
 
-def why_not(
-    version: str = "3.12",  # Kaggle's Python
-) -> str:  # empty if a rehearsal is possible
+def why_not() -> str:  # empty if a rehearsal is possible
     "Return what this machine lacks for a rehearsal."
     if not unshare():
         return "no sandbox: `unshare` with mounts and an empty network is not allowed here (run as root on Linux)"
-    return "" if find_python(version) else f"no Python {version} on this machine"
+    return "" if find_python() else "no Python 3.12, Kaggle's version, on this machine"
 
 # %% ../../nbs/13_kaggle/09_rehearsal.ipynb #d2066655
 @dataclass(frozen=True)
@@ -136,20 +100,17 @@ class Rehearsal:
     ok: bool
     problem: str  # why Kaggle would not score it; empty if nothing
     log: str  # output of the kernel
-    seconds: float
     submission: Path | None  # kept submission.csv
 
 
 def _run(command: list, variables: dict, seconds: float) -> tuple:
-    "Run the sandbox; return log, problem and duration. All its processes end with it."
-    start = time.monotonic()
+    "Run the sandbox; return log and problem. All its processes end with it."
     try:
         result = subprocess.run(command, env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **variables}, text=True, errors="replace",
                                 timeout=seconds, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     except subprocess.TimeoutExpired as error:
-        return (error.stdout or b"").decode(errors="replace"), f"not finished after {seconds:.0f} s", time.monotonic() - start
-    problem = f"the kernel failed: {last_line(result.stdout)}" if result.returncode else ""
-    return result.stdout, problem, time.monotonic() - start
+        return (error.stdout or b"").decode(errors="replace"), f"not finished after {seconds:.0f} s"
+    return result.stdout, f"the kernel failed: {last_line(result.stdout)}" if result.returncode else ""
 
 
 _HOMES = "import os, sys; own = sys.prefix != sys.base_prefix; print(sys.executable if own else os.path.realpath(sys.executable), " \
@@ -198,12 +159,10 @@ def rehearse(
         root.mkdir()
         written.mkdir(parents=True, exist_ok=True)
         script.write_text(read_code(Path(kernel, meta["code_file"])))
-        # the main module has no file, as in a notebook
-        code = "exec(compile(open('/kaggle/src/kernel.py').read(), 'kernel.py', 'exec'))"
-        variables = {"ROOT": str(root), "OUT": str(written.resolve()), "PYTHON": executable, "WORKING": working, "CODE": code,
-                "SCRIPT": str(script)}
+        variables = {"ROOT": str(root), "OUT": str(written.resolve()), "PYTHON": executable, "WORKING": working,
+                     "SCRIPT": str(script)}
         pairs = [word for where, folder in mounts.items() for word in (str(Path(folder).resolve()), str(where))]
-        log, status, took = _run([*command, "bash", "-c", SANDBOX, "sandbox", *pairs], variables, seconds)
+        log, status = _run([*command, "bash", str(SANDBOX), *pairs], variables, seconds)
         file = written / "submission.csv"
         problem = status or _faults(file, Path(competition))
-        return Rehearsal(not problem, problem, log, took, file if out and file.exists() else None)
+        return Rehearsal(not problem, problem, log, file if out and file.exists() else None)

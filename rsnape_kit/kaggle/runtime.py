@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['PYTHON', 'COMPETITION', 'KAGGLE', 'LAYOUTS', 'PUBLIC_TEST_SLICES', 'HOUR', 'LIMITS', 'MANIFEST', 'HEADER', 'mounts',
-           'mount_names', 'find_mount', 'competition_dir', 'find_bundle', 'is_rerun', 'Session', 'session', 'sha256',
-           'verify', 'attach']
+           'mount_names', 'competition_dir', 'is_rerun', 'Session', 'session', 'sha256', 'verify', 'attach']
 
 # %% ../../nbs/13_kaggle/01_runtime.ipynb #d07738fb
 import hashlib
@@ -26,10 +25,8 @@ KAGGLE = Path(os.environ.get("RSNAPE_KAGGLE", "/kaggle"))  # tests use another f
 LAYOUTS = ("*", "competitions/*", "datasets/*/*", "notebooks/*/*")  # where Kaggle mounts inputs
 
 
-def mounts(
-    kaggle: Path = KAGGLE,  # folder with input, working and temp
-) -> list:  # paths of mounted datasets, competitions and outputs of kernels
-    "Return all Kaggle inputs, in both layouts."
+def mounts(kaggle: Path = KAGGLE) -> list:  # kaggle: folder with input, working and temp
+    "Return the folders of all Kaggle inputs (datasets, competitions, outputs of kernels), in both layouts."
     found = {path for layout in LAYOUTS for path in Path(kaggle, "input").glob(layout) if path.is_dir()}
     groups = {Path(kaggle, "input", name) for name in ("competitions", "datasets", "models", "notebooks")}
     return sorted(found - groups)
@@ -39,32 +36,16 @@ def mount_names(kaggle: Path = KAGGLE) -> str:
     "Return the names of all Kaggle inputs, for error messages."
     return ", ".join(str(mount.relative_to(Path(kaggle, "input"))) for mount in mounts(kaggle)) or "nothing"
 
-
-def find_mount(
-    holds: tuple,  # paths that the mount must contain, e.g. 'rsnape_kit/__init__.py'
-    what: str,  # its name in an error
-    kaggle: Path = KAGGLE,
-    name: str = "",  # preferred name if several mounts match; else the first by name is returned
-) -> Path:
-    "Return the Kaggle input that contains certain files."
-    found = [mount for mount in mounts(kaggle) if all((mount / path).exists() for path in holds)]
-    if not found:
-        raise FileNotFoundError(f"{what} is not attached: no folder below {Path(kaggle, 'input')} holds {' and '.join(holds)}. "
-                                f"Add it with 'Add input' or in kernel-metadata.json; attached: {mount_names(kaggle)}")
-    return next((mount for mount in found if mount.name == name), found[0])
-
 # %% ../../nbs/13_kaggle/01_runtime.ipynb #b013ad58
 def competition_dir(kaggle: Path = KAGGLE) -> Path:
     "Return the competition's folder: train.csv, test.csv, sample_submission.csv, train/ and test/."
-    return find_mount(("sample_submission.csv", "test.csv"), f"the competition {COMPETITION}", kaggle, COMPETITION)
-
-
-def find_bundle(
-    name: str = "rsnape_kit",  # package in the bundle
-    kaggle: Path = KAGGLE,
-) -> Path:
-    "Return the folder of the attached dataset that contains the package."
-    return find_mount((f"{name}/__init__.py",), f"the dataset with {name}", kaggle)
+    holds = ("sample_submission.csv", "test.csv")
+    found = [mount for mount in mounts(kaggle) if all((mount / name).exists() for name in holds)]
+    if not found:
+        raise FileNotFoundError(f"the competition {COMPETITION} is not attached: no folder below {Path(kaggle, 'input')} "
+                                f"holds {' and '.join(holds)}. Add it with 'Add input' or in kernel-metadata.json; "
+                                f"attached: {mount_names(kaggle)}")
+    return next((mount for mount in found if mount.name == COMPETITION), found[0])
 
 # %% ../../nbs/13_kaggle/01_runtime.ipynb #fa184893
 PUBLIC_TEST_SLICES = 146_853  # competition page, data tab
@@ -72,11 +53,8 @@ HOUR = 3600.
 LIMITS = {"rerun": 9 * HOUR, "tpu": 9 * HOUR, "other": 12 * HOUR}  # Kaggle's limits of a session in seconds, 2026-08
 
 
-def is_rerun(
-    kaggle: Path = KAGGLE,
-    environ=os.environ,
-) -> bool:  # also True if the test set is not the public one
-    "Return whether this is the scored run on the hidden test set."
+def is_rerun(kaggle: Path = KAGGLE, environ=os.environ) -> bool:
+    "Return whether this is the scored run on the hidden test set; also True if the test set is not the public one."
     if environ.get("KAGGLE_IS_COMPETITION_RERUN", "").lower() not in ("", "0", "false"):
         return True
     with open(competition_dir(kaggle) / "test.csv", "rb") as file:
@@ -158,10 +136,7 @@ def sha256(path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def verify(
-    bundle: Path,  # folder with the package and its manifest
-    accelerator: str = "",  # of the session: cpu, gpu or tpu; TPU sessions have an image of their own
-):
+def verify(bundle: Path, accelerator: str = ""):  # accelerator: of the session; TPU sessions have an image of their own
     "Raise ImportError if files of the bundle are missing, or if it is for another Python or image; warn without a manifest."
     if not (bundle / MANIFEST).exists():
         return warnings.warn(f"{bundle} has no {MANIFEST}: its files cannot be checked", stacklevel=2)

@@ -15,16 +15,12 @@ from pathlib import Path
 
 from ..utils import typed_imports
 
-
-
 # %% ../../nbs/13_kaggle/04_static_check.ipynb #7de71f7c
 MAGIC = re.compile(r"^\s*(!|%{1,2}\w)")
 
 
-def read_code(
-    path: Path,  # .ipynb or .py
-) -> str:  # all code cells, in order, without nbdev's directives
-    "Return a kernel's code as one script."
+def read_code(path: Path) -> str:  # all code cells, in order, without nbdev's directives
+    "Return the code of a kernel, .ipynb or .py, as one script."
     text = Path(path).read_text(encoding="utf-8")
     if Path(path).suffix == ".ipynb":
         cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
@@ -234,9 +230,7 @@ ONLINE = {"requests", "httpx", "urllib3", "aiohttp", "kagglehub", "wget", "gdown
           "urllib.request", "http.client", "torch.hub", "wandb", "pip"}
 
 
-def network(
-    code: str,
-) -> list:  # one short text per finding
+def network(code: str) -> list:  # one short text per finding
     "Return what in the code needs the network."
     tree = parse(code)
     aliases, constants = _aliases(tree), _constants(tree)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGES', 'MODULES', 'NEEDED', 'NOT_NEEDED', 'NEVER', 'COPYLEFT', 'LESSER', 'GLIBC', 'STUB', 'ARCHIVES', 'UNWANTED',
-           'normal', 'Image', 'image', 'brings', 'missing', 'pins', 'Wheel', 'platforms', 'supported', 'faults',
-           'resolve', 'unpack']
+           'Image', 'image', 'brings', 'missing', 'pins', 'Wheel', 'platforms', 'supported', 'faults', 'resolve',
+           'unpack']
 
 # %% ../../nbs/13_kaggle/02_wheels.ipynb #447626e8
 import re
@@ -20,19 +20,12 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from packaging.tags import compatible_tags, cpython_tags
-from packaging.utils import parse_wheel_filename
+from packaging.utils import canonicalize_name, parse_wheel_filename
 
 import rsnape_kit
 
 # %% ../../nbs/13_kaggle/02_wheels.ipynb #c6d9ca2a
 IMAGES = ("gpu", "tpu")
-
-
-def normal(
-    name: str,  # in any spelling: 'Keras_Applications', 'ruamel.yaml'
-) -> str:  # normalised by PEP 503: 'keras-applications', 'ruamel-yaml'
-    "Return a distribution's name in its normal form."
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 @dataclass(frozen=True)
@@ -45,13 +38,11 @@ class Image:
 
     def has(self, name: str) -> bool:
         "Return whether the image has a distribution, in any spelling."
-        return normal(name) in self.packages
+        return canonicalize_name(name) in self.packages
 
 
 @lru_cache
-def image(
-    target: str = "gpu",  # gpu (also for sessions on a CPU) or tpu
-) -> Image:
+def image(target: str = "gpu") -> Image:  # target: gpu (also for sessions on a CPU) or tpu
     "Return the committed package list of an image."
     if target not in IMAGES:
         raise ValueError(f"unknown image {target!r}: choose one of {', '.join(IMAGES)}")
@@ -60,7 +51,7 @@ def image(
     python = next(note.removeprefix("python: ") for note in notes if note.startswith("python: "))
     split = (line.partition("==") for line in lines if line and not line.startswith("#"))
     source = " ".join(note for note in notes if note.startswith(("date: ", "https://")))
-    return Image(target, python, source, {normal(name): version for name, _, version in split})
+    return Image(target, python, source, {canonicalize_name(name): version for name, _, version in split})
 
 # %% ../../nbs/13_kaggle/02_wheels.ipynb #c93f6c63
 MODULES = {  # module -> distributions that provide it, where the names differ
@@ -71,13 +62,11 @@ MODULES = {  # module -> distributions that provide it, where the names differ
 }
 
 
-def brings(
-    packages,  # names of distributions
-    module: str,  # imported name, e.g. 'skimage.transform'
-) -> bool:
+def brings(packages, module: str) -> bool:  # packages: names of distributions; module: e.g. 'skimage.transform'
     "Return whether one of the distributions provides a module."
     top = module.partition(".")[0]
-    return not {normal(name) for name in packages}.isdisjoint(map(normal, MODULES.get(top, (top,))))
+    names = {canonicalize_name(name) for name in packages}
+    return any(canonicalize_name(name) in names for name in MODULES.get(top, (top,)))
 
 # %% ../../nbs/13_kaggle/02_wheels.ipynb #ab9a74ef
 NEEDED = {  # distribution -> images whose kernels import it; bundled where the image lacks it
@@ -91,20 +80,16 @@ NEVER = {  # never bundled: they must fit each other and the drivers of the imag
 }
 
 
-def missing(
-    target: str,  # gpu or tpu
-) -> list:  # names of distributions
-    "Return the packages that a bundle for an image must contain, without their dependencies."
+def missing(target: str) -> list:  # target: gpu or tpu
+    "Return the names of the packages that a bundle for an image must contain, without their dependencies."
     return [name for name, targets in NEEDED.items() if target in targets and not image(target).has(name)]
 
 # %% ../../nbs/13_kaggle/02_wheels.ipynb #aa4a17d0
-def pins(
-    requirements: Path = Path(rsnape_kit.__file__).parents[1] / "requirements.txt",
-) -> dict:  # normal name -> version
-    "Return the locked versions; empty if the package is installed without its repository."
+def pins(requirements: Path = Path(rsnape_kit.__file__).parents[1] / "requirements.txt") -> dict:
+    "Return the locked version by normal name; empty if the package is installed without its repository."
     lines = requirements.read_text().splitlines() if requirements.exists() else []
     locked = (line.split("==") for line in lines if "==" in line and not line.startswith("#"))
-    return {normal(name): version for name, version in locked}
+    return {canonicalize_name(name): version for name, version in locked}
 
 # %% ../../nbs/13_kaggle/02_wheels.ipynb #2a1ec69e
 COPYLEFT = re.compile(r"\bA?GPL|General Public License", re.I)
@@ -128,7 +113,7 @@ class Wheel:
             meta = HeaderParser().parsestr(archive.read(member).decode("utf-8"))
         licence = "; ".join([meta.get("License-Expression") or (meta.get("License") or "").partition("\n")[0],
                              *(c.split(" :: ")[-1] for c in meta.get_all("Classifier", []) if c.startswith("License"))])
-        return cls(Path(path), normal(meta["Name"]), meta["Version"], licence.strip("; "))
+        return cls(Path(path), canonicalize_name(meta["Name"]), meta["Version"], licence.strip("; "))
 
 
 def platforms() -> list:
@@ -137,21 +122,15 @@ def platforms() -> list:
     return [f"manylinux_2_{minor}_x86_64" for minor in range(GLIBC, 4, -1)] + old + ["linux_x86_64"]
 
 
-def supported(
-    filename: str,  # e.g. 'numba-0.68.1-cp312-cp312-manylinux_2_28_x86_64.whl'
-    python: str = "3.12",  # version on Kaggle
-) -> bool:
-    "Return whether a wheel loads on Kaggle's Python and glibc."
+def supported(filename: str, python: str = "3.12") -> bool:  # python: version on Kaggle
+    "Return whether a wheel, by the tags in its file name, loads on Kaggle's Python and glibc."
     version = tuple(map(int, python.split(".")))
     good = {*cpython_tags(version, platforms=platforms()), *compatible_tags(version, platforms=platforms())}
     return not good.isdisjoint(parse_wheel_filename(filename)[3])
 
 # %% ../../nbs/13_kaggle/02_wheels.ipynb #a7wh0001
-def faults(
-    wheels,  # Wheels to bundle
-    there: Image,  # image they are added to
-) -> list:  # one text per problem, with its fix
-    "Return the problems of a choice of wheels."
+def faults(wheels, there: Image) -> list:  # one text per problem, with its fix
+    "Return the problems of adding wheels to an image."
     found = []
     for wheel in wheels:
         if wheel.name in NEVER:
@@ -235,10 +214,7 @@ def _place(member: str) -> str | None:
     return "/".join(parts)
 
 
-def unpack(
-    wheels,
-    site: Path,  # a folder for sys.path
-):
+def unpack(wheels, site: Path):  # site: a folder for sys.path
     "Unpack wheels into a folder of importable packages."
     for wheel in wheels:
         with zipfile.ZipFile(wheel.path) as archive:

@@ -34,12 +34,8 @@ class RankedPredictions:
         return len(self.y) > 0 and self.y.min() < self.y.max()
 
 
-def rank_predictions(
-    truth: Predictions,  # values 0 or 1
-    pred: Predictions,  # of at least these studies; gaps are left out
-    label: str,  # one of EXAM_LABELS, or IMAGE_LABEL
-) -> RankedPredictions:
-    "Rank the predictions of one label."
+def rank_predictions(truth: Predictions, pred: Predictions, label: str) -> RankedPredictions:
+    "Rank the predictions of a label (of EXAM_LABELS, or IMAGE_LABEL) for the truth's studies; gaps are left out."
     weights, pred, studies = metric_weights(truth), pred.align(truth), np.arange(len(truth.exams))
     if label == IMAGE_LABEL:
         level = truth.images.index.levels[0]
@@ -85,11 +81,8 @@ def _resampled(ranked: RankedPredictions, draws, shape) -> tuple:
     return interval(curves or np.full((1, len(GRID)), np.nan)), interval(areas or [np.nan])
 
 # %% ../../nbs/12_report/03_curves.ipynb #23be7455
-def roc(
-    ranked: RankedPredictions,  # with `has_both_classes`
-    draws: np.ndarray,  # float [times, studies]; none give no band
-) -> Curve:  # its band runs up and down at each false positive rate
-    "Return the ROC curve."
+def roc(ranked: RankedPredictions, draws: np.ndarray) -> Curve:  # ranked: with `has_both_classes`
+    "Return the ROC curve; its band, from draws (float [times, studies]), runs up and down at each false positive rate."
     def shape(hits, false):
         x, y = np.append(0, false / false[-1]), np.append(0, hits / hits[-1])
         return np.interp(GRID, x, y), np.trapezoid(y, x)
@@ -99,11 +92,8 @@ def roc(
     return Curve(x, y, low, high, (roc_auc_score(ranked.y, ranked.p, sample_weight=ranked.weight), *area))
 
 
-def precision_recall(
-    ranked: RankedPredictions,  # with `has_both_classes`
-    draws: np.ndarray,  # float [times, studies]; none give no band
-) -> Curve:  # its area is the average precision
-    "Return the precision-recall curve."
+def precision_recall(ranked: RankedPredictions, draws: np.ndarray) -> Curve:  # arguments as in `roc`
+    "Return the precision-recall curve; its area is the average precision."
     def shape(hits, false):
         recall, precision = hits / hits[-1], hits / np.maximum(hits + false, 1e-300)
         return precision[np.searchsorted(recall, GRID - 1e-9)], np.diff(recall, prepend=0) @ precision

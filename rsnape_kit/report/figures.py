@@ -21,12 +21,8 @@ from ..store.dicom_source import PixelSource
 from ..transforms.windows import HU_SCALE, PE, apply_windows
 
 # %% ../../nbs/12_report/04_figures.ipynb #92379910
-def unit_panel(
-    xlabel: str,
-    ylabel: str,
-    level: float | None = None,  # of a dashed line across; None draws the diagonal
-) -> tuple:  # Figure, Axes
-    "Return an empty unit square."
+def unit_panel(xlabel: str, ylabel: str, level: float | None = None) -> tuple:  # Figure, Axes
+    "Return an empty unit square with a dashed line across at `level`, or along the diagonal."
     fig = Figure(figsize=(2.3, 2.1), dpi=70)
     ax = fig.add_axes((.2, .19, .76, .79))
     ax.set(xlim=(-.02, 1.02), ylim=(-.02, 1.02), aspect="equal", xticks=(0, .5, 1), yticks=(0, .5, 1))
@@ -34,19 +30,13 @@ def unit_panel(
     ax.set_ylabel(ylabel, color=light("soft"), fontsize=9, labelpad=1)
     ax.tick_params(length=0, labelsize=9, labelcolor=light("soft"))
     ax.grid(color=light("grid"), lw=.8)
-    for side in ax.spines.values():
-        side.set_color(light("grid"))
+    ax.spines[:].set_color(light("grid"))
     ax.plot([0, 1], [0, 1] if level is None else [level] * 2, color=light("prior"), lw=1, ls=(0, (4, 3)))
     return fig, ax
 
 
-def curve_panel(
-    curves: dict,  # colour -> Curve; the first is the page's own and has its band
-    xlabel: str,
-    ylabel: str,
-    level: float | None = None,
-) -> Figure:
-    "Plot curves over the unit square."
+def curve_panel(curves: dict, xlabel: str, ylabel: str, level: float | None = None) -> Figure:
+    "Plot curves (colour -> Curve) over `unit_panel`; the first is the page's own and has its band."
     fig, ax = unit_panel(xlabel, ylabel, level)
     own = next(iter(curves))
     for colour, curve in reversed(curves.items()):
@@ -56,10 +46,8 @@ def curve_panel(
     return fig
 
 # %% ../../nbs/12_report/04_figures.ipynb #ec29a58c
-def reliability_panel(
-    tables: dict,  # colour -> DataFrame from reliability_band; the first is the page's own and has whiskers
-) -> Figure:
-    "Plot observed frequency over mean prediction."
+def reliability_panel(tables: dict) -> Figure:  # colour -> DataFrame from reliability_band
+    "Plot observed frequency over mean prediction; the first table is the page's own and has whiskers."
     fig, ax = unit_panel("predicted", "observed")
     for colour, table in reversed(tables.items()):
         own = colour == next(iter(tables))
@@ -92,8 +80,7 @@ def profile_panel(
     ax.tick_params(length=0, labelsize=11, labelcolor=light("soft"))
     for label, side in zip(ax.get_xticklabels(), ("left", "right")):
         label.set_ha(side)
-    for side in ax.spines.values():
-        side.set_color(light("grid"))
+    ax.spines[:].set_color(light("grid"))
     return fig
 
 # %% ../../nbs/12_report/04_figures.ipynb #89264102
@@ -128,11 +115,10 @@ def representative_slices(
 def frame(
     source: PixelSource,
     row: int,  # of source.table
-    keep: float = .72,  # share of the width to keep
 ) -> np.ndarray:  # uint8 [H, W]
     "Return a slice in the PE window, cropped to the centre."
     hu = np.asarray(source[int(row)]) / HU_SCALE
-    margin = round(hu.shape[0] * (1 - keep) / 2)
+    margin = round(hu.shape[0] * .14)  # keeps 72 % of the width
     hu = hu[margin:hu.shape[0] - margin, margin:hu.shape[1] - margin]
     return apply_windows(hu, (PE,), "fixed")[..., 0]
 
@@ -143,14 +129,13 @@ def strip(
     truth: Predictions,
     pred: Predictions,
     source: PixelSource | None = None,  # None, or one without this study, shows no slices
-    count: int = 6,
 ) -> Markup | None:  # None if the slices table lacks the study
     "Return a study's profile and some of its slices."
     table = study_slices(slices, study, truth, pred)
     if not len(table):
         return None
     seen = study_slices(source.table, study, truth, pred).row if source is not None else pd.Series(dtype=int)
-    shown = representative_slices(table.predicted, table.truth, count) if table.index.isin(seen.index).all() else []
+    shown = representative_slices(table.predicted, table.truth) if table.index.isin(seen.index).all() else []
     drawing = svg(profile_panel(table.predicted, table.truth, shown), f"slice predictions of study {study}, feet to head")
     figures = [_figure(i, table.iloc[at], frame(source, seen[table.index[at]]), len(table))
                for i, at in enumerate(shown, 1)]

@@ -16,19 +16,10 @@ from markupsafe import Markup
 from ..competition.labels import EXAM_LABELS, IMAGE_LABEL, SERIES, SLICE, STUDY
 from ..competition.predictions import Predictions
 from ..ensemble.blending import BlendWeights
+from . import sections
 from .figures import frame, profile_panel
 from .html import bar, join_html, label_name, number, page, png, svg, table, tag
 from .scores import ReportData, both_priors, make_report_data, study_tags, thickness_groups
-from rsnape_kit.report.sections import (
-    blend_section,
-    consistency_section,
-    curve_sections,
-    group_section,
-    headline,
-    label_section,
-    time_section,
-    worst_studies_section,
-)
 from ..store.dicom_source import PixelSource
 from ..utils.files import atomic_write
 
@@ -88,16 +79,17 @@ def write_report(out: Path | str, truth: Predictions, contenders: dict, slices: 
     given = both_priors(truth, slices) if priors is None else priors
     subject = make_report_data(truth, contenders, given, times)
     ordered = slices if slices is not None and "order" in slices else None
-    sections = {
-        "Score": headline(subject), "Labels": label_section(subject), **curve_sections(subject),
-        "Scanners": group_section(subject, study_groups(slices, groups, dicom)),
-        "Blend": None if weights is None else blend_section(weights),
-        "Consistency": consistency_section(subject, submitted, q),
-        "Worst studies": worst_studies_section(subject, ordered, source, worst),
-        "Time": None if not stages else time_section(stages),
+    parts = {
+        "Score": sections.headline(subject), "Labels": sections.label_section(subject),
+        **sections.curve_sections(subject),
+        "Scanners": sections.group_section(subject, study_groups(slices, groups, dicom)),
+        "Blend": None if weights is None else sections.blend_section(weights),
+        "Consistency": sections.consistency_section(subject, submitted, q),
+        "Worst studies": sections.worst_studies_section(subject, ordered, source, worst),
+        "Time": None if not stages else sections.time_section(stages),
     }
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(out, page(title, _intro(subject, note, priors is None), sections))
+    atomic_write(out, page(title, _intro(subject, note, priors is None), parts))
     return Path(out)
 
 
@@ -132,20 +124,15 @@ NOTE = ("Made by research software. It is not a medical device, has not been tes
         "decisions about patients.")
 
 
-def mask_unpredicted(
-    pred: Predictions,  # complete: gaps are filled with constants
-    preds: dict,  # model -> Predictions it was made from, of the same studies
-) -> Predictions:  # NaN where no model predicted
-    "Set values to NaN that no model predicted."
+def mask_unpredicted(pred: Predictions, preds: dict) -> Predictions:  # preds: model -> Predictions `pred` was made from
+    "Set values to NaN that no model predicted; in `pred` they are constants."
     exams, images = pred.exams[list(EXAM_LABELS)], pred.images
     exam_predicted = [part.exams.reindex(exams.index)[exams.columns].notna().to_numpy() for part in preds.values()]
     image_predicted = [part.images.reindex(images.index).notna().to_numpy() for part in preds.values()]
     return Predictions(exams.where(np.any(exam_predicted, 0)), images.where(np.any(image_predicted, 0)))
 
 
-def exam_table(
-    pred: Predictions,
-) -> pd.DataFrame:  # studies x labels, and the highest slice
+def exam_table(pred: Predictions) -> pd.DataFrame:  # studies x labels, and the highest slice
     "Return exam probabilities and the highest image probability of each study."
     highest = pred.images.groupby(level=0, sort=False).max().rename(f"highest {IMAGE_LABEL}")
     return pred.exams[list(EXAM_LABELS)].join(highest)
@@ -155,7 +142,6 @@ def study_section(
     study: str,  # StudyInstanceUID
     pred: Predictions,  # NaN where not predicted
     source: PixelSource,  # with this study
-    count: int = 5,  # slices to show
     problem: str = "",  # what went wrong
 ) -> Markup:
     "Return a study's exam labels, profile and slices of highest probability."
@@ -168,7 +154,7 @@ def study_section(
     warned = tag("p", tag("strong", "Problem: "), problem) if problem else None
     if np.isnan(probability).all():
         return join_html(warned, table(["exam label", "probability"], rows), tag("p", "No model predicted the slices of this study."))
-    shown = likeliest(probability, count)
+    shown = likeliest(probability, 5)
     drawing = svg(profile_panel(probability, np.zeros(len(probability)), shown), f"slice predictions of study {study}, feet to head")
     figures = [tag("figure", png(frame(source, own.index[at]), f"slice {at + 1} of {len(own)}"),
                    tag("figcaption", tag("b", f"{i} "), f"slice {at + 1} of {len(own)}: ", number(probability[at], digits=2)))
@@ -195,7 +181,9 @@ def write_study_page(out: Path | str, pred: Predictions, source: PixelSource, ti
     intro = join_html(tag("p", tag("strong", NOTE)), tag("p", note) if note else None,
                      tag("p", "Slices are in the PE window, those with the highest probability of an embolus, feet to head.",
                          class_="soft"))
-    sections = {f"Study {study}": study_section(study, pred, source, problem=(problems or {}).get(study, "")) for study in pred.exams.index}
+    problems = problems or {}
+    studies = {f"Study {study}": study_section(study, pred, source, problems.get(study, ""))
+               for study in pred.exams.index}
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(out, page(title, intro, sections))
+    atomic_write(out, page(title, intro, studies))
     return Path(out)

@@ -32,10 +32,7 @@ class StudyLosses:
         "Return the predicted labels."
         return list(self.sums.columns[self.sums.notna().all()])
 
-    def total(
-        self,
-        draws=None,  # float [times, studies], from `resample`
-    ):  # float, or float [times]; nats
+    def total(self, draws=None):  # float in nats; with draws from `resample`, float [times]
         "Return the competition's loss over the predicted labels."
         sums, weights = (part[self.predicted].sum(axis=1).to_numpy() for part in (self.sums, self.weights))
         return _ratio(sums.sum(), weights.sum()) if draws is None else _ratio(draws @ sums, draws @ weights)
@@ -54,10 +51,7 @@ def _ratio(sums, weights):
     return np.divide(sums, weights, out=np.full(np.shape(sums), np.nan), where=np.asarray(weights) > 0)[()]
 
 # %% ../../nbs/12_report/01_scores.ipynb #d66f4fb4
-def study_losses(
-    truth: Predictions,  # values 0 or 1
-    pred: Predictions,  # of at least these studies
-) -> StudyLosses:
+def study_losses(truth: Predictions, pred: Predictions) -> StudyLosses:  # pred: of at least the truth's studies
     "Return loss and weight of each label of each study."
     count, pred = metric_weights(truth), pred.align(truth)
     exams, gaps = _scorable(pred.exams[list(EXAM_LABELS)].to_numpy())
@@ -76,20 +70,13 @@ def _scorable(p: np.ndarray) -> tuple:  # float [n, labels], and the number of g
     return np.where(gap, .5, p), int(gap.sum())
 
 # %% ../../nbs/12_report/01_scores.ipynb #a15b89b2
-def resample(
-    studies: int,  # how many there are
-    times: int = 300,
-    seed: int = 0,
-) -> np.ndarray:  # float [times, studies], rows sum to `studies`
+def resample(studies: int, times: int = 300, seed: int = 0) -> np.ndarray:  # float [times, studies]
     "Return how often each study is drawn in each bootstrap draw."
     return np.random.default_rng(seed).multinomial(studies, np.full(studies, 1 / studies), times).astype(float)
 
 
-def interval(
-    values,  # float [times, ...], one a draw; NaN where a draw has no value
-    level: float = .95,
-) -> tuple:  # (low, high), each [...]
-    "Return the central interval of the draws."
+def interval(values, level: float = .95) -> tuple:  # values: float [times, ...]; (low, high), each [...]
+    "Return the central interval of the draws; NaN is a draw without a value."
     values = np.asarray(values, float)
     known = np.isfinite(values).any(axis=0)
     edges = np.full((2, *values.shape[1:]), np.nan)
@@ -102,24 +89,19 @@ def gain_over(
     pred: Predictions,  # of at least the truth's studies
     rivals: dict,  # name -> Predictions, such as both priors
     labels=None,  # over which labels; default: all that `pred` predicts
-    level: float = .9,  # one-sided confidence of the lower bound
-    times: int = 1000,  # draws
 ) -> dict:  # loss; rival: the loss of the best; gain on it; at_least: lower bound of the gain on each
-    "Return the gain over the strongest rival, and its lower bound."
-    own, draws = study_losses(truth, pred), resample(len(truth.exams), times)
+    "Return the gain over the strongest rival, and its lower bound with a one-sided confidence of 90 %."
+    own, draws = study_losses(truth, pred), resample(len(truth.exams), 1000)
     labels = list(labels or own.predicted)
     own = own.only(labels)
     theirs = [study_losses(truth, rival).only(labels) for rival in rivals.values()]
-    least = [np.nanquantile(rival.total(draws) - own.total(draws), 1 - level) for rival in theirs]
+    least = [np.nanquantile(rival.total(draws) - own.total(draws), .1) for rival in theirs]
     best = min(rival.total() for rival in theirs)
     return {"loss": float(own.total()), "rival": float(best), "gain": float(best - own.total()), "at_least": float(min(least))}
 
 # %% ../../nbs/12_report/01_scores.ipynb #9a5599b6
-def by_label(
-    losses: StudyLosses,
-    draws: np.ndarray,  # float [times, studies]
-) -> pd.DataFrame:  # a row for each predicted label: loss, low, high, weight, share
-    "Return the loss by label; share is of the total."
+def by_label(losses: StudyLosses, draws: np.ndarray) -> pd.DataFrame:  # draws: float [times, studies]
+    "Return loss, low, high, weight and share (of the total) of each predicted label."
     sums, weights = losses.sums[losses.predicted], losses.weights[losses.predicted]
     low, high = interval(_ratio(draws @ sums.to_numpy(), draws @ weights.to_numpy()))
     return pd.DataFrame({"loss": _ratio(sums.sum().to_numpy(), weights.sum().to_numpy()), "low": low, "high": high,
@@ -150,10 +132,8 @@ THICKNESS = (0, 1, 2, 4, np.inf)  # mm; CTPA is mostly 0.625 to 1.25, some 5 (Co
 _THICKNESS_NAMES = ("under 1 mm", "1 to 2 mm", "2 to 4 mm", "4 mm and more")
 
 
-def thickness_groups(
-    slices: pd.DataFrame,  # slices table with `thickness`, mm
-) -> pd.Series:  # study -> one of four groups, ordered; left out where unknown
-    "Return the slice thickness group of each study."
+def thickness_groups(slices: pd.DataFrame) -> pd.Series:  # slices: with `thickness`, mm
+    "Return the slice thickness group of each study, one of four ordered ones; left out where unknown."
     thickness = slices.groupby(STUDY, sort=False)["thickness"].median()
     return pd.cut(thickness, THICKNESS, right=False, labels=_THICKNESS_NAMES).dropna()
 
@@ -177,21 +157,15 @@ def study_tags(
     return pd.Series(found, dtype=object, name=keyword).dropna()
 
 # %% ../../nbs/12_report/01_scores.ipynb #e4260542
-def worst_studies(
-    losses: StudyLosses,
-    count: int = 6,
-) -> pd.DataFrame:  # by study, worst first: share (of the total loss), then each label's part of it
-    "Return the studies with the largest loss."
+def worst_studies(losses: StudyLosses, count: int = 6) -> pd.DataFrame:  # by study, worst first
+    "Return the studies with the largest loss: their share of the total loss, then each label's part of it."
     parts = losses.sums[losses.predicted] / losses.sums[losses.predicted].sum().sum()
     share = parts.sum(axis=1).nlargest(count).rename("share")
     return pd.concat([share, parts.loc[share.index]], axis=1)
 
 # %% ../../nbs/12_report/01_scores.ipynb #b5859847
-def both_priors(
-    truth: Predictions,
-    slices: pd.DataFrame | None = None,  # slices table with `order`; without it there is no position prior
-) -> dict:  # name -> Predictions
-    "Return the priors, fitted on the truth."
+def both_priors(truth: Predictions, slices: pd.DataFrame | None = None) -> dict:  # name -> Predictions
+    "Return the priors, fitted on the truth; without a slices table with `order` there is no position prior."
     priors = {"constant prior": constant_prior(truth)}
     if slices is not None and "order" in slices:
         slices = slices.drop_duplicates([STUDY, SLICE])

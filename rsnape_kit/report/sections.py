@@ -120,13 +120,12 @@ def curve_sections(subject: ReportData) -> dict:  # heading -> Html
 def group_section(
     subject: ReportData,
     groups: dict,  # what they are grouped by -> Series study -> group
-    most: int = 12,  # groups shown of each kind, the largest
 ) -> Markup | None:  # None without any groups
-    "Return results by slice thickness, manufacturer or other groups."
+    "Return results by slice thickness, manufacturer or other groups, of each kind the twelve largest."
     best, parts = subject.strongest_prior, []
     for what, named in groups.items():
         found = by_group(subject.own, named, subject.losses[best], subject.draws)
-        found = found.loc[found.index.isin(found.studies.nlargest(most).index)]
+        found = found.loc[found.index.isin(found.studies.nlargest(12).index)]
         limits = found.low.min(), found.high.max()
         rows = [[name, f"{row.studies:.0f}", number(row.loss, row.low, row.high),
                  whisker(row.loss, row.low, row.high, limits), number(row.reference), number(row.gain, sign=True)]
@@ -221,9 +220,7 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
 
 
-def time_section(
-    stages: dict,  # stage -> seconds
-) -> Markup:
+def time_section(stages: dict) -> Markup:  # stage -> seconds
     "Return the time of each stage."
     total = sum(stages.values())
     rows = [[stage, duration(seconds), bar(seconds / max(*stages.values(), 1e-9), f"{seconds / max(total, 1e-9):.0%}")]

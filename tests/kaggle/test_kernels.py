@@ -207,7 +207,7 @@ def test_the_documented_commands_are_ones_that_the_library_takes(monkeypatch):
     for command in commands:
         parser().parse_args(command)
     made = []
-    monkeypatch.setattr("rsnape_kit.kaggle.bundle.make_bundle", lambda out, **settings: made.append(out))
+    monkeypatch.setattr("rsnape_kit.make_bundle", lambda out, *settings: made.append(out))
     for command in commands:
         if command[0] == "bundle":
             main(command)
