@@ -95,10 +95,11 @@ def paint_heart(canvas: Canvas, h: Heart, blood: Blood):  # canvas: a started sl
 # %% ../../nbs/05_phantom/05_heart.ipynb #0c471795
 def _reach_of_points(lo, hi, y, z, points, margin):
     "Widen the borders to contain the cross-sections of spheres [n, 4] at height z"
-    for x, mid, h, r in points[np.abs(points[:, 2] - z) < points[:, 3] + margin]:
-        square = (r + margin)**2 - (h - z)**2 - (y - mid)**2
-        on, half = square > 0, np.sqrt(np.maximum(square, 0))
-        lo[on], hi[on] = np.minimum(lo, x - half)[on], np.maximum(hi, x + half)[on]
+    x, mid, h, r = points[np.abs(points[:, 2] - z) < points[:, 3] + margin].T[..., None]
+    square = (r + margin)**2 - (h - z)**2 - (y - mid)**2    # of the half-width in each row [spheres, rows]
+    half = np.where(square > 0, np.sqrt(np.maximum(square, 0)), -np.inf)
+    np.minimum(lo, (x - half).min(0), out=lo)
+    np.maximum(hi, (x + half).max(0), out=hi)
 
 
 def _reach_of_solid(lo, hi, y, z, solid, grow):
