@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ..utils import lazy_exports
 
 if TYPE_CHECKING:
+    from rsnape_kit.data.base import Batches
     from rsnape_kit.data.batches import GroupBatches, ImageBatches, StudyBatches
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__)

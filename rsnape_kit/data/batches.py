@@ -33,7 +33,6 @@ def class_weights(
     each = np.where(labelled.image == 1, share / max(drawn, 1e-9), (1 - share) / max(1 - drawn, 1e-9))
     return (weight.mean() * each).astype(np.float32)
 
-
 # %% ../../nbs/06_data/05_batches.ipynb #e1f55e36
 class ImageBatches(Batches):
     """Batches of slices: x, (x, y) or (x, y, sample weights).
@@ -45,9 +44,7 @@ class ImageBatches(Batches):
         truth: Labels of at least the selected studies. None: batches without labels.
         studies: StudyInstanceUIDs to use, e.g. those of a fold. Default: all that the truth has.
         balanced: Draw half of the slices positive, a quarter negative in positive studies, a quarter in other studies.
-        **settings: batch (int, default 32), pixels (InputConfig), mask (SideMask; default none; needs `truth`), affine (AffineRange;
-            default none), seed (int from 0), shuffle (bool: a new order each epoch), shard ((i, n): process i of n), weights (bool:
-            add the metric's sample weights), device (bool: {"stored", "params"} instead of x), workers (int, threads).
+        **settings: batch, pixels, mask, affine, seed, shuffle, shard, weights, device and workers: see `Batches`.
 
     Raises:
         ValueError: An argument is out of range, a label is missing, or no slice is positive or weighted where that is needed.
@@ -70,13 +67,13 @@ class ImageBatches(Batches):
             drawn = balanced_order(positive, in_positive, self.seed, epoch)
             mine = slice(i, len(drawn) - len(drawn) % of, of)
             self.repeats, order = occurrence(drawn)[mine], drawn[mine]
+            self.weight = class_weights(labelled, positive[drawn].mean())
         else:
             self.repeats, order = None, epoch_order(len(rows), self.seed, epoch, self.shuffle, self.shard)
+            self.weight = labelled.weight
         self.mean_weight = labelled.weight[rows].mean()
         if self.weights and not self.mean_weight > 0:
             raise ValueError("no slice has a weight: the metric counts images of studies with an embolus only; use weights=False")
-        shown = positive[drawn].mean() if self.balanced else None
-        self.weight = class_weights(labelled, shown) if self.balanced else labelled.weight
         return rows[order]
 
     def _select(self, i: int) -> tuple:
@@ -89,7 +86,7 @@ class ImageBatches(Batches):
 
 # %% ../../nbs/06_data/05_batches.ipynb #f454e3a9
 class _StudyLevelBatches(Batches):
-    "Targets and weights that StudyBatches and GroupBatches share."
+    "What StudyBatches and GroupBatches share: a study has one item or more, whose slices `_pick(study, part)` chooses."
 
     def __init__(self, source: PixelSource, truth: Predictions | None = None, studies: Iterable[str] | None = None, *,
                  labels: Sequence[str] = EXAM_LABELS, batch: int = 1, balanced: bool = False, **settings):
@@ -108,13 +105,25 @@ class _StudyLevelBatches(Batches):
         y = {"exams": self.exams[study], "images": labelled.image[rows]}
         if not self.weights:
             return (y,)
-        shown = self._slices_shown(study) / labelled.count[study]
+        shown = self.items_per_study[study] * rows[0].size / labelled.count[study]
         spread = (self.weight[rows].T / shown.astype(np.float32)).T
         return y, {"exams": (self.exam_weights[study].T / self.items_per_study[study].astype(np.float32)).T, "images": spread}
 
     @property
     def items_per_study(self) -> np.ndarray:  # int [studies]; each item has the exam labels as target
         return np.ones(len(self.labelled.studies), int)
+
+    @property
+    def items(self) -> int:
+        return int(self.items_per_study.sum())
+
+    def _select(self, i: int) -> tuple:
+        labelled, ends = self.labelled, np.cumsum(self.items_per_study)
+        items = self.order[self._items_of(i)]
+        studies = np.searchsorted(ends, items, side="right")
+        parts = items - (ends - self.items_per_study)[studies]
+        rows = [labelled.first[s] + self._pick(s, part) for s, part in zip(studies, parts, strict=True)]
+        return np.stack(rows), labelled.first[studies], None
 
 # %% ../../nbs/06_data/05_batches.ipynb #f452e2e5
 class StudyBatches(_StudyLevelBatches):
@@ -128,10 +137,8 @@ class StudyBatches(_StudyLevelBatches):
         studies: StudyInstanceUIDs to use, e.g. those of a fold. Default: all that the truth has.
         frames: Slices of each study, one from each of equal intervals.
         random_frames: Take a random slice of each interval instead of its middle. Default: as `shuffle`.
-        **settings: labels (names, default EXAM_LABELS), batch (int, default 1), balanced (bool: weight slices by class),
-            pixels (InputConfig), mask (SideMask; default none; needs `truth`), affine (AffineRange;
-            default none), seed (int from 0), shuffle (bool: a new order each epoch), shard ((i, n): process i of n), weights (bool:
-            add the metric's sample weights), device (bool: {"stored", "params"} instead of x), workers (int, threads).
+        **settings: labels (names, default EXAM_LABELS), batch (int, default 1), balanced (bool: weight slices by class);
+            pixels, mask, affine, seed, shuffle, shard, weights, device and workers: see `Batches`.
 
     Raises:
         ValueError: An argument is out of range, a label is unknown, or a study or slice has no label.
@@ -146,19 +153,9 @@ class StudyBatches(_StudyLevelBatches):
     def varies(self) -> bool:
         return self.random_frames or super().varies
 
-    @property
-    def items(self) -> int:
-        return len(self.labelled.studies)
-
-    def _select(self, i: int) -> tuple:
-        studies, labelled = self.order[self._items_of(i)], self.labelled
-        random = CounterRNG(self.seed, self.epoch, stream=4)
-        rows = [labelled.first[s] + pick_frames(labelled.count[s], self.frames,
-                                                random.at(labelled.study_hash[s]) if self.random_frames else None) for s in studies]
-        return np.stack(rows), labelled.first[studies], None
-
-    def _slices_shown(self, study: np.ndarray) -> np.ndarray:
-        return np.full(len(study), self.frames)
+    def _pick(self, study: int, part: int) -> np.ndarray:
+        rng = CounterRNG(self.seed, self.epoch, stream=4).at(self.labelled.study_hash[study]) if self.random_frames else None
+        return pick_frames(self.labelled.count[study], self.frames, rng)
 
 # %% ../../nbs/06_data/05_batches.ipynb #409d809d
 class GroupBatches(_StudyLevelBatches):
@@ -174,10 +171,8 @@ class GroupBatches(_StudyLevelBatches):
         studies: StudyInstanceUIDs to use, e.g. those of a fold. Default: all that the truth has.
         groups: Groups per item, at least 2.
         width: Slices per group.
-        **settings: labels (names, default EXAM_LABELS), batch (int, default 1), balanced (bool: weight slices by class),
-            pixels (InputConfig), mask (SideMask; default none; needs `truth`), affine (AffineRange;
-            default none), seed (int from 0), shuffle (bool: a new order each epoch), shard ((i, n): process i of n), weights (bool:
-            add the metric's sample weights), device (bool: {"stored", "params"} instead of x), workers (int, threads).
+        **settings: labels (names, default EXAM_LABELS), batch (int, default 1), balanced (bool: weight slices by class);
+            pixels, mask, affine, seed, shuffle, shard, weights, device and workers: see `Batches`.
 
     Raises:
         ValueError: An argument is out of range, a label is unknown, or a study or slice has no label.
@@ -193,21 +188,8 @@ class GroupBatches(_StudyLevelBatches):
     def items_per_study(self) -> np.ndarray:  # int [studies]: subgroups
         return -(-self.labelled.count // (self.groups * self.width))
 
-    @property
-    def items(self) -> int:
-        return int(self.items_per_study.sum())
-
-    def _select(self, i: int) -> tuple:
-        labelled, ends = self.labelled, np.cumsum(self.items_per_study)
-        items = self.order[self._items_of(i)]
-        studies = np.searchsorted(ends, items, side="right")
-        which = items - (ends - self.items_per_study)[studies]
-        rows = [labelled.first[s] + pick_groups(labelled.count[s], self.groups, self.width)[w]
-                for s, w in zip(studies, which, strict=True)]
-        return np.stack(rows), labelled.first[studies], None
-
-    def _slices_shown(self, study: np.ndarray) -> np.ndarray:
-        return self.items_per_study[study] * self.groups * self.width
+    def _pick(self, study: int, part: int) -> np.ndarray:
+        return pick_groups(self.labelled.count[study], self.groups, self.width)[part]
 
 # %% ../../nbs/06_data/05_batches.ipynb #d5989a3c
 def count_occurrences(
@@ -284,4 +266,3 @@ class GroupTargets:
             return IMAGE_WEIGHT * self.share[at] / self.mean_weight
         flat = np.where(rows < 0, -1, rows).reshape(len(rows), -1)
         return 1 / np.array([len(np.unique(item[item >= 0])) for item in flat])[:, None, None]
-

@@ -67,15 +67,14 @@ def balanced_order(
     in_positive_study: np.ndarray,  # bool [n], whether any slice of its study does
     seed: int,
     epoch: int,
-    count: int | None = None,  # slices to draw; default: twice the number of positive ones
-) -> np.ndarray:  # int64 [count]
+) -> np.ndarray:  # int64, twice as many as there are positive slices
     "Draw slices: half positive, a quarter negative in positive studies, a quarter in negative studies."
     classes = positive, ~positive & in_positive_study, ~in_positive_study
     if not positive.any():
         raise ValueError("no slice is positive, so classes cannot be balanced; set balanced=False or give studies with an embolus")
     rng = CounterRNG(seed, epoch, stream=2).at(0)
-    count = 2 * int(positive.sum()) if count is None else count
-    wanted = count - count // 2, count // 2 - count // 4, count // 4
+    half = int(positive.sum())
+    wanted = half, half - half // 2, half // 2
     pools = [np.flatnonzero(each) if each.any() else np.flatnonzero(~positive) for each in classes]
     drawn = [np.concatenate([rng.permutation(pool) for _ in range(-(-n // len(pool)))] or [pool[:0]])[:n]
              for pool, n in zip(pools, wanted, strict=True) if len(pool)]
@@ -84,13 +83,7 @@ def balanced_order(
 # %% ../../nbs/06_data/01_sampling.ipynb #cb80174e
 def occurrence(items) -> np.ndarray:  # int64 [n], as many as items
     "Return for each item how many equal items come before it."
-    items = np.asarray(items)
-    order = np.argsort(items, kind="stable")
-    new = np.r_[True, np.diff(items[order]) != 0][:len(items)]
-    start = np.maximum.accumulate(np.where(new, np.arange(len(items)), 0))
-    count = np.empty(len(items), np.int64)
-    count[order] = np.arange(len(items)) - start
-    return count
+    return pd.Series(items).groupby(np.asarray(items)).cumcount().to_numpy()
 
 # %% ../../nbs/06_data/01_sampling.ipynb #e959b728
 def pick_frames(

@@ -112,8 +112,8 @@ class SliceLoader:
         rows, side, windows = np.asarray(rows), pixels.size, len(pixels.windows)
         if channels and windows != 1:
             raise ValueError(f"{windows} windows: with channels=True, pixels must have exactly one window")
-        out, each = self.buffers.allocate((*rows.shape, side, side, windows), np.uint8), side * side * windows
-        flat, (order, fresh) = out.reshape(-1), _group_equal(rows.reshape(-1), params)
+        out = self.buffers.allocate((*rows.shape, side, side, windows), np.uint8)
+        images, (order, fresh) = out.reshape(-1, side, side, windows), _group_equal(rows.reshape(-1), params)
         which, order = rows.reshape(-1)[order].tolist(), order.tolist()
 
         def task(start, stop):
@@ -121,11 +121,10 @@ class SliceLoader:
             for some in (new[i:i + len(scratch)] for i in range(0, len(new), len(scratch))):
                 self._read([which[k] for k in some], scratch[:len(some)])
                 for stored, k in zip(scratch, some):
-                    render_slice(stored, params[order[k]], pixels, flat, order[k] * each)
+                    render_slice(stored, params[order[k]], pixels, images[order[k]])
             for k in range(start + 1, stop):
                 if not fresh[k]:
-                    here, there = order[k - 1] * each, order[k] * each
-                    flat[there:there + each] = flat[here:here + each]
+                    images[order[k]] = images[order[k - 1]]
 
         self._spread(task, len(which))
         return np.moveaxis(out[..., 0], -3, -1) if channels else out

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REGIONS', 'Clots', 'regions', 'successors', 'downstream_rows', 'centre_line', 'acute_clot', 'chronic_clot',
-           'ClotCover', 'nearby_arteries', 'clot_areas']
+           'ClotCover', 'clot_areas']
 
 # %% ../../nbs/05_phantom/06_clots.ipynb #a9f9999b
 from dataclasses import dataclass, field, replace
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from .paint import cover_capsules, empty_box
-from .vessels import Tree
+from .vessels import Tree, capsules
 from ..utils.native import compiled
 
 # %% ../../nbs/05_phantom/06_clots.ipynb #adaa98ce
@@ -84,10 +84,6 @@ def _sideways(points, rng):
     return v / (np.linalg.norm(v, axis=1, keepdims=True) + 1e-9)
 
 
-def _tubes(points):
-    return np.concatenate([points[:-1], points[1:]], 1)
-
-
 def acute_clot(
     points: np.ndarray, region: np.ndarray,  # float64 [m, 4] along the vessel, mm; int [m], index into REGIONS
     share: float,  # radius relative to the lumen; 1 and more occludes the vessel
@@ -100,7 +96,7 @@ def acute_clot(
     p[:, :3] += _sideways(points, rng) * (room * rng.uniform(0, .6) * np.cos(3 * s + rng.uniform(0, 6)))[:, None]
     taper = np.sqrt(np.clip(np.minimum(s, 1 - s) * len(points) * 1.5 / (1.2 * points[:, 3]), .15, 1))
     p[:, 3] *= share * taper * (1 + .12 * np.sin(9 * s + rng.uniform(0, 6)))
-    return Clots(solid=_tubes(p), solid_region=region[1:], value=value)
+    return Clots(solid=capsules([p]), solid_region=region[1:], value=value)
 
 
 def chronic_clot(points, region, rng, value=70.) -> Clots:
@@ -112,7 +108,7 @@ def chronic_clot(points, region, rng, value=70.) -> Clots:
     mural[:, 3] *= 1.1
     patent[:, 3] *= 1.3 - (1.3 - share) * w
     patent[:, :3] += side * (points[:, 3] * (.95 - share) * w)[:, None]
-    out = Clots(mural=_tubes(mural), patent=_tubes(patent), mural_region=region[1:], value=value)
+    out = Clots(mural=capsules([mural]), patent=capsules([patent]), mural_region=region[1:], value=value)
     for k in rng.integers(len(points) // 4, max(len(points) // 4 + 1, 3 * len(points) // 4), 2):
         if points[k, 3] > 2.2:
             a, u, r = points[k, :3], _sideways(points, rng)[k], points[k, 3]
@@ -155,26 +151,10 @@ class ClotCover:
         self.part()[:] = 0
 
 # %% ../../nbs/05_phantom/06_clots.ipynb #56f0cb5a
-@compiled(plain=False)
-def _touching(tubes, clots, margin):
-    "Tubes whose bounding box is within `margin` mm of that of any clot"
-    out = np.zeros(len(tubes), np.bool_)
-    for i in range(len(tubes)):
-        r = max(tubes[i, 3], tubes[i, 7]) + margin
-        for k in range(len(clots)):
-            far, c = False, max(clots[k, 3], clots[k, 7]) + r
-            for a in range(3):
-                far = far or max(tubes[i, a], tubes[i, a + 4]) + c < min(clots[k, a], clots[k, a + 4])
-                far = far or min(tubes[i, a], tubes[i, a + 4]) - c > max(clots[k, a], clots[k, a + 4])
-            if not far:
-                out[i] = True
-                break
-    return out
-
-
-def nearby_arteries(tree: Tree, clots: Clots, margin: float = 8.) -> np.ndarray:  # float64 [n, 8]
-    "Return the arteries within `margin` mm of a clot"
-    return tree.caps[_touching(tree.caps, np.concatenate([clots.solid, clots.mural]), margin)]
+def _bounds(tubes, margin=0.):  # two float64 [n, 3], mm
+    "Lowest and highest corner of the box around each tube, widened by `margin` mm"
+    reach = np.maximum(tubes[:, 3:4], tubes[:, 7:8]) + margin
+    return np.minimum(tubes[:, :3], tubes[:, 4:7]) - reach, np.maximum(tubes[:, :3], tubes[:, 4:7]) + reach
 
 
 def clot_areas(
@@ -184,14 +164,14 @@ def clot_areas(
     out = np.zeros((len(views), 1 + len(REGIONS)))
     if not len(clots.solid) + len(clots.mural):
         return out
-    caps, cover, lumen, box = nearby_arteries(tree, clots), ClotCover(size), np.zeros((size, size), np.float32), empty_box()
+    cover, lumen, box = ClotCover(size), np.zeros((size, size), np.float32), empty_box()
     parts = [clots] + [clots.only(k) for k in range(len(REGIONS))]
-    ends = np.concatenate([clots.solid, clots.mural])
-    reach = ends[:, [3, 7]].max() + 8
-    lo, hi = ends[:, [2, 6]].min() - reach, ends[:, [2, 6]].max() + reach
+    (low, high), (first, last) = _bounds(np.concatenate([clots.solid, clots.mural]), 8.), _bounds(tree.caps)
+    low, high = low.min(0), high.max(0)
+    nearby = tree.caps[((first < high) & (low < last)).all(1)]
     for k, view in enumerate(np.asarray(views, float)):
-        if lo < view[3] < hi:
-            cover_capsules(lumen, box, view, caps, 0.)
+        if low[2] < view[3] < high[2]:
+            cover_capsules(lumen, box, view, nearby, 0.)
             for i, c in enumerate(parts):
                 if (i == 0 or out[k, 0] > 0) and cover.cover(c, view, lumen):
                     out[k, i] = cover.part().sum(dtype=float) * view[2]**2

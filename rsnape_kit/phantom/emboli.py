@@ -33,13 +33,6 @@ class Calibre:
     length: float = 18.          # mm, median
 
 # %% ../../nbs/05_phantom/07_emboli.ipynb #00486f9c
-def _saddle(tree, rng):
-    "Rows of both main arteries that a saddle embolus covers, from the bifurcation outwards"
-    rows = {k: list(np.flatnonzero(tree.path == i)) for i, k in enumerate(ARTERIES)}
-    n = int(rng.uniform(.4, .9) * len(rows["left main"]))
-    return rows["left main"][:n], rows["right main"][:int(rng.uniform(.4, .9) * len(rows["right main"]))]
-
-
 def _start(tree, rng, side, plan_central, calibre):
     "Draw the row in which a clot on one side begins"
     reg, r = regions(tree), tree.caps[:, 3]
@@ -54,18 +47,13 @@ def _start(tree, rng, side, plan_central, calibre):
     return int(rng.choice(rows, p=p / p.sum()))
 
 # %% ../../nbs/05_phantom/07_emboli.ipynb #ad77ed73
-def _resize(tree, healthy, rows, factor):
-    "The tree with the rows `factor` times as wide as in `healthy`"
-    caps = tree.caps.copy()
-    caps[np.ix_(rows, [3, 7])] = healthy.caps[np.ix_(rows, [3, 7])] * factor
-    return replace(tree, caps=caps)
-
-
 def place_clot(tree, healthy, below, row, length, chronic, rng) -> tuple:  # Tree, Clots
     "Place one clot downstream of a row; a chronic one narrows the vessel, an occluding one dilates it"
     rows, occluding = downstream_rows(tree, below, row, length, rng), rng.random() < .3
     if chronic or occluding:
-        tree = _resize(tree, healthy, rows, .85 if chronic else 1.1)
+        caps, radii = tree.caps.copy(), np.ix_(rows, [3, 7])
+        caps[radii] = healthy.caps[radii] * (.85 if chronic else 1.1)
+        tree = replace(tree, caps=caps)
     points, region = centre_line(tree, rows, length)
     if chronic:
         return tree, chronic_clot(points, region, rng, rng.uniform(60, 85))
@@ -73,9 +61,9 @@ def place_clot(tree, healthy, below, row, length, chronic, rng) -> tuple:  # Tre
 
 
 def saddle_clot(tree, rng) -> Clots:
-    "Draw an acute clot across the bifurcation of the trunk"
-    left, right = _saddle(tree, rng)
-    (a, ra), (b, rb) = (centre_line(tree, rows, 99.) for rows in (left, right))
+    "Draw an acute clot across the bifurcation of the trunk, from there outwards in both main arteries"
+    main = [np.flatnonzero(tree.path == list(ARTERIES).index(name)) for name in ("left main", "right main")]
+    (a, ra), (b, rb) = (centre_line(tree, rows[:int(rng.uniform(.4, .9) * len(rows))], 99.) for rows in main)
     points, region = np.concatenate([a[::-1], b]), np.concatenate([ra[::-1], rb])
     return acute_clot(points, region, rng.uniform(.35, .6), rng, rng.uniform(45, 65))
 

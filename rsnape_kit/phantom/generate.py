@@ -55,9 +55,9 @@ def make_study(cfg: Settings, split: str, index: int) -> tuple[Study, tuple[str,
     return s, (name, hex_id(name, "series"), [hex_id(name, k) for k in range(len(s.scan.z))])
 
 
-def label_table(s: Study, ids: tuple) -> pd.DataFrame:
+def label_table(ids: tuple, images, exam: dict) -> pd.DataFrame:  # images: 0 or 1 for each slice, or for all
     "Return the rows of train.csv of a study, feet to head"
-    return pd.DataFrame(dict(zip((STUDY, SERIES, SLICE), ids)) | {IMAGE_LABEL: image_labels(s).astype(int)} | exam_labels(s))
+    return pd.DataFrame(dict(zip((STUDY, SERIES, SLICE), ids)) | {IMAGE_LABEL: images} | exam)
 
 # %% ../../nbs/05_phantom/11_generate.ipynb #c0461a6b
 def study_facts(s: Study, ids: tuple, split: str) -> dict:
@@ -91,28 +91,21 @@ def write_study(job: tuple, out: str, cfg: Settings) -> str:  # job: split, inde
     return str(record)
 
 # %% ../../nbs/05_phantom/11_generate.ipynb #cc3aec70
-def _rows(records, labels="exam", images=True):
-    "Rows of train.csv from records"
-    parts = [pd.DataFrame(dict(zip((STUDY, SERIES, SLICE), r["ids"])) | {IMAGE_LABEL: r["images"] if images else 0} | r[labels])
-             for r in records]
-    return pd.concat(parts, ignore_index=True)
-
-
 def write_tables(out: Path, records: list, cfg: Settings):
     "Write train.csv, test.csv, sample_submission.csv and the tables in truth/"
     split = {k: [r for r in records if r["facts"]["split"] == k] for k in ("train", "test")}
     rng = np.random.default_rng([cfg.seed, 96])
     for name, rs in split.items():
-        rows = _rows(rs)
+        rows = pd.concat([label_table(r["ids"], r["images"], r["exam"]) for r in rs], ignore_index=True)
         rows = rows.iloc[rng.permutation(len(rows))]
         rows.to_csv(out / ("train.csv" if name == "train" else "truth/test.csv"), index=False)
         if name == "test":
             rows[[STUDY, SERIES, SLICE]].to_csv(out / "test.csv", index=False)
             sample_submission(slice_index(rows)).to_csv(out / "sample_submission.csv", index=False)
     pd.DataFrame([r["facts"] for r in records]).to_csv(out / "truth" / "studies.csv", index=False)
-    twins = [r for r in records if "twin" in r]
+    twins = [label_table(r["ids"], 0, r["twin"]) for r in records if "twin" in r]
     if twins:
-        _rows(twins, "twin", images=False).to_csv(out / "truth" / "twins.csv", index=False)
+        pd.concat(twins).to_csv(out / "truth" / "twins.csv", index=False)
 
 # %% ../../nbs/05_phantom/11_generate.ipynb #8425875a
 def _begin(out, cfg):

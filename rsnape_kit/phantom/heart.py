@@ -13,7 +13,6 @@ from scipy.ndimage import gaussian_filter1d
 
 from .anatomy import Patient, front_y, spine_y
 from .paint import Canvas, Tissue
-from ..utils.native import compiled
 
 # %% ../../nbs/05_phantom/05_heart.ipynb #3278b5db
 @dataclass(frozen=True)
@@ -94,19 +93,13 @@ def paint_heart(canvas: Canvas, h: Heart, blood: Blood):  # canvas: a started sl
                            [4, -22, -46, 2, 18, -22, -52, 1.8], [18, -22, -52, 1.6, 36, -46, -70, 1.4]]), blood.aorta, t.AORTA)
 
 # %% ../../nbs/05_phantom/05_heart.ipynb #0c471795
-@compiled(plain=False)
-def _reach_of_points(lo, hi, y0, px, z, points, margin):
+def _reach_of_points(lo, hi, y, z, points, margin):
     "Widen the borders to contain the cross-sections of spheres [n, 4] at height z"
-    for k in range(len(points)):
-        x, y, h, r = points[k]
-        rr = (r + margin)**2 - (h - z)**2
-        if rr > 0.:
-            s = np.sqrt(rr)
-            for j in range(max(0, int((y - s - y0) / px)), min(len(lo), int((y + s - y0) / px) + 1)):
-                d = rr - (y0 + j * px - y)**2
-                if d > 0.:
-                    d = np.sqrt(d)
-                    lo[j], hi[j] = min(lo[j], x - d), max(hi[j], x + d)
+    x, mid, h, r = points[np.abs(points[:, 2] - z) < points[:, 3] + margin].T[..., None]
+    square = (r + margin)**2 - (h - z)**2 - (y - mid)**2    # of the half-width in each row [spheres, rows]
+    half = np.where(square > 0, np.sqrt(np.maximum(square, 0)), -np.inf)
+    np.minimum(lo, (x - half).min(0), out=lo)
+    np.maximum(hi, (x + half).max(0), out=hi)
 
 
 def _reach_of_solid(lo, hi, y, z, solid, grow):
@@ -144,8 +137,7 @@ def mediastinum(
     y = y0 + px * np.arange(size)
     lo, hi = np.full(size, .5), np.full(size, 5.5)
     spine = np.array([[0, spine_y(z), z, 16.5], [0, spine_y(z) + 20, z, 17]])
-    _reach_of_points(lo, hi, y0, px, z, points, 2.5)
-    _reach_of_points(lo, hi, y0, px, z, spine, 2.5)
+    _reach_of_points(lo, hi, y, z, np.concatenate([points, spine]), 2.5)
     for t, solid in chambers(h).items():
         _reach_of_solid(lo, hi, y, z, solid, 5 + (h.wall if t == Tissue.LV else 3))
     _taper_forward(lo, hi, y, front_y(p, z))

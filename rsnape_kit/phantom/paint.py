@@ -7,6 +7,7 @@ __all__ = ['TILE', 'Tissue', 'tile', 'texture', 'empty_box', 'cover_capsules', '
 
 # %% ../../nbs/05_phantom/01_paint.ipynb #1a96c055
 from enum import IntEnum
+from functools import cache
 
 import numpy as np
 
@@ -14,28 +15,20 @@ from ..utils.native import compiled
 
 # %% ../../nbs/05_phantom/01_paint.ipynb #2b3da5fa
 TILE = 1024   # pixels, a power of two
-
-
-def _tile(spectrum, seed):
-    white = np.random.default_rng(seed).normal(size=(TILE, TILE)).astype(np.float32)
-    f = np.hypot(np.fft.fftfreq(TILE)[:, None], np.fft.rfftfreq(TILE)[None])
-    out = np.fft.irfft2(np.fft.rfft2(white) * spectrum(f), (TILE, TILE))
-    return (out / out.std()).astype(np.float32)
-
-
 _SPECTRA = dict(coarse=lambda f: np.exp(-(f / .2)**2) / (1 + (f / .012)**2)**.9,
                 fine=lambda f: np.exp(-(f / .16)**2),
                 soft=lambda f: np.sqrt(f + .004) * np.exp(-(f / .19)**2),
                 standard=lambda f: np.sqrt(f + .003) * np.exp(-(f / .25)**2),
                 sharp=lambda f: (f + .002)**.7 * np.exp(-(f / .34)**2))
-_tiles = {}
 
 
+@cache
 def tile(name: str) -> np.ndarray:  # float32 [TILE, TILE], mean 0, variance 1, periodic
     "Return a random tile, computed once: coarse or fine tissue texture; soft, standard or sharp kernel noise"
-    if name not in _tiles:
-        _tiles[name] = _tile(_SPECTRA[name], [3, list(_SPECTRA).index(name)])
-    return _tiles[name]
+    white = np.random.default_rng([3, list(_SPECTRA).index(name)]).normal(size=(TILE, TILE)).astype(np.float32)
+    f = np.hypot(np.fft.fftfreq(TILE)[:, None], np.fft.rfftfreq(TILE)[None])
+    out = np.fft.irfft2(np.fft.rfft2(white) * _SPECTRA[name](f), (TILE, TILE))
+    return (out / out.std()).astype(np.float32)
 
 # %% ../../nbs/05_phantom/01_paint.ipynb #166d1cfb
 @compiled(plain=False)
@@ -115,30 +108,17 @@ def cover_capsules(
 # %% ../../nbs/05_phantom/01_paint.ipynb #cffeb071
 @compiled(plain=False)
 def _grown(axes, grow):
-    "Axes of an ellipsoid with half-lengths increased by `grow` mm, and its half-extents in x and y"
-    m, ex, ey = np.zeros((3, 3)), 0., 0.
-    for r in range(3):
-        n = np.sqrt(axes[r, 0]**2 + axes[r, 1]**2 + axes[r, 2]**2)
-        if n > 1e-9:
-            k = 1 / n / (1 / n + grow)
-            for c in range(3):
-                m[r, c] = axes[r, c] * k
-            ex += (axes[r, 0] / n * (1 / n + grow))**2
-            ey += (axes[r, 1] / n * (1 / n + grow))**2
-    return m, np.sqrt(ex), np.sqrt(ey)
-
-
-@compiled(plain=False)
-def _power_norm(u, v, w, power):
-    if power == 2.:
-        return np.sqrt(u * u + v * v + w * w) + 1e-6
-    return (abs(u)**power + abs(v)**power + abs(w)**power)**(1 / power) + 1e-6
+    "Axes of an ellipsoid with half-lengths increased by `grow` mm, and its half-extents in x, y and z"
+    n = np.maximum(np.sqrt((axes * axes).sum(1)), 1e-9).reshape(3, 1)      # a row of zeros stays one
+    half = 1 / n + grow
+    return axes * (1 / n / half), np.sqrt(((axes / n * half)**2).sum(0))
 
 
 @compiled(plain=False)
 def _ellipsoid_coverage(m, u, v, w, power, soft, thick):
     "Coverage before clipping to 1 at the transformed point u, v, w: depth divided by the width of the edge"
-    q = _power_norm(u, v, w, power)
+    q = np.sqrt(u * u + v * v + w * w) if power == 2. else (abs(u)**power + abs(v)**power + abs(w)**power)**(1 / power)
+    q += 1e-6
     gx = (u * m[0, 0] + v * m[1, 0] + w * m[2, 0]) / q
     gy = (u * m[0, 1] + v * m[1, 1] + w * m[2, 1]) / q
     gz = (u * m[0, 2] + v * m[1, 2] + w * m[2, 2]) / q
@@ -154,8 +134,8 @@ def cover_ellipsoid(
 ):
     "Raise `cov` to the coverage by one (super-)ellipsoid"
     x0, y0, px, z, soft, thick = view[0], view[1], view[2], view[3], view[4], view[5]
-    m, ex, ey = _grown(axes, grow)
-    ex, ey, qz = ex * 1.2 + soft + 1, ey * 1.2 + soft + 1, z - centre[2]
+    m, extent = _grown(axes, grow)
+    ex, ey, qz = extent[0] * 1.2 + soft + 1, extent[1] * 1.2 + soft + 1, z - centre[2]
     i0, i1 = max(0, int((centre[0] - ex - x0) / px)), min(cov.shape[1], int((centre[0] + ex - x0) / px) + 2)
     j0, j1 = max(0, int((centre[1] - ey - y0) / px)), min(cov.shape[0], int((centre[1] + ey - y0) / px) + 2)
     if i0 >= i1 or j0 >= j1:
@@ -195,17 +175,17 @@ def fill(
 # %% ../../nbs/05_phantom/01_paint.ipynb #4015d16b
 class Canvas:
     "Buffers of one slice: HU, tissue, coverage and textures"
-    def __init__(self, size: int, fov: float, thick: float, soft: float = 1.1):  # pixels a side; mm: field, slice, edge
-        self.size, self.px, self.thick, self.soft = size, fov / size, thick, soft
+    def __init__(self, size: int):  # pixels a side
+        self.size = size
         self.hu, self.cov, self.coarse, self.fine = (np.zeros((size, size), np.float32) for _ in range(4))
         self.tissue, self.box = np.zeros((size, size), np.uint8), empty_box()
 
-    def start(self, x0: float, y0: float, z: float, seed: int):
-        "Start an empty slice (air) at height z with pixel (0, 0) at x0, y0, mm"
-        self.view = np.array([x0, y0, self.px, z, self.soft, self.thick], float)
+    def start(self, view: tuple, seed: int):  # x0, y0, px, z, soft, thick, mm
+        "Start an empty slice (air)"
+        self.view = np.array(view, float)
         self.hu[:], self.tissue[:] = -1000, 0
-        texture(self.coarse, tile("coarse"), float(z), 6., seed)
-        texture(self.fine, tile("fine"), float(z), 1.5, seed)
+        texture(self.coarse, tile("coarse"), self.view[3], 6., seed)
+        texture(self.fine, tile("fine"), self.view[3], 1.5, seed)
         return self
 
     def tubes(self, caps, value, ident, grain=0., keep=0, grow=0., tex=None, below=255):

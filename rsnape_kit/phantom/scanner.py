@@ -8,16 +8,7 @@ __all__ = ['paint_couch', 'paint_arteries', 'paint_slice', 'rays', 'add_streaks'
 # %% ../../nbs/05_phantom/09_scanner.ipynb #487ca0c8
 import numpy as np
 
-from rsnape_kit.phantom.anatomy import (
-    N_ANGLES,
-    centre_y,
-    contours,
-    couch_y,
-    paint_shoulders,
-    paint_spine,
-    paint_sternum,
-    smoothstep,
-)
+from . import anatomy
 from .clots import ClotCover
 from .heart import mediastinum, paint_heart
 from .paint import TILE, Canvas, Tissue, cover_capsules, tile
@@ -70,24 +61,23 @@ def paint_arteries(canvas: Canvas, cover: ClotCover, s: Study):
     beyond = t.caps[:t.central][t.path[:t.central] > 0]                 # the trunk opens into the right ventricle without a wall
     canvas.tubes(beyond, 55, Tissue.SOFT, grain=5, grow=.8)
     cover_capsules(canvas.cov, canvas.box, canvas.view, t.caps, 0.)
-    touched = cover.cover(s.clots, canvas.view, canvas.cov)
+    cover.cover(s.clots, canvas.view, canvas.cov)
     _fill_arteries(canvas.hu, canvas.tissue, canvas.cov, canvas.box, cover.clot, canvas.coarse, s.blood.artery, s.blood.mixing, s.clots.value)
-    if touched:
-        cover.clear()
+    cover.clear()
 
 # %% ../../nbs/05_phantom/09_scanner.ipynb #cbafde2a
 def paint_slice(canvas: Canvas, cover: ClotCover, s: Study, z: float, dx: float = 0., dy: float = 0.):
     "Paint the patient and the couch at height z (mm) without noise; dx, dy shift the patient (mm)"
-    p, b, t, v = s.patient, s.blood, Tissue, view_of(s.scan, s.patient, z)
-    canvas.px, canvas.soft, canvas.thick = v[2], v[4], v[5]
-    canvas.start(v[0] - dx, v[1] - dy, v[3], p.seed)
-    z, radii = v[3], contours(p, v[3])
+    p, b, t = s.patient, s.blood, Tissue
+    x0, y0, px, z, soft, thick = view_of(s.scan, p, z)
+    canvas.start((x0 - dx, y0 - dy, px, z, soft, thick), p.seed)
+    radii = anatomy.contours(p, z)
     med = mediastinum(p, s.heart, s.points, canvas.view, canvas.size)
-    paint_body(canvas.hu, canvas.tissue, canvas.view, centre_y(z), radii, med, canvas.coarse, canvas.fine, p.marrow, p.inside())
-    paint_couch(canvas.hu, canvas.tissue, canvas.view, couch_y(p), -1. if p.prone else 1., canvas.coarse)
-    paint_spine(canvas, p, z)
-    paint_sternum(canvas, p, z)
-    paint_shoulders(canvas, p, z, radii[4])
+    paint_body(canvas.hu, canvas.tissue, canvas.view, anatomy.centre_y(z), radii, med, canvas.coarse, canvas.fine, p.marrow, p.inside())
+    paint_couch(canvas.hu, canvas.tissue, canvas.view, anatomy.couch_y(p), -1. if p.prone else 1., canvas.coarse)
+    anatomy.paint_spine(canvas, p, z)
+    anatomy.paint_sternum(canvas, p, z)
+    anatomy.paint_shoulders(canvas, p, z, radii[4])
     canvas.tubes(s.tubes["oesophagus"], 42, t.SOFT, grain=8)
     paint_heart(canvas, s.heart, b)
     canvas.tubes(s.tubes["unfilled"], b.late, t.SOFT, grain=6)
@@ -107,7 +97,7 @@ def paint_slice(canvas: Canvas, cover: ClotCover, s: Study, z: float, dx: float 
 # %% ../../nbs/05_phantom/09_scanner.ipynb #8e848dd4
 def rays(phase: float) -> np.ndarray:  # float32 [N_ANGLES]
     "Streak amplitude by direction, mean 0"
-    a = np.arange(N_ANGLES) * (2 * np.pi / N_ANGLES)
+    a = np.arange(anatomy.N_ANGLES) * (2 * np.pi / anatomy.N_ANGLES)
     waves = ((2, 1., 1), (5, .8, -2), (9, .6, 3), (16, .5, 1))
     return sum(w * np.cos(k * a + m * phase) for k, w, m in waves).astype(np.float32)
 
@@ -155,14 +145,14 @@ class Scanner:
     "Render any slice of a study; holds buffers, so use one per thread"
     def __init__(self, study: Study):
         self.study, n = study, study.scan.size
-        self.canvas, self.cover = Canvas(n, 1., 1.), ClotCover(n)
+        self.canvas, self.cover = Canvas(n), ClotCover(n)
         self.noise = tile(study.scan.kernel)
 
     def _moved(self, k, rng):
         "Blend in a second position of the patient where the scan has motion"
         s, c = self.study.scan, self.canvas
         z, (lo, hi) = s.z[k] / self.study.patient.scale, s.motion_z
-        how = s.motion * smoothstep(z, lo, lo + 15) * smoothstep(-z, -hi, -hi + 15)
+        how = s.motion * anatomy.smoothstep(z, lo, lo + 15) * anatomy.smoothstep(-z, -hi, -hi + 15)
         if how > .3:
             first, tissue = c.hu.copy(), c.tissue.copy()
             paint_slice(c, self.cover, self.study, s.z[k] + how * rng.uniform(.6, 1.2), .5 * how * rng.normal(), -.6 * how)
@@ -180,7 +170,7 @@ class Scanner:
         if -50 < z < 110:
             dense = max(0., s.blood.caval - 350) * .085
             add_streaks(c.hu, view, -32 + .1 * min(0, 50 - z), -15., dense, rays(.13 * z + s.patient.rib_phase))
-        out, up = np.empty((scan.size, scan.size), np.int16), float(smoothstep(z, 35, 100))
+        out, up = np.empty((scan.size, scan.size), np.int16), float(anatomy.smoothstep(z, 35, 100))
         at = np.concatenate([rng.integers(0, TILE, 2), rng.choice([-1, 1], 2)])
         add_noise(out, c.hu, self.noise, at, scan.noise * (1 + .5 * up) * (.7 + .3 * scan.size / 512), scan.noise * .9 * up, scan.pad)
         return out, c.tissue.copy()

@@ -15,20 +15,7 @@ from .anatomy import Patient
 from .clots import Clots, clot_areas
 from .emboli import Calibre, Plan, place_emboli
 from .heart import Blood, Heart, rv_lv_ratio
-from rsnape_kit.phantom.vessels import (
-    AIRWAYS,
-    AORTA,
-    ARTERIES,
-    OESOPHAGUS,
-    UNENHANCED,
-    VEINS,
-    VENA_CAVA,
-    Tree,
-    bronchi,
-    capsules,
-    draw_curves,
-    grow_tree,
-)
+from .vessels import ARTERIES, GROUPS, VEINS, Tree, bronchi, capsules, draw_curves, grow_tree
 
 # %% ../../nbs/05_phantom/08_study.ipynb #57f2d20c
 @dataclass(frozen=True)
@@ -84,7 +71,6 @@ def view_of(c: Scan, p: Patient, z: float) -> tuple:
 @dataclass(frozen=True)
 class Difficulty:
     "Frequency and size of emboli"
-    name: str = "real"
     positive: float = 2211 / 7279
     indeterminate: float = 157 / 7279
     height: float = .146         # median extent of clot along z as a share of the scan's height
@@ -92,7 +78,7 @@ class Difficulty:
 
 
 REAL = Difficulty()
-DEMO = Difficulty("demo", .45, 157 / 7279, .3, Calibre(smallest=5., lobar=1., length=40.))
+DEMO = Difficulty(.45, 157 / 7279, .3, Calibre(smallest=5., lobar=1., length=40.))
 DIFFICULTIES = {"real": REAL, "demo": DEMO}
 
 # %% ../../nbs/05_phantom/08_study.ipynb #7d4ce90f
@@ -106,7 +92,7 @@ class Study:
     blood: Blood
     arteries: Tree
     veins: Tree
-    tubes: dict                  # name -> float64 [n, 8]: aorta, caval, unfilled, airways, bronchi, oesophagus, defect
+    tubes: dict                  # name -> float64 [n, 8]: those of GROUPS, bronchi, defect
     points: np.ndarray           # float64 [n, 4] spheres that the mediastinum contains, mm
     clots: Clots
     areas: np.ndarray            # float64 [slices, 6] mm2 of thrombus: all, then by REGIONS
@@ -139,11 +125,13 @@ def draw_heart(rng: np.random.Generator, clot: float) -> Heart:  # clot: ml
     return Heart(float(k**.5), float(k**-.4), float(rng.uniform(8.5, 11.5)))
 
 
-def _mediastinal_points(a, s):
+def _mediastinal_points(pulmonary, curves):
     "Points along the mediastinal vessels and airways, without the parts in lungs and arms"
-    near = [a["trunk"], a["left main"][:-5], a["right main"][:-4]] + [s[k] for k in ("trachea", "aorta", "superior", "inferior", "azygos")]
-    near += [s["air right main"], s["air left main"][:-3], s["left subclavian"][:-5], s["left arm"][:-9], s["right arm"][:-6]]
-    return np.concatenate(near)
+    air, aorta, caval, unfilled = (curves[k] for k in ("airways", "aorta", "caval", "unfilled"))
+    return np.concatenate([
+        pulmonary["trunk"], pulmonary["left main"][:-5], pulmonary["right main"][:-4], air["trachea"], aorta["aorta"], caval["superior"],
+        unfilled["inferior"], unfilled["azygos"], air["right main"], air["left main"][:-3], aorta["left subclavian"][:-5],
+        caval["left arm"][:-9], caval["right arm"][:-6]])
 
 # %% ../../nbs/05_phantom/08_study.ipynb #86402149
 def _defect(rng, on):
@@ -191,18 +179,17 @@ def draw_study(
     if flags["qa_motion"] or rngs[2].random() < .25:
         mid, half = rngs[2].uniform(-90, -20), rngs[2].uniform(70, 120) if flags["qa_motion"] else rngs[2].uniform(10, 25)
         scan = replace(scan, motion=float(rngs[2].uniform(5, 9) if flags["qa_motion"] else rngs[2].uniform(1, 2.2)), motion_z=(mid - half, mid + half))
-    a, v, air = draw_curves(ARTERIES, rngs[3]), draw_curves(VEINS, rngs[3]), draw_curves(AIRWAYS, rngs[3])
-    system = {k: draw_curves(paths, rngs[3]) for k, paths in dict(aorta=AORTA, caval=VENA_CAVA, unfilled=UNENHANCED, oesophagus=OESOPHAGUS).items()}
+    a, v = draw_curves(ARTERIES, rngs[3]), draw_curves(VEINS, rngs[3])
+    curves = {k: draw_curves(paths, rngs[3]) for k, paths in GROUPS.items()}
     arteries, veins = grow_tree(p, ARTERIES, a, 0, rngs[3]), grow_tree(p, VEINS, v, 1, rngs[3])
-    tubes = {k: capsules(c) for k, c in system.items()} | dict(airways=capsules(air), bronchi=bronchi(arteries))
+    tubes = {k: capsules(c.values()) for k, c in curves.items()} | dict(bronchi=bronchi(arteries))
     tubes["defect"] = _defect(rngs[3], flags["true_filling_defect_not_pe"])
-    points = _mediastinal_points(a, {k: c for s in system.values() for k, c in s.items()} | {("" if k == "trachea" else "air ") + k: c for k, c in air.items()})
     clots, areas, plan = Clots(), np.zeros((len(scan.z), 6)), None
     if kind == "positive":
         arteries, clots, areas, plan = _positive(p, scan, arteries, difficulty, rngs[4])
     ml = areas[:, 0].sum() * (scan.z[1] - scan.z[0] if len(scan.z) > 1 else 1.) / 1000
     return Study(seed, p, scan, draw_heart(rngs[5], ml), draw_blood(rngs[5], flags["qa_contrast"], flags["flow_artifact"]), arteries, veins,
-                 tubes, points, clots, areas, plan, flags)
+                 tubes, _mediastinal_points(a, curves), clots, areas, plan, flags)
 
 # %% ../../nbs/05_phantom/08_study.ipynb #6ff1a563
 def image_labels(s: Study) -> np.ndarray:  # bool [slices]

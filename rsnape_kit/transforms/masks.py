@@ -28,7 +28,7 @@ def hidden_columns(
     size: int,  # columns of the image
     left: bool,  # hide the patient's left, i.e. the last columns
     right: bool,  # hide the patient's right, i.e. the first columns
-    width: float = WIDTH,  # of a hidden side, as a fraction of the image, at most WIDEST
+    width: float = WIDTH,  # of a hidden side, as a fraction of the image, at most MAX_WIDTH
 ) -> tuple:  # (a, b): columns up to a and from b on are hidden
     "Return the column ranges that are hidden."
     band = int(check_width(width) * size)
@@ -100,7 +100,5 @@ def fill_values(
     "Return the value of hidden pixels for each slice."
     if fill not in FILLS:
         raise ValueError(f"fill {fill!r}: expected one of {', '.join(FILLS)}")
-    hu = np.nan_to_num(np.asarray(intercept, float), nan=AIR)
-    if fill == "air":
-        hu = np.full_like(hu, AIR)
+    hu = np.nan_to_num(np.asarray(intercept, float), nan=AIR) if fill == "zero" else np.full(len(intercept), AIR)
     return np.rint(4 * np.clip(hu, AIR, 8191)).astype(np.int16)

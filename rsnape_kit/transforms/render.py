@@ -94,13 +94,6 @@ _i32, _u32 = np.int32, np.uint32
 
 
 @compiled
-def _hide(stored, a, b, fill):
-    for row in range(len(stored)):
-        stored[row, :a] = fill
-        stored[row, b:] = fill
-
-
-@compiled
 def _extremes(flat):
     low, high = flat[0], flat[0]
     for i in range(flat.size):
@@ -181,11 +174,15 @@ def _blend_rows(a, b, c, d, v, u, values):
 
 # %% ../../nbs/04_transforms/04_render.ipynb #b4238082
 @compiled
+def _byte(value, low, high, factor):
+    step = _i32(min(max(value, low), high) - low)
+    return np.uint8(_i32(_i32(step * factor) + _i32(1 << 21)) >> _i32(22))
+
+
+@compiled
 def _window(values, low, high, factor, out):
-    half, bits = _i32(1 << 21), _i32(22)
     for i in range(values.size):
-        step = _i32(min(max(_i32(values[i]), low), high) - low)
-        out[i] = np.uint8(_i32(_i32(step * factor) + half) >> bits)
+        out[i] = _byte(_i32(values[i]), low, high, factor)
 
 
 @compiled
@@ -199,15 +196,11 @@ def _window3(values, factors, out):
     low0, high0, factor0 = factors[0]
     low1, high1, factor1 = factors[1]
     low2, high2, factor2 = factors[2]
-    half, bits = _i32(1 << 21), _i32(22)
     for i in range(values.size):
         value = _i32(values[i])
-        step0 = _i32(min(max(value, low0), high0) - low0)
-        step1 = _i32(min(max(value, low1), high1) - low1)
-        step2 = _i32(min(max(value, low2), high2) - low2)
-        out[3 * i] = np.uint8(_i32(_i32(step0 * factor0) + half) >> bits)
-        out[3 * i + 1] = np.uint8(_i32(_i32(step1 * factor1) + half) >> bits)
-        out[3 * i + 2] = np.uint8(_i32(_i32(step2 * factor2) + half) >> bits)
+        out[3 * i] = _byte(value, low0, high0, factor0)
+        out[3 * i + 1] = _byte(value, low1, high1, factor1)
+        out[3 * i + 2] = _byte(value, low2, high2, factor2)
 
 # %% ../../nbs/04_transforms/04_render.ipynb #dd4fbc49
 @compiled
@@ -218,14 +211,12 @@ def render_kernel(
     per_image,  # bool: stretch to the slice's own extremes
     nearest,  # bool; else bilinear
     size,  # side of the result
-    out,  # uint8, flat: the batch's bytes
-    at,  # index of the slice's first byte
-    stride,  # bytes from pixel to pixel
+    out,  # uint8 [size * size * C], written in place
 ):
     "Mask, transform and window one slice; arguments are not checked."
     source, flat = len(stored), stored.reshape(-1)
-    if params[6] > 0 or params[7] < source:
-        _hide(stored, params[6], params[7], params[8])
+    stored[:, :params[6]] = params[8]
+    stored[:, params[7]:] = params[8]
     low, high = _extremes(flat) if per_image else (flat[0], flat[0])
     factors = _factors(low, high, ends, per_image)
     one = 1 << FRACTION_BITS
@@ -246,45 +237,36 @@ def render_kernel(
                     _nearest_row(flat, params, source, row0 + row, steps, index, line)
                 else:
                     _bilinear_row(flat, params, source, row0 + row, steps, index, weights, near, line)
-        target = out[at + row0 * size * stride:]
-        if len(ends) == 3 and stride == 3:
+        target = out[row0 * size * len(ends):]
+        if len(ends) == 3:
             _window3(values, factors, target)
-        elif stride == 1:
-            _window(values, factors[0, 0], factors[0, 1], factors[0, 2], target)
         else:
             for c in range(len(ends)):
                 _window(values, factors[c, 0], factors[c, 1], factors[c, 2], windowed)
-                _interleave(windowed[:values.size], target[c:], stride)
+                _interleave(windowed[:values.size], target[c:], len(ends))
 
 # %% ../../nbs/04_transforms/04_render.ipynb #495a4b85
-def render_slice(stored: np.ndarray, params: np.ndarray, config: InputConfig, out: np.ndarray, at: int = 0,
-                 stride: int | None = None) -> None:
-    """Render one slice (side mask, affine transform, windows) into a batch.
+def render_slice(stored: np.ndarray, params: np.ndarray, config: InputConfig, out: np.ndarray) -> None:
+    """Render one slice (side mask, affine transform, windows) into an image of a batch.
 
     Args:
         stored: int16 [S, S], C-contiguous and writable, S even, HU x 4; its hidden columns are overwritten.
         params: int32 [9], a row of `make_render_params`.
         config: windows, size and interpolation.
-        out: uint8, one-dimensional: the bytes of the batch, written in place.
-        at: index of the slice's first byte.
-        stride: bytes from one pixel to the next; default: the number of windows.
+        out: uint8 [size, size, C], C-contiguous: the image, written in place.
 
     Raises:
-        ValueError: an array has another dtype, shape or layout, or the slice does not fit into `out`.
+        ValueError: an array has another dtype, shape or layout.
     """
-    channels = len(config.windows)
-    stride = channels if stride is None else stride
-    end = at + (config.size**2 - 1) * stride + channels
+    shape = config.size, config.size, len(config.windows)
     if stored.dtype != np.int16 or stored.ndim != 2 or stored.shape[0] != stored.shape[1] or stored.shape[0] % 2:
         raise ValueError(f"stored is {stored.dtype} of shape {stored.shape}: expected a square slice of int16 with an even side")
     if not (stored.flags.c_contiguous and stored.flags.writeable):
         raise ValueError("stored is not C-contiguous or is read-only: expected a writable slice, e.g. stored.copy()")
-    if at < 0 or stride < channels or end > out.size:
-        raise ValueError(f"the slice occupies bytes {at} to {end} of a batch of {out.size} bytes: expected a range within "
-                         f"it and a stride of at least {channels}")
-    if numba is not None:
-        render_kernel(stored, params, config.ends, config.scale == "image", config.mode == "nearest", config.size, out, at, stride)
-        return
-    warn_once()
-    shape, strides = (config.size, config.size, channels), (config.size * stride, stride, 1)
-    np.lib.stride_tricks.as_strided(out[at:], shape, strides)[:] = render_reference(stored, params, config)
+    if out.dtype != np.uint8 or out.shape != shape or not out.flags.c_contiguous:
+        raise ValueError(f"out is {out.dtype} of shape {out.shape}: expected C-contiguous uint8 of shape {shape}")
+    if numba is None:
+        warn_once()
+        out[:] = render_reference(stored, params, config)
+    else:
+        render_kernel(stored, params, config.ends, config.scale == "image", config.mode == "nearest", config.size, out.reshape(-1))

@@ -203,7 +203,7 @@ def test_a_hidden_side_never_holds_the_embolus(tmp_path):
         style = Style(flip_rows=flip_rows, flip_columns=flip_columns, signed=True, bits=16)
         for i, row, column in write_series(tmp_path / "train" / ids[0] / ids[1], s, style, ids):
             clots.setdefault(ids[2][i], []).append((row, column))
-        rows.append(label_table(s, ids))
+        rows.append(label_table(ids, image_labels(s).astype(int), exam_labels(s)))
     store = SliceStore(build_store(tmp_path / "train", tmp_path / "store", size=96))
     pd.concat(rows).to_csv(tmp_path / "train.csv", index=False)
     truth = Predictions.from_train_csv(tmp_path / "train.csv")

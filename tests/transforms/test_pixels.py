@@ -31,19 +31,19 @@ with warnings.catch_warnings(record=True) as caught:
         config = InputConfig(size=(48, 64)[i % 2], mode=mode, scale=scale)
         params = make_render_params(AffineRange().sample(rng)[None], rng.random((1, 2)) < .5, [-4096], 64,
                                     config.size)[0]
-        out = np.zeros(config.size**2 * 3, np.uint8)
+        out = np.zeros((config.size, config.size, 3), np.uint8)
         render_slice(stored, params, config, out)
         digest.update(out)
-    apart = np.zeros(64 * 64 * 5, np.uint8)
-    render_slice(stored, params, InputConfig((PE,), size=64), apart, 3, 5)
-    digest.update(apart)
+    single = np.zeros((64, 64, 1), np.uint8)
+    render_slice(stored, params, InputConfig((PE,), size=64), single)
+    digest.update(single)
 print(digest.hexdigest(), [str(w.message) for w in caught if "numba" in str(w.message)].__len__())
 """
 
 
 def rendered(stored, params, config):
     out = np.zeros((config.size, config.size, len(config.windows)), np.uint8)
-    render_slice(stored.copy(), params, config, out.reshape(-1))
+    render_slice(stored.copy(), params, config, out)
     return out
 
 

@@ -51,10 +51,10 @@ for mode in ("nearest", "bilinear"):
         config = InputConfig(size=32, mode=mode, scale=scale)
         matrices = np.stack([AffineRange().sample(rng) for _ in store.table.index])
         table_params = make_render_params(matrices, rng.random((len(store), 2)) < .5, [-4096] * len(store), 32, 32)
-        images, same = np.zeros((2, len(store), 32 * 32 * 3), np.uint8)
+        images, same = np.zeros((2, len(store), 32, 32, 3), np.uint8)
         for i, params in enumerate(table_params):
             render_slice(store[i], params, config, images[i])
-            render_kernel(store[i], params, config.ends, scale == "image", mode == "nearest", 32, same[i], 0, 3)
+            render_kernel(store[i], params, config.ends, scale == "image", mode == "nearest", 32, same[i].reshape(-1))
         report(f"rendered {mode} {scale}", images)
         np.testing.assert_array_equal(same, images)
 
