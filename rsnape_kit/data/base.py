@@ -165,6 +165,12 @@ class _BatchAccess:
         "Return the rows of `source.table` that batch i holds."
         return self._select(i)[0]
 
+    def names(self, i: int) -> list[str]:
+        "Return the SOPInstanceUIDs of batch i's slices, or the StudyInstanceUIDs of its studies."
+        rows = self.rows(i)
+        column = self.loader.source.table[SLICE if rows.ndim == 1 else STUDY]
+        return column.iloc[rows.reshape(len(rows), -1)[:, 0]].tolist()
+
     def keras(self, **settings):  # see keras_dataset
         "Return a Keras PyDataset; call fit with shuffle=False."
         return keras_dataset(self, **settings)

@@ -27,11 +27,7 @@ class RunningMean:
             raise ValueError(f"unknown mean {mean!r}: expected 'logit' or 'probability'")
         self.sum, self.count, self.logit = np.zeros(shape), np.zeros(shape), mean == "logit"
 
-    def add(
-        self,
-        at,  # int [n], rows to add to; may repeat
-        p,  # probabilities [n] or [n, labels]
-    ):
+    def add(self, at, p):  # int [n], rows to add to, may repeat; probabilities [n] or [n, labels]
         "Add probabilities; they are clipped to [1e-7, 1 - 1e-7]."
         p = np.clip(np.asarray(p, float), 1e-7, 1 - 1e-7)
         np.add.at(self.sum, at, np.log(p) - np.log1p(-p) if self.logit else p)
@@ -41,11 +37,8 @@ class RunningMean:
     def scores(self) -> np.ndarray:  # log-odds or probabilities; NaN where nothing was added
         return np.divide(self.sum, self.count, out=np.full(self.sum.shape, np.nan), where=self.count > 0)
 
-    def finish(
-        self,
-        scores=None,  # as `scores`, perhaps with gaps filled; default: `scores`
-    ) -> np.ndarray:  # probabilities
-        "Return the means."
+    def finish(self, scores=None) -> np.ndarray:  # probabilities
+        "Return the means; those of given `scores` where gaps have been filled."
         scores = self.scores if scores is None else scores
         return 1 / (1 + np.exp(-scores)) if self.logit else scores
 
@@ -107,11 +100,8 @@ class ProbabilityAverager:
                            pd.Series(self.image.finish(scores).clip(clip, 1 - clip), slice_index(self.table.iloc[rows])))
 
 
-def _interpolate(
-    scores: np.ndarray,  # float [n]; NaN: gaps
-    study: np.ndarray,  # int [n]
-) -> np.ndarray:
-    "Fill gaps within each study linearly."
+def _interpolate(scores: np.ndarray, study: np.ndarray) -> np.ndarray:  # float [n], int [n] -> float [n]
+    "Fill gaps (NaN) within each study linearly."
     for own in pd.Series(scores).groupby(study).indices.values():
         part = scores[own]
         known = np.flatnonzero(~np.isnan(part))

@@ -18,19 +18,13 @@ from .averaging import ProbabilityAverager
 from ..models.keras_backend import all_devices, import_keras, load_weights, usable, zero_weights
 from ..models.registry import build_model
 from ..runs.config import KerasConfig
-from ..runs.folder import load_config
+from ..runs.folder import load_config, run_weights
 from ..store.dicom_source import PixelSource
 from ..transforms.affine import AffineRange
-from ..utils.files import complete_folder
 
 # %% ../../nbs/09_inference/02_keras_predictor.ipynb #82f2feff
-def pass_frames(
-    n: int,  # slices of the study
-    frames: int,
-    which: int = 0,  # pass, from 0
-    passes: int = 1,
-) -> np.ndarray:  # int [frames]
-    "Return the slices of one pass."
+def pass_frames(n: int, frames: int, which: int = 0, passes: int = 1) -> np.ndarray:  # int [frames]
+    "Return the slices of one pass, `which` from 0, over a study of `n` slices."
     if n < frames:
         return np.arange(frames) % n
     return ((np.arange(frames) + (which + .5) / passes) * n / frames).astype(int)
@@ -39,9 +33,9 @@ def pass_frames(
 class PassBatches(StudyBatches):
     "Batches of studies, each in enough passes to contain every slice, or at most `passes`."
 
-    def __init__(self, source: PixelSource, studies=None, *, passes: int | None = None, **settings):
+    def __init__(self, source: PixelSource, truth=None, studies=None, *, passes: int | None = None, **settings):
         self.most = passes
-        super().__init__(source, None, studies, **settings)
+        super().__init__(source, truth, studies, **settings)
 
     @property
     def passes(self) -> np.ndarray:  # int [studies]
@@ -61,10 +55,7 @@ class PassBatches(StudyBatches):
         return np.stack(rows), labelled.first[studies], None
 
 # %% ../../nbs/09_inference/02_keras_predictor.ipynb #609ed146
-def predict_batch(
-    model,  # keras.Model
-    x: np.ndarray,  # a batch
-):  # array, or a dict of arrays
+def predict_batch(model, x: np.ndarray):  # keras.Model, a batch -> array, or a dict of arrays
     "Predict one batch on all devices."
     strategy = getattr(model, "distribute_strategy", None)
     if strategy is not None and strategy.num_replicas_in_sync > 1:
@@ -103,39 +94,24 @@ def make_views(
     tta: int = 0,  # augmented views besides the plain one
     passes: int | None = None,  # of volume models, at most; default: until every slice is used
     batch: int | None = None,  # default: as in training
-    affine: AffineRange | None = None,  # default: as in training, or the solution's
 ) -> list:  # batches
     "Return the plain and augmented batches for `predict_batches`."
-    settings = {"batch": batch or config.batch, "pixels": config.pixels, "seed": config.seed}
+    kind, settings = ImageBatches, {"pixels": config.pixels, "seed": config.seed}
     if config.is_volume:
-        settings |= {"frames": config.frames, "passes": passes}
+        kind, settings = PassBatches, settings | {"frames": config.frames, "passes": passes}
     views = []
     for view in range(tta + 1):
-        warp = (affine or config.affine or AffineRange()) if view else None
-        views.append((PassBatches if config.is_volume else _images)(source, studies, affine=warp, **settings))
+        affine = (config.affine or AffineRange()) if view else None
+        views.append(kind(source, None, studies, batch=batch or config.batch, affine=affine, **settings))
         views[-1].set_epoch(view)
     return views
 
 
-def _images(source: PixelSource, studies, **settings):
-    return ImageBatches(source, None, studies, **settings)
-
-
-def load_run(
-    run,  # folder of a run
-    precision: str | None = None,  # default: as in training, or float32 where that was bfloat16 and is not available here
-):  # config, keras.Model with the best weights
-    "Load the best weights of a run."
+def load_run(run: Path | str):  # KerasConfig, keras.Model
+    "Load the best weights of a run, in its precision; in float32 where that was bfloat16 and is not available here."
     config = load_config(run, KerasConfig)
-    config = replace(config, precision=precision or usable(config.precision))
-    weights = Path(run) / "best.npz"
-    if not weights.exists():
-        checkpoint = complete_folder(Path(run) / "checkpoint")
-        if checkpoint is None:
-            raise FileNotFoundError(f"{run} has no weights yet: none of its epochs is finished")
-        weights = checkpoint / "best.npz"
-        if not weights.exists():
-            raise FileNotFoundError(f"{run} has no best weights yet: none of its epochs was validated; train it on")
+    config = replace(config, precision=usable(config.precision))
+    weights = run_weights(run)
     with zero_weights():
         model = build_model(config)
     load_weights(model, weights)
@@ -143,37 +119,28 @@ def load_run(
 
 
 def predictor(
-    run,  # folder of a run
+    run: Path | str,
     tta: int = 0,  # augmented views besides the plain one
-    passes: int | None = None,  # of volume models, at most; default: until every slice is used
     batch: int | None = None,  # default: as in training
-    mean: str = "logit",  # how probabilities are averaged
     devices: int = 1,  # devices that share a batch
-    precision: str | None = None,  # see load_run
 ):  # function (source, studies=None) -> Predictions
     "Load a run once; return a function that predicts any number of sources."
-    config, model = load_run(run, precision)
+    config, model = load_run(run)
     batch = -(-(batch or config.batch) // devices) * devices
 
     def predict(source: PixelSource, studies=None) -> Predictions:
-        return predict_batches(model, make_views(config, source, studies, tta, passes, batch), mean)
+        return predict_batches(model, make_views(config, source, studies, tta, batch=batch))
 
     return predict
 
 
 def infer(
-    run,  # folder of a run
+    run: Path | str,
     source: PixelSource,
     studies=None,  # StudyInstanceUIDs; default: all of the source
     tta: int = 0,  # augmented views besides the plain one
-    passes: int | None = None,  # of volume models, at most; default: until every slice is used
-    batch: int | None = None,  # default: as in training
-    mean: str = "logit",  # how probabilities are averaged
-    backend: str | None = None,  # 'tensorflow' or 'jax'
-    devices: int | None = None,  # default: all
-    precision: str | None = None,  # see load_run
 ) -> Predictions:
-    "Predict with one trained run."
-    import_keras(backend)
-    with all_devices(devices) as used:
-        return predictor(run, tta, passes, batch, mean, used, precision)(source, studies)
+    "Predict with one trained run, on all devices."
+    import_keras()
+    with all_devices() as used:
+        return predictor(run, tta, devices=used)(source, studies)

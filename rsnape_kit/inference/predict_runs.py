@@ -80,11 +80,9 @@ def plan_predictions(
     studies=None,  # StudyInstanceUIDs; default: all
 ) -> PredictionPlan:
     "Plan the predictions of some runs; raise FileNotFoundError if one has no weights."
-    if not isinstance(runs, dict):
-        runs = _by_model(runs)
     if isinstance(source, str | os.PathLike | pd.DataFrame):
         source = DicomSource(source)
-    models = {name: tuple(map(os.fspath, folders)) for name, folders in runs.items()}
+    models = {name: tuple(map(os.fspath, folders)) for name, folders in _by_model(runs).items()}
     folders = {run: results_folder(out, run, tta) for runs in models.values() for run in runs}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +90,9 @@ def plan_predictions(
 
 
 def _by_model(runs) -> dict:
-    "Group runs by model."
+    "Group runs by model; a dict stays as it is."
+    if isinstance(runs, dict):
+        return runs
     found = {}
     for run in runs:
         found.setdefault(run_settings(run)["model"], []).append(run)
@@ -108,17 +108,13 @@ def load_oofs(runs) -> dict[str, Predictions]:
     Returns:
         Predictions of all studies by model; each study is predicted by the fold that did not train on it.
     """
-    runs = runs if isinstance(runs, dict) else _by_model(runs)
-    return {name: join_oof(*folders) for name, folders in runs.items()}
+    return {name: join_oof(*folders) for name, folders in _by_model(runs).items()}
 
 
-def load_folds(
-    runs,  # folders, or dict of name -> folders, as for `load_oofs`
-) -> dict:  # model -> Series study -> fold
+def load_folds(runs) -> dict:  # as for `load_oofs` -> model -> Series study -> fold
     "Return the fold in which each study was held out, by model."
-    runs = runs if isinstance(runs, dict) else _by_model(runs)
     return {name: pd.concat([pd.Series(run_settings(run)["fold"], Predictions.load(Path(run) / "oof").exams.index)
-                             for run in folders]) for name, folders in runs.items()}
+                             for run in folders]) for name, folders in _by_model(runs).items()}
 
 # %% ../../nbs/09_inference/07_predict_runs.ipynb #e3ef2026
 def _make_workers(work: PredictionPlan, group: list, deadline: float, scratch) -> list:
@@ -183,10 +179,8 @@ def run_plan(
     return seconds
 
 # %% ../../nbs/09_inference/07_predict_runs.ipynb #a4220002
-def exclusive_folder(
-    folder,  # of results
-):  # a context
-    "Lock a folder; raise if another process holds the lock."
+def exclusive_folder(folder: Path | str):  # a context
+    "Lock a folder of results; raise if another process holds the lock."
     Path(folder).mkdir(parents=True, exist_ok=True)
     return pool.exclusive(folder, "another process is using {}: wait until it ends, or give another folder")
 

@@ -20,10 +20,7 @@ from ..utils.files import atomic_write
 from ..utils.processes import last_line, worker_environ
 
 # %% ../../nbs/09_inference/06_supervisor.ipynb #356e2280
-def visible_gpus(
-    environ=os.environ,
-    dev=Path("/dev"),
-) -> list:  # names for CUDA_VISIBLE_DEVICES
+def visible_gpus(environ=os.environ, dev=Path("/dev")) -> list:  # names for CUDA_VISIBLE_DEVICES
     "Return the names of the GPUs."
     chosen = environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:

@@ -4,25 +4,21 @@
 
 # %% auto #0
 __all__ = ['CLIP', 'group_batches', 'tensors', 'resolve_precision', 'autocast', 'load_saved', 'load_model', 'predict_groups',
-           'predictor', 'infer']
+           'predict_views', 'predictor', 'infer']
 
 # %% ../../nbs/09_inference/03_torch_predictor.ipynb #569a769d
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 
-from tqdm.auto import tqdm
-
-from ..competition.labels import STUDY
 from ..competition.predictions import Predictions
 from ..data.batches import GroupBatches
 from .averaging import ProbabilityAverager
 from ..models.petaformer import need_torch
 from ..models.registry import build_model
 from ..runs.config import PetaFormerConfig
-from ..runs.folder import load_config
+from ..runs.folder import load_config, run_weights
 from ..store.dicom_source import PixelSource
 from ..transforms.affine import AffineRange
 
@@ -38,26 +34,20 @@ def group_batches(
     "Return batches of slice groups for a PetaFormer."
     affine = config.affine if training else (config.affine or AffineRange()) if tta else None
     batches = GroupBatches(source, None, studies, groups=config.groups, width=config.slices, batch=config.batch,
-                           pixels=config.pixels, seed=config.seed,
-                           affine=affine, shuffle=training, shard=shard)
+                           pixels=config.pixels, seed=config.seed, affine=affine, shuffle=training, shard=shard)
     batches.set_epoch(tta)
     return batches
 
 
-def tensors(
-    batches,  # GroupBatches: an iterable of images with rows(i)
-):  # yields tensors: images uint8 [B, groups, slices, H, W] (a view), rows int64 [B, groups, slices]
+def tensors(batches: GroupBatches):  # images uint8 [B, groups, slices, H, W] (a view), rows int64 [B, groups, slices]
     "Yield batches as tensors with the axes that the network takes."
     import torch
     for i, images in enumerate(batches):
         yield torch.as_tensor(images).permute(0, 1, 4, 2, 3), torch.as_tensor(batches.rows(i))
 
 # %% ../../nbs/09_inference/03_torch_predictor.ipynb #6b1e13f2
-def resolve_precision(
-    wanted: str,  # 'auto', 'bfloat16', 'float16' or 'float32'
-    device,  # torch device
-) -> str:  # 'bfloat16', 'float16' or 'float32'
-    "Return the precision to compute with on a device."
+def resolve_precision(wanted: str, device) -> str:  # 'auto', 'bfloat16', 'float16' or 'float32' -> one of the last three
+    "Return the precision to compute with on a torch device."
     import torch
     if wanted not in ("auto", "bfloat16", "float16", "float32"):
         raise ValueError(f"precision is {wanted!r}, expected 'auto', 'bfloat16', 'float16' or 'float32'")
@@ -74,11 +64,8 @@ def autocast(precision: str):
     return torch.autocast("cuda", dtypes[precision]) if precision in dtypes else nullcontext()
 
 # %% ../../nbs/09_inference/03_torch_predictor.ipynb #7a640421
-def load_saved(
-    path,  # file written by torch.save
-    device="cpu",  # device of the tensors
-):  # tensors and plain values
-    "Read a file; raise ValueError with its path if it is damaged."
+def load_saved(path: Path | str, device="cpu"):  # tensors on the device, and plain values
+    "Read a file written by torch.save; raise ValueError with its path if it is damaged."
     import torch
     try:
         return torch.load(path, map_location=device, weights_only=True)
@@ -86,17 +73,11 @@ def load_saved(
         raise ValueError(f"{path} cannot be read ({repr(error)[:200]}): the file is damaged, copy the run again") from error
 
 
-def load_model(
-    run,  # folder of a run
-    device=None,  # default: a GPU if there is one
-) -> tuple:  # PetaFormer in evaluation mode, PetaFormerConfig
-    "Load the network of a run with its best weights."
+def load_model(run: Path | str, device=None) -> tuple:  # PetaFormer in evaluation mode, PetaFormerConfig
+    "Load the network of a run with its best weights; default device: a GPU if there is one."
     need_torch()
     import torch
-    config, weights = load_config(run, PetaFormerConfig), Path(run) / "weights.pt"
-    if not weights.exists():
-        raise FileNotFoundError(f"{weights} does not exist: the run has not finished an epoch, or was copied only in part")
-    state = load_saved(weights)
+    config, state = load_config(run, PetaFormerConfig), load_saved(run_weights(run))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(config)
     model.load_state_dict(state)
@@ -123,32 +104,42 @@ def predict_groups(
     return averager
 
 # %% ../../nbs/09_inference/03_torch_predictor.ipynb #8561c266
+def predict_views(
+    model,  # PetaFormer in evaluation mode
+    config: PetaFormerConfig,
+    source: PixelSource,
+    studies=None,  # StudyInstanceUIDs; default: all of the source
+    tta: int = 0,  # augmented views besides the plain one
+    shard: tuple = (0, 1),  # (i, of) processes
+    progress=iter,  # wraps the batches of each view
+) -> ProbabilityAverager:
+    "Add up a network's probabilities over the plain view and augmented ones."
+    averager = ProbabilityAverager(source.table)
+    precision = resolve_precision(config.precision, next(model.parameters()).device)
+    for number in range(tta + 1):
+        batches = group_batches(source, studies, config, tta=number, shard=shard)
+        predict_groups(model, batches, averager, precision, progress)
+    return averager
+
+
 def predictor(
-    run,  # folder of a run
+    run: Path | str,
     tta: int = 0,  # augmented views besides the plain one
     device=None,  # default: a GPU if there is one
     batch: int | None = None,  # items at a time; default: as in training
-    progress=None,  # whether to show a bar; default: in a terminal or notebook
 ):  # function (source, studies=None) -> Predictions
     "Load a run once; return a function that predicts any number of sources."
     model, config = load_model(run, device)
     config = replace(config, batch=batch or config.batch)
-    precision = resolve_precision(config.precision, next(model.parameters()).device)
 
     def predict(source: PixelSource, studies=None) -> Predictions:
-        studies, averager = source.table[STUDY].unique() if studies is None else studies, ProbabilityAverager(source.table)
-        for number in range(tta + 1):
-            batches = group_batches(source, studies, config, tta=number)
-            bar = partial(tqdm, total=len(batches), desc=f"pass {number + 1}/{tta + 1}",
-                          disable=None if progress is None else not progress)
-            predict_groups(model, batches, averager, precision, bar)
-        return averager.predictions(clip=CLIP)
+        return predict_views(model, config, source, studies, tta).predictions(clip=CLIP)
 
     return predict
 
 
 def infer(
-    run,  # folder of a run
+    run: Path | str,
     source: PixelSource,
     studies=None,  # StudyInstanceUIDs; default: all of the source
     tta: int = 0,  # augmented views besides the plain one

@@ -49,15 +49,13 @@ def _keras():
 def _torch():
     from rsnape_kit.inference.torch_predictor import predictor
 
-    yield partial(predictor, batch=1, progress=False)
+    yield partial(predictor, batch=1)
 
 
 FRAMEWORKS = {"keras": _keras, "torch": _torch}
 
 
-def framework_of(
-    run,  # folder of a run
-) -> str:  # of FRAMEWORKS
+def framework_of(run: Path | str) -> str:  # of FRAMEWORKS
     "Return the framework of a run's model; of a model that is not registered here, by the run's files."
     model = run_settings(run)["model"]
     if model in list_models():
@@ -96,9 +94,7 @@ class Job:
         return sum(len(self.missing(key, rows)) for key, rows in self.todo())
 
 # %% ../../nbs/09_inference/05_worker.ipynb #5c10aa32
-def networks_of(
-    runs,  # folders of runs
-) -> dict:  # model -> its pickled entry
+def networks_of(runs) -> dict:  # folders of runs -> model -> its pickled entry
     "Return the user's models among these runs' that can be sent to a worker process."
     names = {run_settings(run)["model"] for run in runs} & set(list_models()) - set(BUILT_IN)
     pickled = {name: _pickled(find_model(name)) for name in sorted(names)}

@@ -11,9 +11,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from .keras_backend import import_keras
 from ..transforms.affine import FRACTION_BITS
 from ..transforms.render import RENDER_PARAMS, InputConfig
-from ..utils import require_module
 
 # %% ../../nbs/07_models/02_input_layer.ipynb #7f6d41b3
 def _hide_sides(ops, stored, params):  # int32 [n, S, S], int32 [n, 9] -> int32 [n, S, S]
@@ -63,7 +63,7 @@ def device_render(
     pixels: InputConfig,
 ):  # uint8 [..., size, size, C]
     "Render a batch (side mask, affine transform, windows) with the backend of Keras."
-    ops = require_module("keras", "pip install 'rsnape-kit[keras]' and TensorFlow or JAX").ops
+    ops = import_keras().ops
     source, size, lead = stored.shape[-1], pixels.size, tuple(ops.shape(stored)[:-2])
     params = ops.reshape(ops.cast(params, "int32"), (-1, params.shape[-1]))
     stored = _hide_sides(ops, ops.reshape(ops.cast(stored, "int32"), (-1, source, source)), params)
@@ -78,7 +78,7 @@ def device_render(
 @lru_cache
 def layer_class():  # a keras.layers.Layer
     "Return the layer's class, defined once and registered for Keras' saving and loading."
-    keras = require_module("keras", "pip install 'rsnape-kit[keras]' and TensorFlow or JAX")
+    keras = import_keras()
 
     @keras.saving.register_keras_serializable("rsnape_kit")
     class PixelLayer(keras.layers.Layer):
@@ -117,7 +117,7 @@ def with_pixels(
     batches,  # Batches with device=True, for their input configuration
 ):  # keras.Model of {"stored", "params"}
     "Put the pixel layer before a network."
-    keras = require_module("keras", "pip install 'rsnape-kit[keras]' and TensorFlow or JAX")
+    keras = import_keras()
     side, lead = batches.loader.source.size, batches.rows(0).shape[1:]
     inputs = {"stored": keras.Input((*lead, side, side), dtype="int16", name="stored"),
               "params": keras.Input((*lead, RENDER_PARAMS), dtype="int32", name="params")}
@@ -128,5 +128,7 @@ def with_pixels(
 # %% ../../nbs/07_models/02_input_layer.ipynb #b03fcbec
 def on_tpu() -> bool:
     "Whether Keras computes on a TPU."
-    keras = require_module("keras", "pip install 'rsnape-kit[keras]' and TensorFlow or JAX")
-    return keras.backend.backend() == "jax" and require_module("jax", "pip install jax[tpu]").default_backend() == "tpu"
+    if import_keras().backend.backend() != "jax":
+        return False
+    import jax
+    return jax.default_backend() == "tpu"

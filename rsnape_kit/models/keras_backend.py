@@ -21,10 +21,8 @@ import numpy as np
 FRAMEWORKS = ("tensorflow", "jax", "torch")  # in order of preference
 
 
-def import_keras(
-    backend: str | None = None,  # one of FRAMEWORKS; default: KERAS_BACKEND, else the first that is installed
-):  # the module
-    "Import Keras with a backend."
+def import_keras(backend: str | None = None):  # one of FRAMEWORKS -> the module
+    "Import Keras with a backend; default: KERAS_BACKEND, else the first that is installed."
     if find_spec("keras") is None:
         raise ModuleNotFoundError("this needs Keras 3: pip install 'keras>=3.3' and tensorflow or jax")
     if "keras" not in sys.modules:
@@ -46,9 +44,7 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 @contextmanager
-def use_precision(
-    precision: str,  # one of PRECISIONS: 'bfloat16' for TPUs and newer GPUs, 'float16' for a T4
-):
+def use_precision(precision: str):  # one of PRECISIONS: 'bfloat16' for TPUs and newer GPUs, 'float16' for a T4
     "Make the layers created inside compute in this precision, with weights in float32."
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
@@ -75,8 +71,7 @@ def resolve_precision(precision: str) -> str:  # one of PRECISIONS, or 'auto' ->
 
 def _has_gpu() -> bool:
     "Whether Keras' backend has a GPU."
-    backend = import_keras().config.backend()
-    if backend == "tensorflow":
+    if import_keras().config.backend() == "tensorflow":
         import tensorflow as tf
         return bool(tf.config.list_physical_devices("GPU"))
     return any("gpu" in device or "cuda" in device for device in import_keras().distribution.list_devices())
@@ -99,11 +94,7 @@ def _has_bfloat16() -> bool:
 # %% ../../nbs/07_models/01_keras_backend.ipynb #0eee5dbf
 def jit():  # 'auto' or False
     "Return the value for `compile(jit_compile=...)`."
-    if import_keras().config.backend() != "tensorflow":
-        return "auto"
-    import tensorflow as tf
-
-    return "auto" if tf.config.list_physical_devices("GPU") else False
+    return "auto" if import_keras().config.backend() != "tensorflow" or _has_gpu() else False
 
 # %% ../../nbs/07_models/01_keras_backend.ipynb #e5b7970c
 def save_weights(model, path: Path | str):
@@ -156,9 +147,7 @@ def count_devices() -> int:
 
 
 @contextmanager
-def all_devices(
-    devices: int | None = None,  # number to use; default: all
-):  # yields the number in use
+def all_devices(devices: int | None = None):  # number to use; default: all -> yields the number in use
     "Make models built inside use several devices, each with its share of every batch."
     found = count_devices()
     if devices is not None and devices > found:
@@ -187,11 +176,8 @@ def _parallel(used: int):
         keras.distribution.set_distribution(before)
 
 # %% ../../nbs/07_models/01_keras_backend.ipynb #5877baa1
-def profile(
-    model,  # keras.Model
-    batch: int = 1,  # studies or slices
-) -> dict:  # parameters: count; activations: bytes; flops: of the forward pass
-    "Return the parameters, activation memory and operations of a model."
+def profile(model, batch: int = 1) -> dict:  # parameters: count; activations: bytes; flops: of the forward pass
+    "Return the parameters, activation memory and operations of a Keras model for a batch of studies or slices."
     flops, kept, largest = _layer_costs(model, batch)
     return {"parameters": model.count_params(), "activations": kept + largest, "flops": flops}
 

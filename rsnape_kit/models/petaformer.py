@@ -64,7 +64,8 @@ class ResNetBackbone(nn.Module):
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         before, self.outputs = channels[0], channels[-1]
         for i, (n, blocks) in enumerate(zip(channels, BLOCKS)):
-            setattr(self, f"layer{i + 1}", _stage(before, n, max(1, math.ceil(blocks * depth)), 1 if i == 0 else 2))
+            more = [Block(n, n) for _ in range(math.ceil(blocks * depth) - 1)]
+            setattr(self, f"layer{i + 1}", nn.Sequential(Block(before, n, 1 if i == 0 else 2), *more))
             before = n
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -74,17 +75,9 @@ class ResNetBackbone(nn.Module):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
-# %% ../../nbs/07_models/06_petaformer.ipynb #22c08853
-def _stage(before: int, channels: int, blocks: int, stride: int):
-    "Return blocks of one width; the first may halve the image."
-    return nn.Sequential(Block(before, channels, stride), *[Block(channels, channels) for _ in range(blocks - 1)])
-
 # %% ../../nbs/07_models/06_petaformer.ipynb #926556f3
-def load_imagenet(
-    backbone: ResNetBackbone,  # at width 1 and depth 1
-    path: Path | str,  # torchvision's resnet34 state dict, .pth or .safetensors
-):
-    "Load ImageNet weights from a local file, distributed over the backbone's input channels."
+def load_imagenet(backbone: ResNetBackbone, path: Path | str):  # torchvision's resnet34, .pth or .safetensors
+    "Load ImageNet weights into a backbone of width 1 and depth 1, distributed over its input channels."
     path, slices = Path(path), backbone.conv1.in_channels
     state = {k: v for k, v in _read_state(path).items() if not k.startswith("fc.")}
     if state.get("conv1.weight", torch.empty(0)).shape[1:2] == (3,) and slices != 3:
@@ -105,11 +98,8 @@ def _read_state(path: Path) -> dict:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 # %% ../../nbs/07_models/06_petaformer.ipynb #5876a7ef
-def positional_encoding(
-    shape: tuple,  # sizes of the axes (groups, rows, columns)
-    dim: int,  # features of a token
-):  # float tensor [*shape, dim], within -1 and 1
-    "Return sinusoidal position encodings along three axes."
+def positional_encoding(shape: tuple, dim: int):  # -> float tensor [*shape, dim], within -1 and 1
+    "Return sinusoidal position encodings along three axes (groups, rows, columns)."
     each = -(-dim // 6) * 2
     rates = 10000. ** (-torch.arange(0, each, 2) / each)
     axes = []
@@ -136,11 +126,7 @@ class ReformerTokens(nn.Module):
         self.padded = Autopadder(Reformer(dim, layers, heads, lsh_dropout=dropout, ff_chunks=1, reverse_thres=2**31))
         self.full = full
 
-    def forward(
-        self,
-        tokens,  # float [b, t, dim]
-        mask,  # bool [b, t], False for padding
-    ):  # float [b, t, dim]
+    def forward(self, tokens, mask):  # float [b, t, dim], bool [b, t], False for padding -> float [b, t, dim]
         exact = self.full or not self.training
         self.padded.full_attn_thres = 2**31 if exact else 0
         for module in self.padded.modules():

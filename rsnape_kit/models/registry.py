@@ -76,7 +76,7 @@ def find_model(name: str) -> ModelEntry:
     return _MODELS[name]
 
 
-def register_model(name: str, factory: Callable, kind: str | None = None, framework: str | None = None) -> ModelEntry:
+def register_model(name: str, factory: Callable, kind: str | None = None) -> ModelEntry:
     """Add a model, so that it can be trained, used for predictions and blended by its name.
 
     Args:
@@ -84,24 +84,21 @@ def register_model(name: str, factory: Callable, kind: str | None = None, framew
         factory: function that returns an untrained network. Keras models take uint8 [b, size, size, channels] (image) or
             [b, frames, size, size, channels] (volume) and return probabilities; PyTorch models take uint8
             [b, groups, slices, size, size] and a bool mask [b, groups], and return logits. See the table in `models.registry`.
-        kind: 'image', 'volume' or 'groups'; default: 'groups' for PyTorch, else 'volume' if the factory has a parameter
+        kind: 'image' or 'volume' (Keras), or 'groups' (PyTorch); default: 'volume' if the factory has a parameter
             `frames`, else 'image'.
-        framework: 'keras' or 'torch'; default: follows from `kind`, and is 'keras' if that is not given either.
 
     Returns:
         The entry of the model.
 
     Raises:
-        ValueError: for a name of the kit's own models, an unknown kind, or a framework that does not train this kind.
+        ValueError: for a name of the kit's own models, or an unknown kind.
     """
     if name in BUILT_IN:
         raise ValueError(f"the kit has a model {name!r} of its own: choose another name")
     if kind is None:
-        kind = "groups" if framework == "torch" else "volume" if "frames" in inspect.signature(factory).parameters else "image"
+        kind = "volume" if "frames" in inspect.signature(factory).parameters else "image"
     if kind not in FRAMEWORKS:
         raise ValueError(f"kind is {kind!r}, expected one of {', '.join(FRAMEWORKS)}")
-    if framework not in (None, FRAMEWORKS[kind]):
-        raise ValueError(f"models of kind {kind!r} are trained with {FRAMEWORKS[kind]}, not {framework!r}")
     _MODELS[name] = ModelEntry(validate_name(name, "the model's name"), factory, kind)
     return _MODELS[name]
 
@@ -121,31 +118,24 @@ def build_model(config, truth: Predictions | None = None, weights: Path | str | 
         ValueError: if the model is not registered, or its factory does not take a setting of `network`.
     """
     entry = config.entry
-    arguments = {"weights": weights} if weights is not None else {}
-    if entry.framework == "torch":
-        arguments |= {"slices": config.slices}
-    else:
-        arguments |= {"size": config.pixels.size, "channels": len(config.pixels.windows)}
-        arguments |= {"frames": config.frames} if config.is_volume else {}
     offered = {} if truth is None else _expected(config, truth)
-    if entry.framework == "keras":
-        offered |= {"precision": resolve_precision(config.precision)}
-    _refuse_unknown(entry, arguments | config.network)
-    arguments |= {name: value for name, value in offered.items() if entry.accepts(name)}
     if entry.framework == "torch":
         import torch
         torch.manual_seed(config.seed)
-        return entry.build(**arguments | config.network)
-    import_keras().utils.set_random_seed(config.seed)
-    model = entry.build(**arguments | config.network)
-    model.jit_compile = jit()
-    return model
-
-
-def _refuse_unknown(entry: ModelEntry, arguments: dict):
+        arguments = {"slices": config.slices}
+    else:
+        import_keras().utils.set_random_seed(config.seed)
+        arguments = {"size": config.pixels.size, "channels": len(config.pixels.windows)}
+        arguments |= {"frames": config.frames} if config.is_volume else {}
+        offered |= {"precision": resolve_precision(config.precision)}
+    arguments |= ({} if weights is None else {"weights": weights}) | config.network
     unknown = sorted(name for name in arguments if not entry.accepts(name))
     if unknown:
         raise ValueError(f"{entry.name} takes no {unknown[0]!r}; its settings are {', '.join(entry.settings)}")
+    model = entry.build(**{name: value for name, value in offered.items() if entry.accepts(name)} | arguments)
+    if entry.framework == "keras":
+        model.jit_compile = jit()
+    return model
 
 
 def _expected(config, truth) -> dict:  # argument of the factory -> probabilities
@@ -161,10 +151,7 @@ def _expected(config, truth) -> dict:  # argument of the factory -> probabilitie
     return {"expect_exam": np.clip(exams.to_numpy()[:9], .01, .99), "expect_image": image} if config.is_volume else {"expect": image}
 
 # %% ../../nbs/07_models/07_registry.ipynb #829f2cd2
-def compile_model(
-    model,  # keras.Model, from build_model
-    config,  # KerasConfig
-):  # the same model
+def compile_model(model, config):  # keras.Model from build_model, KerasConfig -> the same model
     "Compile a Keras model for training, with the optimiser and the loss of its settings."
     keras = import_keras()
     optimizers = {"adam": keras.optimizers.Adam, "adamax": keras.optimizers.Adamax, "adamw": keras.optimizers.AdamW}

@@ -98,11 +98,8 @@ def _cosine(start: float, end: float, at: float) -> float:
 PHASES_B1 = (Phase(9, 1e-3), Phase(2, 1e-4), Phase(6, 1e-5))  # of the 30th-place solution's EfficientNet-B1
 
 
-def phase_of(
-    phases,  # Phases, one after the other
-    epoch: int,  # counted over all of them
-) -> tuple:  # number of the phase, epoch within it
-    "Return the phase an epoch belongs to."
+def phase_of(phases, epoch: int) -> tuple:  # number of the phase, epoch within it
+    "Return the phase that an epoch, counted over all phases, belongs to."
     for number, phase in enumerate(phases):
         if epoch < phase.epochs:
             return number, epoch
@@ -223,10 +220,8 @@ class PetaFormerConfig(TrainConfig):
 CONFIGS = {"keras": KerasConfig, "torch": PetaFormerConfig}  # framework -> its settings
 
 
-def default_config(
-    model: str,  # name of a registered model
-) -> TrainConfig:
-    "Return the default settings of a model."
+def default_config(model: str) -> TrainConfig:
+    "Return the default settings of a registered model."
     return CONFIGS[find_model(model).framework](model=model)
 
 # %% ../../nbs/08_runs/01_config.ipynb #f4496ef6

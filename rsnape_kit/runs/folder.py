@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'run_settings', 'load_config', 'package_versions', 'open_run', 'first_difference', 'saving_checkpoint',
-           'load_checkpoint', 'epochs_done', 'find_runs', 'resume_from', 'join_oof', 'read_history', 'plot_history']
+           'load_checkpoint', 'epochs_done', 'run_weights', 'find_runs', 'resume_from', 'join_oof', 'plot_history']
 
 # %% ../../nbs/08_runs/03_folder.ipynb #04eab3e3
 import json
@@ -25,10 +25,8 @@ from ..competition.predictions import Predictions
 from ..utils.files import atomic_folder, atomic_write, complete_folder, from_json, validate_name
 
 # %% ../../nbs/08_runs/03_folder.ipynb #e4ba3fd2
-def run_settings(
-    run,  # folder of a run
-) -> dict:
-    "Return the settings in a run's config.json as a dictionary."
+def run_settings(run: Path | str) -> dict:
+    "Return the settings in the config.json of a run's folder."
     path = Path(run) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: {run} is no run folder, or was copied in part")
@@ -85,10 +83,7 @@ def package_versions() -> dict:  # name -> version, of those that are installed
     return found
 
 # %% ../../nbs/08_runs/03_folder.ipynb #a475093a
-def open_run(
-    folder,  # of the run; made if missing
-    config,  # frozen dataclass, a RunConfig
-) -> Path:
+def open_run(folder: Path | str, config) -> Path:  # config: frozen dataclass, a RunConfig
     "Make a run's folder and its config.json, or check that it was started with the same settings."
     folder = Path(folder)
     if (folder / "config.json").exists() and _begun(folder):
@@ -97,16 +92,13 @@ def open_run(
             raise ValueError(f"{folder} was started with {changed}; choose another folder, or the settings it had")
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    atomic_write(folder / "config.json",
-               json.dumps({"settings": asdict(config), "versions": package_versions()}, indent=1) + "\n")
+    content = {"settings": asdict(config), "versions": package_versions()}
+    atomic_write(folder / "config.json", json.dumps(content, indent=1) + "\n")
     return folder
 
 
-def first_difference(
-    run,  # folder of a run
-    config,  # settings to compare
-) -> str:  # e.g. 'seed=1, not 2'; '' when the same
-    "Return the first setting in which a run differs."
+def first_difference(run: Path | str, config) -> str:  # e.g. 'seed=1, not 2'; '' when the same
+    "Return the first setting in which a run's folder differs from settings."
     settings, now = _with_defaults(run_settings(run), type(config)), _plain(config)
     return next((f"{key}={settings.get(key)!r}, not {now.get(key)!r}" for key in (now | settings)
                  if settings.get(key) != now.get(key)), "")
@@ -132,11 +124,11 @@ def _with_defaults(settings: dict, kind: type) -> dict:
 # %% ../../nbs/08_runs/03_folder.ipynb #383c72b9
 @contextmanager
 def saving_checkpoint(
-    run,  # folder of a run
+    run: Path | str,
     state: dict,  # 'epoch': finished epochs; and anything JSON can hold
     history: list,  # a dict per epoch
 ):
-    "Yield an empty folder for the trainer's files, and replace the checkpoint when they are complete."
+    "Yield an empty folder for the trainer's files, and replace the run's checkpoint when they are complete."
     with atomic_folder(Path(run) / "checkpoint") as fresh:
         (fresh / "state.json").write_text(json.dumps(state, indent=1))
         pd.DataFrame(history).to_csv(fresh / "history.csv", index=False)
@@ -144,10 +136,8 @@ def saving_checkpoint(
     atomic_write(Path(run) / "history.csv", pd.DataFrame(history).to_csv(index=False))
 
 
-def load_checkpoint(
-    run,  # folder of a run
-) -> tuple:  # checkpoint folder, state: dict, history: a dict per epoch; or (None, {}, [])
-    "Return the last complete checkpoint."
+def load_checkpoint(run: Path | str) -> tuple:  # its folder, state: dict, history: a dict per epoch; or (None, {}, [])
+    "Return the last complete checkpoint of a run."
     folder = complete_folder(Path(run) / "checkpoint")
     if folder is None:
         return None, {}, []
@@ -159,11 +149,19 @@ def load_checkpoint(
         raise ValueError(f"{folder} is damaged ({error}): take another copy of the run, or remove it to start again") from error
 
 
-def epochs_done(
-    run,  # folder of a run
-) -> int:
+def epochs_done(run: Path | str) -> int:
     "Return the number of finished epochs of a run."
     return int(load_checkpoint(run)[1].get("epoch", 0))
+
+
+def run_weights(run: Path | str) -> Path:
+    "Return the path of a run's best weights: best.npz of Keras, weights.pt of PyTorch."
+    names = ("best.npz", "weights.pt", "checkpoint/best.npz", "checkpoint.old/best.npz")
+    found = next((path for name in names if (path := Path(run) / name).exists()), None)
+    if found is None:
+        raise FileNotFoundError(f"{run} has no weights yet ({', '.join(names[:2])}): none of its epochs is finished and "
+                                "validated, or it was copied in part")
+    return found
 
 # %% ../../nbs/08_runs/03_folder.ipynb #2d725a72
 def find_runs(name: str | None, *roots: Path | str, depth: int = 5) -> list[Path]:
@@ -203,12 +201,8 @@ def _folders(root: Path, depth: int):
         yield from _folders(path, depth - 1)
 
 # %% ../../nbs/08_runs/03_folder.ipynb #b1adopt1
-def resume_from(
-    folder,  # of the run in this session
-    config,  # its settings
-    *roots,  # folders to search for an earlier session's copy
-) -> Path:
-    "Open a run, after copying an earlier session's copy with more epochs."
+def resume_from(folder: Path | str, config, *roots: Path | str) -> Path:
+    "Open a run, after copying an earlier session's copy with more epochs if there is one below `roots`."
     folder = Path(folder)
     if (folder / "config.json").exists():  # never replace one with other settings
         open_run(folder, config)
@@ -253,21 +247,13 @@ def join_oof(*runs: Path | str) -> Predictions:
     return Predictions(pd.concat([part.exams for part in parts]), pd.concat([part.images for part in parts]))
 
 # %% ../../nbs/08_runs/03_folder.ipynb #4310a006
-def read_history(
-    run,  # folder of a run
-) -> pd.DataFrame:  # a row per epoch: epoch, lr, loss and the values of the validation; empty before the first
-    "Return the history of a run."
-    return pd.DataFrame(load_checkpoint(run)[2])
-
-
-def plot_history(
-    *runs,  # folders of runs
-):  # the matplotlib figure
+def plot_history(*runs: Path | str):  # folders of runs -> matplotlib figure
     "Plot the loss of each epoch, on training studies (dashed) and on held-out studies."
     import matplotlib.pyplot as plt
 
     fig, ax = plt.subplots(figsize=(6, 2.6), dpi=70, layout="tight")
-    for k, (run, table) in enumerate((run, read_history(run)) for run in runs):
+    for k, run in enumerate(runs):
+        table = pd.DataFrame(load_checkpoint(run)[2])
         for column, style in (("loss", "--"), ("val_loss", "o-")):
             if column in table:
                 part = table.dropna(subset=column)

@@ -9,7 +9,7 @@ __all__ = ['SHARED', 'CrossValidation', 'Training', 'train_one', 'update_bar', '
 import os
 import subprocess
 import sys
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -81,11 +81,8 @@ SHARED = dict.fromkeys(("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INT
 SHARED |= {"TF_FORCE_GPU_ALLOW_GROWTH": "true", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
-def train_one(
-    training: Training,
-    base=None,  # Future of the training that must be finished first
-):
-    "Run a training, unless it is finished."
+def train_one(training: Training, base: Future | None = None):
+    "Run a training, unless it is finished; the training `base` must be finished first."
     if base:
         base.result()
     if complete_folder(training.run / "oof"):
@@ -105,12 +102,8 @@ def _estimated_steps(training: Training) -> int:
     return config.all_epochs * (getattr(config, "steps", None) or 1) + (config.slice_warmup.steps if config.slice_warmup else 0)
 
 
-def update_bar(
-    bar,  # tqdm
-    trainings: list,
-    running,  # trainings to name beside the bar; one that waits for its base is left out
-):
-    "Show the steps of all trainings, of warm-up, epochs and prediction."
+def update_bar(bar: tqdm, trainings: list, running):
+    "Show the steps of all trainings, and the names of those that run and do not wait for their base."
     steps = {training: read_steps(training.progress) for training in trainings}
     of_model = {training.model: total for training, (_, total) in steps.items() if total}
     totals = {training: total or of_model.get(training.model) or _estimated_steps(training) for training, (_, total) in steps.items()}

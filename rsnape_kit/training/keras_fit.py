@@ -23,17 +23,16 @@ from ..utils.processes import advance
 
 # %% ../../nbs/10_training/01_keras_fit.ipynb #93b86985
 class StepSequence:
-    "The batches of all epochs, by number; a few are prepared in advance."
+    "The batches of all epochs, by number; the next two are prepared in advance."
 
     def __init__(
         self,
-        batches,  # len(batches), batches[i], batches.set_epoch(epoch)
+        batches,  # len(batches), batches[i], batches.names(i), batches.set_epoch(epoch)
         ready,  # function applied to each batch, e.g. `weight_targets`
         steps: int | None = None,  # per epoch; default: all batches; more than there are: several passes
         first: int = 0,  # epoch that number 0 belongs to
-        ahead: int = 2,  # batches to prepare in advance
     ):
-        self.batches, self.ready, self.first, self.ahead = batches, ready, first, ahead
+        self.batches, self.ready, self.first = batches, ready, first
         if len(batches) == 0:
             raise ValueError(f"{batches} has no batch to train on: use smaller batches or more studies")
         self.steps = steps or len(batches)
@@ -41,15 +40,17 @@ class StepSequence:
         self.coming, self.thread, self.now = {}, ThreadPoolExecutor(1), None
 
     def __getitem__(self, i: int):
-        for k in range(i, i + 1 + self.ahead):
+        wanted = range(i, i + 3)
+        for k in wanted:
             if k not in self.coming:
                 self.coming[k] = self.thread.submit(self._make, k)
         result = self.coming[i].result()
-        for k in [k for k in self.coming if not i <= k <= i + self.ahead]:
+        for k in set(self.coming) - set(wanted):
             self.coming.pop(k).cancel()
         return result
 
     def _go_to(self, i: int) -> int:
+        "Set the epoch of batch `i` and return its number within the epoch's data."
         epoch, step = divmod(i, self.steps)
         data_epoch, step = (self.first + epoch) * self.passes + step // len(self.batches), step % len(self.batches)
         if self.now != data_epoch:
@@ -58,15 +59,11 @@ class StepSequence:
         return step
 
     def _make(self, i: int):
-        step = self._go_to(i)
-        return self.ready(self.batches[step])
+        return self.ready(self.batches[self._go_to(i)])
 
-    def names(self, i: int) -> list:  # empty if the batches have no `names`
+    def names(self, i: int) -> list:
         "Return the ids of batch `i`, for error messages."
-        def find():
-            step = self._go_to(i)
-            return list(self.batches.names(step)) if hasattr(self.batches, "names") else []
-        return self.thread.submit(find).result()
+        return self.thread.submit(lambda: self.batches.names(self._go_to(i))).result()
 
     def close(self):
         "End the thread."
@@ -86,21 +83,22 @@ def keras_steps(steps: StepSequence):  # keras.utils.PyDataset
     return Endless()
 
 # %% ../../nbs/10_training/01_keras_fit.ipynb #b95a76b0
-def read_variables(model) -> dict:  # name -> array
+def _variables(model) -> dict:  # name -> variable
     "Return everything that training changes."
     groups = {"model": model.variables, "optimizer": model.optimizer.variables}
-    return {f"{group}{i:05d}": np.asarray(v) for group, variables in groups.items() for i, v in enumerate(variables)}
+    return {f"{group}{i:05d}": v for group, variables in groups.items() for i, v in enumerate(variables)}
 
 
-def write_variables(
-    model,  # compiled, its optimiser built
-    arrays,  # as read_variables gives them
-):
+def read_variables(model) -> dict:  # name -> array
+    "Return the values of all variables of a model and its optimiser."
+    return {name: np.asarray(v) for name, v in _variables(model).items()}
+
+
+def write_variables(model, arrays: dict):  # model: compiled, its optimiser built
     "Restore what `read_variables` returned."
-    groups = {"model": model.variables, "optimizer": model.optimizer.variables}
-    here = {f"{group}{i:05d}": v for group, variables in groups.items() for i, v in enumerate(variables)}
+    here = _variables(model)
     if set(here) != set(arrays):
-        raise ValueError(f"the checkpoint holds {len(set(arrays))} variables and this model has {len(here)}; resume "
+        raise ValueError(f"the checkpoint holds {len(arrays)} variables and this model has {len(here)}; resume "
                          "with the settings and the version of Keras that made it")
     for name, v in here.items():
         if tuple(v.shape) != arrays[name].shape:
@@ -118,12 +116,6 @@ def reseed(model, seed: int, epoch: int):
 # %% ../../nbs/10_training/01_keras_fit.ipynb #946988f0
 class OutOfTime(Exception):
     "The deadline has passed; the run can be resumed."
-
-
-def _ema_variables(optimizer) -> list:
-    "Return the optimiser's averages of the trainable weights; empty without averaging."
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    return list(getattr(optimizer, "_model_variables_moving_average", [])) if optimizer.use_ema else []
 
 
 class ResumableCallback:
@@ -200,10 +192,12 @@ class ResumableCallback:
         validating = self.slowest if self.validating is None else self.validating
         return self.slowest + validating * self._is_due(epoch)
 
-    def _swap_in_averages(self) -> list:  # (variable, its raw value) pairs
-        averages = _ema_variables(self.model.optimizer)
-        raw = [(v, np.array(v)) for v in self.model.trainable_variables] if averages else []
-        for (v, _), average in zip(raw, averages):
+    def _swap_in_averages(self) -> list:  # (variable, its raw value) pairs; empty without averaging
+        optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
+        if not optimizer.use_ema:
+            return []
+        raw = [(v, np.array(v)) for v in self.model.trainable_variables]
+        for (v, _), average in zip(raw, optimizer._model_variables_moving_average):
             v.assign(np.asarray(average))
         return raw
 
@@ -220,25 +214,9 @@ class ResumableCallback:
             print(f"epoch {self.epoch + 1}/{self.epochs}  lr {self.rate:.2g}  {scores}  {seconds:.0f} s{'  *' * better}")
 
 # %% ../../nbs/10_training/01_keras_fit.ipynb #e2b28d4a
-def _callback(state: ResumableCallback):
-    keras = import_keras()
-
-    class Around(keras.callbacks.Callback):
-        def on_epoch_begin(self, epoch, logs=None):
-            state.begin(epoch)
-
-        def on_train_batch_end(self, batch, logs=None):
-            state.step(batch, float(logs["loss"]))
-
-        def on_epoch_end(self, epoch, logs=None):
-            state.end(float(logs["loss"]))
-
-    return Around()
-
-
 def fit_phases(
     model,  # compiled
-    batches,  # len, [i], set_epoch(epoch), and perhaps names(i)
+    batches,  # len, [i], names(i), set_epoch(epoch)
     run,  # folder of the run; if it holds a checkpoint, training goes on from there
     phases,  # Phases
     validate,  # model -> dict with val_loss and further columns of the history; called with averaged weights, if any
@@ -259,12 +237,16 @@ def fit_phases(
         write_variables(model, read_arrays(folder / "state.npz"))
     if done < epochs:
         flow = StepSequence(batches, ready, steps, first=done)
-        callback = ResumableCallback(model, run, phases, seed, validate, every, flow, fresh, deadline, progress, clock)
+        state = ResumableCallback(model, run, phases, seed, validate, every, flow, fresh, deadline, progress, clock)
+        callback = import_keras().callbacks.LambdaCallback(
+            on_epoch_begin=lambda epoch, logs: state.begin(epoch),
+            on_train_batch_end=lambda step, logs: state.step(step, float(logs["loss"])),
+            on_epoch_end=lambda epoch, logs: state.end(float(logs["loss"])))
         try:
             model.fit(keras_steps(flow), epochs=epochs, initial_epoch=done, steps_per_epoch=flow.steps, shuffle=False,
-                      callbacks=[_callback(callback)], verbose=0)
+                      callbacks=[callback], verbose=0)
         finally:
             flow.close()
-        folder, history = callback.folder, callback.history
+        folder, history = state.folder, state.history
     load_weights(model, folder / "best.npz")
     return history

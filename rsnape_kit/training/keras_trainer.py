@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ..competition.labels import EXAM_LABELS, EXAM_WEIGHTS, IMAGE_LABEL, IMAGE_WEIGHT, SLICE, STUDY
+from ..competition.labels import EXAM_LABELS, EXAM_WEIGHTS, IMAGE_LABEL, IMAGE_WEIGHT
 from ..competition.metric import log_loss, loss_table
 from ..competition.predictions import Predictions
 from ..data.batches import ImageBatches, StudyBatches
@@ -44,10 +44,8 @@ def scores(
     losses = {"val_images": table.loss[IMAGE_LABEL], "val_exams": exams.loss @ exams.weight / exams.weight.sum(),
              "val_competition": table.loss @ table.weight}
     losses = {name: float(value) for name, value in losses.items() if not np.isnan(value)}
-    if loss == "bce":
-        value = _solution_loss(truth, pred)
-    else:
-        value = losses.get("val_competition", losses.get("val_images", math.nan))
+    metric = losses.get("val_competition", losses.get("val_images", math.nan))
+    value = _solution_loss(truth, pred) if loss == "bce" else metric
     if math.isnan(value):
         raise ValueError("the held-out studies cannot be scored by the metric: none has a positive slice")
     return {"val_loss": float(value), **losses}
@@ -57,42 +55,24 @@ def _solution_loss(truth: Predictions, pred: Predictions) -> float:
     each = pd.Series(log_loss(truth.images, pred.images), truth.images.index)
     if pred.exams[list(EXAM_LABELS)].isna().any(axis=None):
         return each.mean()
-    weights, image = np.array(list(EXAM_WEIGHTS.values())), 10 * IMAGE_WEIGHT
-    labels = list(EXAM_LABELS)
+    weights, image, labels = np.array(list(EXAM_WEIGHTS.values())), 10 * IMAGE_WEIGHT, list(EXAM_LABELS)
     exams = log_loss(truth.exams[labels], pred.exams[labels]).mean(0) @ weights
     return (exams + image * each.groupby(level=0).mean().mean()) / (weights.sum() + image)
 
 # %% ../../nbs/10_training/02_keras_trainer.ipynb #60a59ef9
-class _Named:
-    "Batches with the ids of what is in them."
-
-    def __init__(self, batches):
-        self.batches, self.set_epoch = batches, batches.set_epoch
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __getitem__(self, i):
-        return self.batches[i]
-
-    def names(self, i) -> list:
-        rows = self.batches.rows(i)
-        return self.batches.loader.source.table[SLICE if rows.ndim == 1 else STUDY].iloc[rows.reshape(len(rows), -1)[:, 0]].tolist()
-
-
 def training_batches(
     config: KerasConfig,
     source: PixelSource,
     truth: Predictions,  # of the training studies
-    device: bool = False,  # slices and jobs, for `with_pixels`, instead of pixels
-):  # batches with names
+    device: bool = False,  # slices and render parameters, for `with_pixels`, instead of pixels
+) -> ImageBatches | StudyBatches:
     "Return the batches that a run trains on."
     settings = {"batch": config.batch, "pixels": config.pixels, "mask": config.mask, "affine": config.affine,
                 "seed": config.seed, "shuffle": True, "weights": config.loss == "metric", "balanced": config.balanced,
                 "device": device}
     if config.is_volume:
-        return _Named(StudyBatches(source, truth, frames=config.frames, **settings))
-    return _Named(ImageBatches(source, truth, **settings))
+        return StudyBatches(source, truth, frames=config.frames, **settings)
+    return ImageBatches(source, truth, **settings)
 
 # %% ../../nbs/10_training/02_keras_trainer.ipynb #0cd39cd4
 def warm_up_on_slices(
@@ -109,7 +89,9 @@ def warm_up_on_slices(
     single.set_weights(network.get_weights())  # the backbone may have trained weights
     image = keras.Model(single.inputs, single.output["images"])
     image.compile(keras.optimizers.AdamW(warmup.lr, global_clipnorm=5.), weighted_bce(), jit_compile=jit())
-    batches, losses = _balanced_slices(config, source, truth), []
+    batches = ImageBatches(source, truth, batch=warmup.batch, pixels=config.pixels, mask=config.mask or SideMask(),
+                           affine=config.affine, balanced=True, weights=True, shuffle=True, seed=config.seed)
+    losses = []
     for step in tqdm(range(warmup.steps), desc="single slices", leave=False, disable=not progress):
         epoch, i = divmod(step, len(batches))
         if i == 0:
@@ -120,11 +102,6 @@ def warm_up_on_slices(
         advance()
     network.set_weights([_central_slice(value) for value in single.get_weights()])
     return losses
-
-
-def _balanced_slices(config: KerasConfig, source: PixelSource, truth: Predictions):
-    return ImageBatches(source, truth, batch=config.slice_warmup.batch, pixels=config.pixels, mask=config.mask or SideMask(),
-                        affine=config.affine, balanced=True, weights=True, shuffle=True, seed=config.seed)
 
 
 def _central_slice(kernel: np.ndarray) -> np.ndarray:
@@ -170,7 +147,7 @@ def train_keras(
 
 def _train(run, config, source: PixelSource, train_truth, held_out, weights, tta, deadline, progress, on_device):
     network, batches = build_model(config, train_truth, weights), training_batches(config, source, train_truth, on_device)
-    fitted = compile_model(with_pixels(network, batches.batches) if on_device else network, config)
+    fitted = compile_model(with_pixels(network, batches) if on_device else network, config)
     final = [CountedBatches(view) for view in make_views(config, source, held_out.exams.index, tta)]
     warm_up, per_epoch = config.slice_warmup.steps if config.slice_warmup else 0, config.steps or len(batches)
     start_steps(warm_up + config.all_epochs * per_epoch + sum(map(len, final)),

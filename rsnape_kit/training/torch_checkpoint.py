@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..competition.labels import IMAGE_LABEL
-from ..competition.metric import competition_loss, loss_table
 from ..inference.averaging import ProbabilityAverager
 from ..inference.torch_predictor import CLIP, load_saved
 from ..runs.folder import load_checkpoint, saving_checkpoint
+from .keras_trainer import scores
 from .torch_learner import Hook, add_over_processes, rates, unwrapped
 from ..utils.files import atomic_file
 from ..utils.processes import advance
@@ -41,11 +40,7 @@ class Score(Hook):
     def after_validate(self):
         add_over_processes(*self.averager.arrays, device=self.learn.dls.device)
         pred = self.averager.predictions(clip=CLIP)
-        truth = self.truth.select(pred.exams.index)
-        table = loss_table(truth, pred)
-        exams = table.drop(IMAGE_LABEL)
-        self.values = {"val_loss": competition_loss(truth, pred), "val_images": float(table.loss[IMAGE_LABEL]),
-                       "val_exams": float(exams.loss @ exams.weight / exams.weight.sum())}
+        self.values = scores(self.truth.select(pred.exams.index), pred, "metric")
 
 # %% ../../nbs/10_training/04_torch_checkpoint.ipynb #0704b70b
 class Checkpoint(Hook):
@@ -55,13 +50,11 @@ class Checkpoint(Hook):
     def __init__(
         self,
         run,  # folder of a run
-        budget: float | None = None,  # seconds of wall clock from now; default: no limit
+        deadline: float = math.inf,  # unix time
         writes: bool = True,  # True in one process of a data-parallel run
         progress: bool | None = None,  # show a bar; default: in a terminal
     ):
-        self.run, self.writes, self.start = run, writes, time.monotonic()
-        self.until = None if budget is None else self.start + budget
-        self.progress, self.bar = progress, None
+        self.run, self.deadline, self.writes, self.progress, self.bar = run, deadline, writes, progress, None
 
     def before_fit(self):
         folder, self.state, self.history = load_checkpoint(self.run)
@@ -129,17 +122,13 @@ class Checkpoint(Hook):
             torch.save({"model": model, "optimizer": optimizer_state(self.learn.opt),
                         "scaler": {} if scaler is None else scaler.state_dict()}, folder / "state.pt")
 
-    def late(self) -> bool:
-        "Return whether another epoch as long as the longest would exceed the budget."
-        longest = max((row["seconds"] for row in self.history), default=0.)
-        late = np.array([float(self.until is not None and time.monotonic() + longest > self.until)])
-        add_over_processes(late, device=self.learn.dls.device)
-        return late[0] > 0
-
     def stop_in_time(self):
-        "End the session before an epoch that would exceed the budget."
+        "End the session before an epoch that, as long as the longest, would end after the deadline."
         from fastai.callback.core import CancelFitException
-        if self.late():
+        longest = max((row["seconds"] for row in self.history), default=0.)
+        late = np.array([float(time.time() + longest > self.deadline)])
+        add_over_processes(late, device=self.learn.dls.device)  # all processes stop if one is late
+        if late[0]:
             if self.writes:
                 print(f"stopping after {len(self.history)} of {self.learn.n_epoch} epochs: another would exceed the "
                       f"session. The same call goes on from {Path(self.run).name}")
@@ -153,13 +142,7 @@ def optimizer_state(opt) -> dict:  # of a fastai Optimizer
             "state": [{k: v if hasattr(v, "dtype") else type(v)(v) for k, v in one.items()} for one in state["state"]]}
 
 
-def load_optimizer(
-    opt,  # fastai Optimizer of the same parameters
-    state: dict,  # as optimizer_state gave it
-):
+def load_optimizer(opt, state: dict):  # fastai Optimizer of the same parameters, as optimizer_state gave it
     "Restore the state of an optimiser."
     from fastcore.foundation import L
     opt.load_state_dict({"hypers": L(dict(group) for group in state["hypers"]), "state": state["state"]})
-
-
-

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from ..competition.labels import STUDY
-from ..data.batches import GroupTargets
+from ..data.batches import GroupBatches, GroupTargets
 from ..inference.torch_predictor import tensors
 from ..runs.config import PetaFormerConfig
 
@@ -35,11 +35,8 @@ def group_loss(
     return (image + exam) / len(image_y)
 
 # %% ../../nbs/10_training/03_torch_learner.ipynb #d71cae65
-def rates(
-    config: PetaFormerConfig,
-    done: float,  # share of the whole training, 0 to 1
-) -> list:  # rate of the backbone, rate of the rest
-    "Return the learning rates at a point of the training."
+def rates(config: PetaFormerConfig, done: float) -> list:  # rate of the backbone, rate of the rest
+    "Return the learning rates when a share `done` of the whole training, from 0 to 1, is over."
     ends = np.cumsum([phase.epochs for phase in config.phases]) / config.all_epochs
     number = min(int(np.searchsorted(ends, done + 1e-9, side="right")), len(ends) - 1)
     begin = ends[number - 1] if number else 0.
@@ -50,11 +47,7 @@ def rates(
 class GroupLoader:
     "Batches with their targets, as fastai takes them."
 
-    def __init__(
-        self,
-        batches,  # GroupBatches
-        targets: GroupTargets,
-    ):
+    def __init__(self, batches: GroupBatches, targets: GroupTargets):
         self.batches, self.targets = batches, targets
 
     def __len__(self):
@@ -88,9 +81,6 @@ class Hook:
     def __call__(self, event: str):
         if hasattr(self, event):
             getattr(self, event)()
-
-    def __repr__(self):
-        return type(self).__name__
 
 # %% ../../nbs/10_training/03_torch_learner.ipynb #8c582b03
 class Seeded(Hook):
@@ -191,9 +181,7 @@ def unwrapped(model):
 
 # %% ../../nbs/10_training/03_torch_learner.ipynb #8340648b
 @contextmanager
-def processes(
-    device=None,  # torch device; default: this process' GPU, else the CPU
-):  # gives rank, number of processes, device
+def processes(device=None):  # default: this process' GPU, else the CPU -> rank, number of processes, torch device
     "Join the data-parallel run that torchrun or accelerate has started, if any."
     import torch
     from torch import distributed
@@ -234,11 +222,8 @@ def parallel(model, world: int, device):
     return DistributedDataParallel(model, [device] if device.type == "cuda" else None, broadcast_buffers=False)
 
 # %% ../../nbs/10_training/03_torch_learner.ipynb #07ef213c
-def add_over_processes(
-    *arrays,  # float64, replaced by their sums
-    device,  # where this process computes
-):
-    "Sum arrays over the processes of a data-parallel run."
+def add_over_processes(*arrays: np.ndarray, device):  # device: where this process computes
+    "Replace float64 arrays by their sums over the processes of a data-parallel run."
     import torch
     from torch import distributed
     if distributed.is_available() and distributed.is_initialized():

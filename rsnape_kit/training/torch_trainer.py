@@ -8,7 +8,6 @@ __all__ = ['warm_up_backbone', 'train_torch', 'predict_held_out']
 # %% ../../nbs/10_training/05_torch_trainer.ipynb #cf851849
 import math
 import sys
-import time
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,8 +17,7 @@ from tqdm.auto import tqdm
 
 from ..competition.predictions import Predictions
 from ..data.batches import GroupTargets, ImageBatches
-from ..inference.averaging import ProbabilityAverager
-from ..inference.torch_predictor import CLIP, group_batches, load_model, predict_groups, resolve_precision
+from ..inference.torch_predictor import CLIP, group_batches, load_model, predict_views, resolve_precision
 from ..models.petaformer import need_torch, normalise
 from ..models.registry import build_model
 from ..runs.config import PetaFormerConfig, check_config
@@ -117,8 +115,7 @@ def train_torch(
             resume(config)
         wait(world)
         if epochs_done(run) < config.all_epochs:
-            budget = None if deadline == math.inf else deadline - time.time()
-            hooks = [SameNorms(), Score(truth), Checkpoint(run, budget, rank == 0, progress)]
+            hooks = [SameNorms(), Score(truth), Checkpoint(run, deadline, rank == 0, progress)]
             _fit(run, source, truth, folds, config, weights, hooks, rank, world, device, progress, tta)
             wait(world)
         if epochs_done(run) == config.all_epochs and complete_folder(run / "oof") is None:
@@ -154,7 +151,7 @@ def _fit(run, source: PixelSource, truth, folds, config, weights, hooks, rank, w
 
 # %% ../../nbs/10_training/05_torch_trainer.ipynb #a46ea92b
 def predict_held_out(
-    run,  # folder of a run
+    run: Path | str,
     source: PixelSource,
     studies,  # StudyInstanceUIDs of the held-out fold
     tta: int = 0,  # augmented views besides the plain one
@@ -163,10 +160,6 @@ def predict_held_out(
     device="cpu",
 ) -> Predictions:
     "Return the predictions of the best weights, made by all processes together."
-    model, config = load_model(run, device)
-    averager = ProbabilityAverager(source.table)
-    for number in range(tta + 1):
-        batches = group_batches(source, studies, config, tta=number, shard=(rank, world))
-        predict_groups(model, batches, averager, resolve_precision(config.precision, device), CountedBatches)
+    averager = predict_views(*load_model(run, device), source, studies, tta, (rank, world), CountedBatches)
     add_over_processes(*averager.arrays, device=device)
     return averager.predictions(clip=CLIP)

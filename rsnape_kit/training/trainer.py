@@ -21,18 +21,14 @@ from ..runs.folder import resume_from, run_settings
 from ..store.dicom_source import PixelSource
 
 # %% ../../nbs/10_training/06_trainer.ipynb #e4a9a574
-def source_fingerprint(
-    source: PixelSource,  # only its table and size are used
-) -> str:  # 16 hex characters
-    "Return a hash of a source's slices, their order and their size."
+def source_fingerprint(source: PixelSource) -> str:  # 16 hex characters
+    "Return a hash of a source's slices, their order and their size; pixels are not read."
     lines = "\n".join(source.table[STUDY] + " " + source.table[SLICE])
     return hashlib.sha256(f"{source.size}\n{lines}".encode()).hexdigest()[:16]
 
 
-def describe_weights(
-    path,  # of a file of weights, or None
-) -> str:  # its name and the beginning of its SHA-256
-    "Return name and hash of the weights that a run starts from, '' if there are none."
+def describe_weights(path: Path | str | None) -> str:
+    "Return name and beginning of the SHA-256 of the weights that a run starts from, '' if there are none."
     if not path:
         return ""
     if not Path(path).is_file():
@@ -41,11 +37,8 @@ def describe_weights(
         return f"{Path(path).name} {hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
 
 
-def refuse_leak(
-    weights,  # path of weights for the backbone
-    config: TrainConfig,  # of the run that starts from them
-):
-    "Raise ValueError if the weights are of a run that was trained on studies held out now."
+def refuse_leak(weights: Path | str, config: TrainConfig):
+    "Raise ValueError if the weights are of a run that was trained on studies which this config holds out."
     run = next((folder for folder in Path(weights).absolute().parents[:2] if (folder / "config.json").exists()), None)
     if run is None or Path(weights).suffix != ".npz":
         return
@@ -56,11 +49,8 @@ def refuse_leak(
                              "trained on studies that are held out here; give the best.npz of the same fold")
 
 
-def require_positives(
-    held_out: Predictions,  # truth
-    fold: int,
-):
-    "Raise ValueError if the metric cannot score a fold."
+def require_positives(held_out: Predictions, fold: int):
+    "Raise ValueError if the metric cannot score a fold, given the truth of its held-out studies."
     if not (held_out.images > 0).any():
         raise ValueError(f"fold {fold} holds out no study with a positive slice, which the metric cannot score: "
                          "choose fewer folds, or add studies")

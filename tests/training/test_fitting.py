@@ -9,10 +9,11 @@ import warm
 TOY = '''
 import os, signal, sys
 import numpy as np
+from rsnape_kit.competition.metric import log_loss
 from rsnape_kit.runs.config import Phase
 from rsnape_kit.training.keras_fit import fit_phases
 from rsnape_kit.inference.keras_predictor import predict_batch
-from rsnape_kit.models.losses import pack_targets, packed_losses, weighted_bce
+from rsnape_kit.models.losses import pack_targets, weighted_bce
 from rsnape_kit.models.keras_backend import all_devices, import_keras, jit
 
 PHASES = (Phase(3, .01), Phase(3, .003, .0005))
@@ -56,8 +57,7 @@ def make(dropout=.3, ema=.8, norm=True):
 
 def validate(model):
     toy = Toy()
-    losses = packed_losses(pack_targets(toy.y, np.ones_like(toy.y)), predict_batch(model, toy.x))
-    return {"val_loss": float(losses.mean())}
+    return {"val_loss": float(log_loss(toy.y, predict_batch(model, toy.x)).mean())}
 
 
 def fit(run, batches, model):
