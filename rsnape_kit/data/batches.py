@@ -8,6 +8,7 @@ __all__ = ['LOSSES', 'EXAM_OUTPUTS', 'class_weights', 'ImageBatches', 'StudyBatc
 
 # %% ../../nbs/06_data/05_batches.ipynb #d8971873
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -51,7 +52,7 @@ class ImageBatches(Batches):
     """
 
     def __init__(self, source: PixelSource, truth: Predictions | None = None, studies: Iterable[str] | None = None, *,
-                 balanced: bool = False, **settings):
+                 balanced: bool = False, **settings: Any):
         self.balanced = balanced
         super().__init__(source, truth, studies, **settings)
 
@@ -89,7 +90,7 @@ class _StudyLevelBatches(Batches):
     "What StudyBatches and GroupBatches share: a study has one item or more, whose slices `_pick(study, part)` chooses."
 
     def __init__(self, source: PixelSource, truth: Predictions | None = None, studies: Iterable[str] | None = None, *,
-                 labels: Sequence[str] = EXAM_LABELS, batch: int = 1, balanced: bool = False, **settings):
+                 labels: Sequence[str] = EXAM_LABELS, batch: int = 1, balanced: bool = False, **settings: Any):
         self.labels, unknown = list(labels), [label for label in labels if label not in EXAM_LABELS + AUX_LABELS]
         if unknown:
             raise ValueError(f"labels {', '.join(map(repr, unknown))}: expected some of {', '.join(EXAM_LABELS + AUX_LABELS)}")
@@ -145,7 +146,7 @@ class StudyBatches(_StudyLevelBatches):
     """
 
     def __init__(self, source: PixelSource, truth: Predictions | None = None, studies: Iterable[str] | None = None, *,
-                 frames: int = 256, random_frames: bool | None = None, **settings):
+                 frames: int = 256, random_frames: bool | None = None, **settings: Any):
         self.frames, self.random_frames = frames, settings.get("shuffle", False) if random_frames is None else random_frames
         super().__init__(source, truth, studies, **settings)
 
@@ -180,7 +181,7 @@ class GroupBatches(_StudyLevelBatches):
     channels = True
 
     def __init__(self, source: PixelSource, truth: Predictions | None = None, studies: Iterable[str] | None = None, *,
-                 groups: int = 63, width: int = 5, **settings):
+                 groups: int = 63, width: int = 5, **settings: Any):
         self.groups, self.width = groups, width
         super().__init__(source, truth, studies, **settings)
 

@@ -12,6 +12,7 @@ import difflib
 import re
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import rsnape_kit
@@ -229,7 +230,8 @@ def _code_faults(path: Path, meta: dict, bundle: Path | None, submits: bool) -> 
 NO_SUBMISSION = re.compile(r"rsnape-kit-(prepare|train|blend|explore)\b")
 
 
-def check_kernel(folder: Path | str, bundle: Path | str | None = None, allow=()) -> list[str]:
+def check_kernel(folder: Path | str, bundle: Path | str | None = None,
+                 allow: Sequence[str] = ()) -> list[str]:
     """Return what would make a kernel fail on Kaggle or run as something else.
 
     Reads metadata and source; runs nothing and needs no network. The code must write submission.csv, unless the kernel's

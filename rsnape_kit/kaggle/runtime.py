@@ -13,6 +13,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -160,7 +161,7 @@ from rsnape_kit.kaggle import attach; attach()
 """
 
 
-def attach(kaggle: Path = KAGGLE, environ=None) -> Session:
+def attach(kaggle: Path = KAGGLE, environ: MutableMapping[str, str] | None = None) -> Session:
     """Make the bundle that this module belongs to importable, in this process and in child processes.
 
     Adds the bundle and its `site` folder to `sys.path` and PYTHONPATH, and sets KERAS_BACKEND and NUMBA_CACHE_DIR unless they

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from ..competition.labels import EXAM_LABELS, IMAGE_LABEL, SERIES, SLICE, STUDY
 from ..competition.predictions import Predictions
 from ..ensemble.blending import BlendWeights
+from ..ensemble.consistency import PositiveShareModel
 from . import sections
 from .figures import frame, profile_panel
 from .html import bar, join_html, label_name, number, page, png, svg, table, tag
@@ -46,8 +47,8 @@ def _makers(slices: pd.DataFrame, dicom) -> pd.Series:
 
 # %% ../../nbs/12_report/06_pages.ipynb #0aa6b56f
 def write_report(out: Path | str, truth: Predictions, contenders: dict, slices: pd.DataFrame | None = None, source: PixelSource | None = None,
-                 priors: dict | None = None, weights: BlendWeights | None = None, submitted: Predictions | None = None, q=None,
-                 groups: dict | None = None, dicom: Path | str = "", stages: dict | None = None,
+                 priors: dict | None = None, weights: BlendWeights | None = None, submitted: Predictions | None = None,
+                 q: pd.Series | PositiveShareModel | None = None, groups: dict | None = None, dicom: Path | str = "", stages: dict | None = None,
                  title: str = "Pulmonary embolism report", note: str = "", times: int = 300, worst: int = 6) -> Path:
     """Write an HTML report of scored predictions.
 

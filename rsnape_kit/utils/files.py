@@ -12,6 +12,7 @@ import re
 import shutil
 import typing
 import uuid
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -31,14 +32,14 @@ def atomic_file(
         fresh.unlink(missing_ok=True)
 
 
-def atomic_write(path, content: str | bytes, unique: bool = False):
+def atomic_write(path: Path | str, content: str | bytes, unique: bool = False) -> None:
     "Write text (as UTF-8) or bytes like `atomic_file`; a reader finds the old content or the new one, never a part."
     with atomic_file(path, unique) as fresh:
         fresh.write_bytes(content.encode() if isinstance(content, str) else content)
 
 # %% ../../nbs/00_utils/01_files.ipynb #e3cc3475
 @contextmanager
-def atomic_folder(folder):
+def atomic_folder(folder: Path | str) -> Iterator[Path]:
     "Yield an empty folder to fill; on success it replaces `folder`, which need not exist."
     folder = Path(folder)
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")

@@ -57,8 +57,8 @@ def executor_for(slices: int, tasks: int) -> Executor:
 # %% ../../nbs/00_utils/03_processes.ipynb #149ae4e3
 @contextmanager
 def exclusive(
-    out,  # folder
-    busy="{} is being built by another process; wait for it or end it, then build again",  # error text; {} is the folder
+    out: Path | str,  # folder
+    busy: str = "{} is being built by another process; wait for it or end it, then build again",  # error text; {} is the folder
 ):
     "Hold the lock of a folder; raise RuntimeError at once if another process holds it."
     path = Path(out).resolve()
