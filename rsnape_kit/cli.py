@@ -16,7 +16,7 @@ from types import NoneType
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import rsnape_kit as rk
-from .commands import Count, blend, demo, phantom, predict, report, scan, store, train
+from .commands import Count, blend, demo, phantom, predict, report, scan, store, train, weights
 
 # %% ../nbs/17_cli.ipynb #a7cm0006
 def kernels(*, owner: str = "OWNER", folds: Count | None = None, trained: bool = False, resume: bool = False):
@@ -149,7 +149,7 @@ def add_command(commands, function):  # commands: argparse's subparsers
             sub.add_argument(name, **({"nargs": "?"} if "default" in settings else {}) | settings)
 
 
-COMMANDS = (demo, phantom, scan, store, train, blend, predict, report, kernels, bundle, check, push, submit, rehearse)
+COMMANDS = (demo, phantom, scan, store, weights, train, blend, predict, report, kernels, bundle, check, push, submit, rehearse)
 
 
 def parser() -> argparse.ArgumentParser:
