@@ -17,6 +17,7 @@ try:
 except ImportError:  # need_torch raises it when a model is built; the library must import without PyTorch
     torch, nn = None, SimpleNamespace(Module=object)
 from ..data.batches import EXAM_OUTPUTS
+from .weight_files import PYTORCH, SAFETENSORS, check_file, file_kind, read_torch
 
 # %% ../../nbs/07_models/06_petaformer.ipynb #7a590124
 def need_torch():
@@ -92,10 +93,11 @@ def load_imagenet(backbone: ResNetBackbone, path: Path | str):  # torchvision's 
 
 def _read_state(path: Path) -> dict:
     "Read a state dict."
-    if path.suffix == ".safetensors":
+    check_file(path, (PYTORCH, SAFETENSORS), "torchvision's resnet34", "`rsnape weights resnet34` fetches it")
+    if file_kind(path) == SAFETENSORS:
         from safetensors.torch import load_file
         return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return {name: torch.from_numpy(array) for name, array in read_torch(path).items()}
 
 # %% ../../nbs/07_models/06_petaformer.ipynb #5876a7ef
 def positional_encoding(shape: tuple, dim: int):  # -> float tensor [*shape, dim], within -1 and 1

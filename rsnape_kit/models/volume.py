@@ -197,6 +197,6 @@ def efficientnet3d(
     with use_precision(precision):
         inputs = keras.Input((frames, size, size, channels), dtype="uint8", name="volume")
         frame = backbone(variant, size, channels, width, depth, drop_connect, momentum, weights)
-        x = fold_frames(_in_pieces(frame) if recompute else frame, "frames")(normalised(channels)(inputs))
+        x = fold_frames(_in_pieces(frame) if recompute else frame, "frames")(normalised(channels, variant)(inputs))
         x = _stack(x, [("top", *_scaled(3, 256, width, depth), (3, 3, 3), 1)], momentum, recompute)
         return keras.Model(inputs, add_heads(x, expect_image, expect_exam, pool), name=f"efficientnet3d_{variant}")
