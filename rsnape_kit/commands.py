@@ -99,7 +99,7 @@ def store(folder: Path, out: Path, *, size: Literal[256, 512] = 256, part: Part 
 # %% ../nbs/16_commands.ipynb #1ae7ac71
 def train(model: str, *, store: list[Path], train_csv: Path, fold: int = 0, folds: Count = 5,
           recipe: Literal["full", "demo", "quick"] = "full", set: Annotated[list, "NAME=VALUE"] = (), seed: int = 0,
-          out: Path = Path("runs"), earlier: list[Path] = (), weights: Path | None = None, tta: int = 0,
+          out: Path = Path("runs"), earlier: list[Path] = (), weights: str = "auto", tta: int = 0,
           hours: float | None = None):
     """Train a model on all folds but one, resuming from its last checkpoint if there is one.
 
@@ -114,7 +114,7 @@ def train(model: str, *, store: list[Path], train_csv: Path, fold: int = 0, fold
         seed: random seed
         out: folder for run folders
         earlier: folders to search for an earlier session's copy of the run
-        weights: file of published weights for the network's backbone
+        weights: file for the network's backbone, none for random weights, auto for what the model is meant to start from
         tta: augmented views of the held-out studies beside the plain one
         hours: time budget; training stops in time and can be resumed
     """
@@ -124,8 +124,8 @@ def train(model: str, *, store: list[Path], train_csv: Path, fold: int = 0, fold
     config = override_settings(replace(find_recipe(recipe, model), seed=seed), set)
     source, truth = rk.SliceStore(*store), rk.Predictions.from_train_csv(train_csv)
     split = rk.make_folds(source.table[STUDY].unique(), truth, folds)
-    print(rk.train(model, source, fold, config, truth=truth, folds=split, out=out, earlier=earlier, weights=weights,
-                   tta=tta, hours=hours))
+    print(rk.train(model, source, fold, config, truth=truth, folds=split, out=out, earlier=earlier,
+                   weights=None if weights == "none" else weights, tta=tta, hours=hours))
 
 # %% ../nbs/16_commands.ipynb #4bde7405
 def weights(names: list[str] = (), *, out: Path = Path("weights"), mirror: str = "", list: bool = False):

@@ -29,7 +29,7 @@ class CrossValidation:
     out: Path  # folder of the runs; logs/ beside it has what they print
     models: tuple  # names; a model that starts from another's backbone comes after it
     folds: int = 5
-    recipe: str = "demo"  # or 'quick'; 'full' needs published weights, which cannot be given here
+    recipe: str = "demo"  # one of RECIPES
     seed: int = 0
     tta: int = 0  # augmented views of the held-out studies, besides the plain one
 
@@ -73,7 +73,7 @@ class Training:
         plan = self.plan
         options = {"store": plan.store, "train-csv": plan.train_csv, "fold": self.fold, "folds": plan.folds,
                 "recipe": plan.recipe, "seed": plan.seed, "tta": plan.tta, "out": plan.out}
-        options |= {"weights": self.base.run / "best.npz"} if self.base else {}
+        options |= {"weights": self.base.run / "best.npz"} if self.base and plan.recipe != "full" else {}
         return ["rsnape", "train", self.model, *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
 
 # %% ../../nbs/10_training/07_cross_validation.ipynb #896beab3
