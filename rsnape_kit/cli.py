@@ -31,16 +31,19 @@ def kernels(*, owner: str = "OWNER", folds: Count | None = None, trained: bool =
     print(*rk.export_kernels(owner, folds=folds, trained=trained, resume=resume), sep="\n")
 
 
-def bundle(*, out: str = "", target: Literal["gpu", "tpu"] = "gpu", runs: list[Path] = (), owner: str = "OWNER"):
-    """Make the dataset that kernels attach: the package and what Kaggle's image lacks.
+def bundle(*, out: str = "", target: Literal["gpu", "tpu"] = "gpu", runs: list[Path] = (), no_weights: bool = False,
+           owner: str = "OWNER"):
+    """Make the dataset that kernels attach: the package, what Kaggle's image lacks, and the weights in ./weights.
 
     Args:
         out: folder to make (default: build/bundle, or build/bundle-tpu)
         target: Kaggle's image
         runs: folders of trained runs to include
+        no_weights: leave out the files that rsnape weights has fetched
         owner: your Kaggle user name
     """
-    print(rk.make_bundle(out or ("build/bundle" if target == "gpu" else f"build/bundle-{target}"), target, owner, runs))
+    print(rk.make_bundle(out or ("build/bundle" if target == "gpu" else f"build/bundle-{target}"), target, owner, runs,
+                         None if no_weights else "weights"))
 
 
 def check(folder: Path = Path("."), *, bundle: Path | None = None, allow: Annotated[list, "TEXT"] = ()):
