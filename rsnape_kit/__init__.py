@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     )
     from rsnape_kit.inference import predict
     from rsnape_kit.kaggle import attach, export_kernels, make_bundle, submit
-    from rsnape_kit.models import build_model, list_models, register_model
+    from rsnape_kit.models import build_model, fetch_weights, list_models, register_model, verify_weights
     from rsnape_kit.phantom import make_competition
     from rsnape_kit.report import write_report, write_study_page
     from rsnape_kit.runs import RECIPES, KerasConfig, PetaFormerConfig, Phase, load_config

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ..utils import lazy_exports
 
 if TYPE_CHECKING:
+    from rsnape_kit.models.published import fetch_weights, verify_weights
     from rsnape_kit.models.registry import build_model, list_models, register_model
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__)
