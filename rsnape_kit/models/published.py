@@ -42,13 +42,11 @@ class PublishedWeights:
         return "sha256" if len(self.digest) == 64 else "md5"
 
 
-_MODELS = ("efficientnet", "efficientnet3d")
-
-
 def _efficientnet(variant: str, training: str, url: str, file: str, size, digest: str, source: str, note: str = ""):
     return PublishedWeights(f"efficientnet-{variant}-{training}", file, url, size, digest, _MODELS, variant, source, "Apache-2.0", note)
 
 
+_MODELS = ("efficientnet", "efficientnet3d")
 _QUBVEL, _NOISY = "https://github.com/qubvel/efficientnet/releases/download/v0.0.1", "efficientnet-{}_noisy-student_notop.h5"
 _KERAS = "https://storage.googleapis.com/keras-applications"
 _AUTO = "efficientnet-{}_weights_tf_dim_ordering_tf_kernels_autoaugment_notop.h5"
@@ -222,10 +220,8 @@ def network_value(config, name: str):
     return config.network.get(name, parameter.default if parameter else None)
 
 
-def fitting_weights(
-    config,  # settings of a run
-) -> list:  # PublishedWeights, the preferred first; none for a network of other width or depth
-    "Return the published weights that the backbone of a run can start from."
+def fitting_weights(config) -> list:  # of PublishedWeights, the preferred first
+    "Return the published weights that a run's backbone can start from: none for a network of other width or depth."
     entries = [entry for entry in PUBLISHED.values() if config.model in entry.models]
     if not entries or (network_value(config, "width"), network_value(config, "depth")) != (1, 1):
         return []

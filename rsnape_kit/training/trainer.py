@@ -126,7 +126,7 @@ def choose_weights(weights, config: TrainConfig, out, earlier) -> Path | None:
     if chosen is None and fitting and recorded is None:
         warnings.warn(f"{config.model.upper()} AT FULL SIZE STARTS FROM NOISE, NOT FROM PRETRAINED WEIGHTS ({_either(fitting)}): "
                       f"`rsnape weights {fitting[0].name}` fetches them where there is internet, `rsnape bundle` takes them to Kaggle, "
-                      "`rsnape train` then finds them", stacklevel=3)
+                      f"`rsnape train` then finds them. Note: {fitting[0].note}", stacklevel=3)
     elif chosen or weights == "auto":
         none = "random weights, as before" if recorded == "" else "random weights: none are published for its network"
         print(f"{config.model} starts from {f'{chosen} ({published.name})' if published else chosen or none}")
