@@ -84,16 +84,18 @@ def scan(folder: Path, *, out: Path = Path("slices.parquet")):
     print(f"{len(odd)} slices with a problem:\n{odd.value_counts().to_string()}" if len(odd) else "no problems")
 
 
-def store(folder: Path, out: Path, *, size: Literal[256, 512] = 256, part: Part = (0, 1)):
-    """Build a slice store from a DICOM folder; run again to resume.
+def store(source: list[Path], out: Path, *, size: Literal[256, 512] = 256, part: Part = (0, 1)):
+    """Build a slice store from DICOM or the organisers' TFRecords; run again to resume.
 
     Args:
-        folder: DICOM files at any depth
-        out: store to make
+        source: folders, searched at any depth, or files: all of DICOM, or all of TFRecords (.tfrec), whose labels are kept
+        out: store to make, the last of the paths
         size: pixels per side
         part: part i of n, counted from 0, written i/n (default 0/1: all)
     """
-    rk.build_store(folder, out, size=size, part=part)
+    if out.is_file():
+        raise ValueError(f"{out} is a file; the last path is the folder of the store to make")
+    rk.build_store(source, out, size=size, part=part)
     print(rk.SliceStore(out))
 
 # %% ../nbs/16_commands.ipynb #1ae7ac71
