@@ -69,12 +69,12 @@ def test_files_in_parts_and_resumed(made, tmp_path):
 
 
 def test_what_is_no_source_is_named(made, tmp_path):
-    with pytest.raises(ValueError, match=r"both kinds of file: 4 of TFRecords, such as .*tfrec, and DICOM, such as .*dcm"):
+    with pytest.raises(ValueError, match="both kinds of file: 4 of TFRecords, such as .*tfrec, and DICOM, .*dcm"):
         open_source(made)
     (tmp_path / "folder").mkdir()
     for name in ("a.png", "b.png", "notes"):
         (tmp_path / "folder" / name).write_text("neither")
-    with pytest.raises(FileNotFoundError, match=r"folder: neither DICOM nor TFRecords \(.tfrec\) among 2 .png, 1 without ext"):
+    with pytest.raises(FileNotFoundError, match="neither DICOM nor TFRecords .* among 2 .png, 1 without extension"):
         build_store(tmp_path / "folder", tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="nosuch"):
         open_source(tmp_path / "nosuch.tfrec")
@@ -86,7 +86,8 @@ def test_what_is_no_source_is_named(made, tmp_path):
 
 def test_any_source_with_a_table_makes_a_store(tmp_path):
     pixels = np.random.default_rng(0).integers(-4096, 4000, (8, 32, 32)).astype(np.int16)
-    table = pd.DataFrame({"StudyInstanceUID": list("aaabbbbb"), "SOPInstanceUID": list("ihgfedcb"), "order": [0, 1, 2, 0, 1, 2, 3, 4]})
+    table = pd.DataFrame({"StudyInstanceUID": list("aaabbbbb"), "SOPInstanceUID": list("ihgfedcb"),
+                          "order": [0, 1, 2, 0, 1, 2, 3, 4]})
     store = SliceStore(build_store(ArraySource(pixels, table), tmp_path / "store", size=32))
     np.testing.assert_array_equal(store[:], pixels)
     assert store.table.SOPInstanceUID.tolist() == table.SOPInstanceUID.tolist()
