@@ -150,26 +150,44 @@ def weights(names: list[str] = (), *, out: Path = Path("weights"), mirror: str =
               f"    {entry.algorithm} {entry.digest}", *(f"    {text}" for text in (entry.url, entry.note) if text), sep="\n")
 
 # %% ../nbs/16_commands.ipynb #1c916fbb
-def blend(runs: list[Path] = (), *, train_csv: Path, space: Literal["probability", "logit"] = "probability",
-          out: Path = Path("ensemble.json")):
+def blend(runs: list[Path] = (), *, train_csv: Path | None = None, preset: Literal["original", "first-version"] | None = None,
+          store: list[Path] = (), space: Literal["probability", "logit"] = "probability", out: Path = Path("ensemble.json")):
     """Fit calibration, blend weights and positive share on the runs' out-of-fold predictions.
 
     Args:
-        runs: folders of trained runs, any models and folds
-        train_csv: the competition's train.csv
-        space: scale on which predictions are averaged
+        runs: folders of trained runs, any models and folds; seeds of one model and fold are averaged
+        train_csv: the competition's train.csv; only --preset original does without
+        preset: take the blend weights of the 30th-place solution, the original or its first version, instead of fitting them
+        store: folders of a slice store, all its parts, for the first version's prior by position
+        space: scale on which predictions are averaged; the presets average probabilities
         out: file to write; a picture of the blend weights is written beside it
     """
     from rsnape_kit.ensemble.weight_fitting import loss_by_label, plot_weights, summary
     from rsnape_kit.inference.predict_runs import load_folds, load_oofs
 
-    truth = rk.Predictions.from_train_csv(train_csv)
-    ensemble = rk.fit_ensemble(load_oofs(runs), truth, load_folds(runs), space)
+    if preset == "original" and not train_csv:
+        return _unfitted(preset, runs, out)
+    if not train_csv:
+        raise ValueError("no labels: give --train-csv; only --preset original does without")
+    if preset == "first-version" and not store:
+        raise ValueError("no slice store: the prior by position needs the order of the slices; give --store")
+    truth, oofs, folds = rk.Predictions.from_train_csv(train_csv), load_oofs(runs), load_folds(runs)
+    slices = rk.SliceStore(*store).table if store else None
+    ensemble = rk.fit_preset(preset, oofs, truth, folds, slices) if preset else rk.fit_ensemble(oofs, truth, folds, space)
     ensemble.save(out)
     picture = out.with_suffix(".png")
     plot_weights(ensemble.blend_weights).savefig(picture, dpi=80)
     print(loss_by_label(ensemble.blend_weights).round(4).to_string())
     print(f"\n{summary(ensemble.blend_weights)}\nout-of-fold losses of the ensemble: {_listed(ensemble.losses)}\n{out}   {picture}")
+
+
+def _unfitted(preset: str, runs: list, out: Path):
+    "Write an ensemble of a preset's weights alone."
+    from rsnape_kit.runs.folder import run_settings
+
+    weights = rk.preset_weights(preset, list(dict.fromkeys(run_settings(run)["model"] for run in runs)))
+    rk.Ensemble(weights).save(out)
+    print(f"{weights.table().round(3).to_string()}\n\nnothing is fitted or measured; --train-csv adds that\n{out}")
 
 
 def _listed(losses: dict) -> str:
@@ -240,19 +258,21 @@ def report(runs: list[Path] = (), *, train_csv: Path, ensemble: Path = Path("ens
         runs: folders of trained runs, any models and folds
         train_csv: the competition's train.csv
         ensemble: ensemble.json of rsnape blend
-        store: folders of a slice store, all its parts, for pictures
+        store: folders of a slice store, all its parts, for pictures and for a prior by position
         dicom: DICOM folder that the store was built from; adds results by manufacturer
         out: file to write
     """
-    from rsnape_kit.ensemble.ensemble import nested_blend
+    from rsnape_kit.ensemble.ensemble import oof_blend
     from rsnape_kit.inference.predict_runs import load_folds, load_oofs
 
     if not runs:
         raise ValueError("no runs: give folders of finished runs; rsnape train and make demo write them to runs/")
     fitted, oofs = rk.Ensemble.load(ensemble), load_oofs(runs)
     truth = rk.Predictions.from_train_csv(train_csv).align(next(iter(oofs.values())))
-    _, blended = nested_blend(oofs, truth, load_folds(runs), fitted.blend_weights.space, bool(fitted.calibrations))
     source = rk.SliceStore(*store) if store else None
+    if fitted.blend_weights.position and source is None:
+        raise ValueError(f"{ensemble} has a prior by position, which needs the order of the slices; give --store")
+    _, blended = oof_blend(fitted, oofs, truth, load_folds(runs), source.table if source else None)
     print(rk.write_report(out, truth, {"blend": blended, **oofs}, source=source, weights=fitted.blend_weights,
                           q=fitted.q, dicom=dicom or "",
                           note=f"Out-of-fold losses of the ensemble: {_listed(fitted.losses)}"))

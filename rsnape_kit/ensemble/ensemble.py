@@ -152,7 +152,7 @@ def _with_mean(weights: BlendWeights, oofs: dict, truth: Predictions, folds, sli
         return oofs
     like, nothing = next(iter(oofs.values())), dict.fromkeys(LABELS, ())
     index = like.images.index
-    rows = index.to_frame(index=False) if slices is None else slices.iloc[_rows_of(slices, index)].reset_index(drop=True)
+    rows = index.to_frame(index=False) if slices is None else _rows_of(slices, index)
 
     def fit(_, truth):
         return BlendWeights((), nothing, **fit_prior(truth, None if slices is None else rows))
@@ -163,12 +163,13 @@ def _with_mean(weights: BlendWeights, oofs: dict, truth: Predictions, folds, sli
     return {MEAN: cross_fit(oofs, truth.align(like), fit, apply, folds), **oofs}
 
 
-def _rows_of(slices: pd.DataFrame, index: pd.MultiIndex):
+def _rows_of(slices: pd.DataFrame, index: pd.MultiIndex) -> pd.DataFrame:
     "The row of each slice; raise ValueError if one is missing."
+    slices = slices.drop_duplicates([STUDY, SLICE])
     at = locate(slice_index(slices), index)
     if (at < 0).any():
         raise ValueError(f"slice {index[int(at.argmin())]} of the OOF predictions is not in the slices table; give all of their slices")
-    return at
+    return slices.iloc[at].reset_index(drop=True)
 
 
 def fit_preset(name: str, oofs: dict[str, Predictions], truth: Predictions, folds=None,
@@ -188,9 +189,10 @@ def fit_preset(name: str, oofs: dict[str, Predictions], truth: Predictions, fold
     Raises:
         ValueError: if the preset lacks a model, the models cover different studies, or a slice is not in `slices`.
     """
-    truth = truth.align(next(iter(oofs.values())))
-    slices = None if slices is None else slices.drop_duplicates([STUDY, SLICE])
-    weights = replace(preset_weights(name, list(oofs)), **fit_prior(truth, slices))
+    like = next(iter(oofs.values()))
+    truth = truth.align(like)
+    rows = None if slices is None else _rows_of(slices, like.images.index)
+    weights = replace(preset_weights(name, list(oofs)), **fit_prior(truth, rows))
     members, blended = oof_blend(Ensemble(weights), oofs, truth, folds, slices)
     q = fit_positive_share(blended, truth)
     losses = {"chosen": f"preset {name}", "blend": competition_loss(truth, blended),
