@@ -8,8 +8,10 @@ __all__ = ['Count', 'Part', 'Difficulty', 'count', 'part_of', 'demo', 'phantom',
 
 # %% ../nbs/16_commands.ipynb #ad7f267d
 import argparse
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Literal
@@ -99,8 +101,8 @@ def store(source: list[Path], out: Path, *, size: Literal[256, 512] = 256, part:
     print(rk.SliceStore(out))
 
 # %% ../nbs/16_commands.ipynb #1ae7ac71
-def train(model: str, *, store: list[Path], train_csv: Path, fold: int = 0, folds: Count = 5,
-          recipe: Literal["full", "demo", "quick"] = "full", set: Annotated[list, "NAME=VALUE"] = (), seed: int = 0,
+def train(model: str, *, store: list[Path], train_csv: Path, fold: list[int] = (0,), folds: Count = 5,
+          recipe: Literal["full", "demo", "quick"] = "full", set: Annotated[list, "NAME=VALUE"] = (), seed: list[int] = (0,),
           out: Path = Path("runs"), earlier: list[Path] = (), weights: str = "auto", tta: int = 0,
           hours: float | None = None):
     """Train a model on all folds but one, resuming from its last checkpoint if there is one.
@@ -109,25 +111,31 @@ def train(model: str, *, store: list[Path], train_csv: Path, fold: int = 0, fold
         model: efficientnet, resnet3d, efficientnet3d or petaformer
         store: folders of a slice store, all its parts
         train_csv: the competition's train.csv
-        fold: the fold to hold out
+        fold: the fold to hold out (default: 0), or several, trained one after the other
         folds: number of folds
         recipe: settings to start from; full has those of the 30th-place solution
         set: a setting such as batch=64 or network.width=.5; can be repeated
-        seed: random seed
+        seed: random seed (default: 0), or several; each makes a run of its own
         out: folder for run folders
         earlier: folders to search for an earlier session's copy of the run
         weights: file for the network's backbone, none for random weights, auto for what the model is meant to start from
         tta: augmented views of the held-out studies beside the plain one
-        hours: time budget; training stops in time and can be resumed
+        hours: time budget of all runs; training stops in time and can be resumed
     """
     from rsnape_kit.competition.labels import STUDY
     from rsnape_kit.runs.recipes import find_recipe, override_settings
+    from rsnape_kit.utils.files import complete_folder
 
-    config = override_settings(replace(find_recipe(recipe, model), seed=seed), set)
+    began, config = time.time(), find_recipe(recipe, model)
     source, truth = rk.SliceStore(*store), rk.Predictions.from_train_csv(train_csv)
     split = rk.make_folds(source.table[STUDY].unique(), truth, folds)
-    print(rk.train(model, source, fold, config, truth=truth, folds=split, out=out, earlier=earlier,
-                   weights=None if weights == "none" else weights, tta=tta, hours=hours))
+    for held_out, number in product(fold, seed):
+        left = None if hours is None else hours - (time.time() - began) / 3600
+        run = rk.train(model, source, held_out, override_settings(replace(config, seed=number), set), truth=truth, folds=split,
+                       out=out, earlier=earlier, weights=None if weights == "none" else weights, tta=tta, hours=left)
+        print(run)
+        if complete_folder(run / "oof") is None:  # the time was up
+            return
 
 # %% ../nbs/16_commands.ipynb #4bde7405
 def weights(names: list[str] = (), *, out: Path = Path("weights"), mirror: str = "", list: bool = False):

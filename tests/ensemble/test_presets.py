@@ -1,8 +1,13 @@
 "The original's blends by name, against the arithmetic written out, and the prior by position fitted without each fold."
+import contextlib
+import io
+
 import numpy as np
 import pandas as pd
 import pytest
+from small_runs import keras_run
 
+from rsnape_kit.cli import main
 from rsnape_kit.competition.labels import EXAM_LABELS, SLICE, STUDY
 from rsnape_kit.competition.metric import competition_loss
 from rsnape_kit.competition.predictions import Predictions
@@ -10,6 +15,12 @@ from rsnape_kit.competition.priors import best_constants, position_prior
 from rsnape_kit.competition.submission import violations
 from rsnape_kit.ensemble.blending import blend, preset_weights
 from rsnape_kit.ensemble.ensemble import Ensemble, fit_preset, oof_blend
+from rsnape_kit.inference.predict_runs import load_folds, load_oofs, plan_predictions
+from rsnape_kit.phantom.generate import make_competition
+from rsnape_kit.runs.config import KerasConfig, PetaFormerConfig
+from rsnape_kit.runs.folder import open_run
+from rsnape_kit.store.build import build_store
+from rsnape_kit.store.dicom_source import DicomSource
 from rsnape_kit.testing import simulate_model
 
 
@@ -86,3 +97,53 @@ def test_members_that_are_missing_leave_no_gap(world):
     blended = blend({"petaformer": only}, weights, slices).align(truth)
     np.testing.assert_allclose(blended.images, only.images)
     np.testing.assert_allclose(blended.exams.central_pe, only.exams.central_pe)
+
+
+def rsnape(*words) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        main(list(map(str, words)))
+    return printed.getvalue()
+
+
+def test_three_seeds_and_the_first_version_from_blend_to_submission(tmp_path):
+    """Two seeds of fold 0 and one of fold 1, untrained, with simulated OOF predictions: seeds of a fold are averaged as
+    log-odds, and the submission is the blend with the prior by position of the test set's slices."""
+    made = make_competition(tmp_path / "competition", 6, 2, slices=6, size=128, difficulty="demo")
+    build_store(made / "train", tmp_path / "store")
+    truth, source = Predictions.from_train_csv(made / "train.csv"), DicomSource(made / "test")
+    halves, runs = np.split(truth.exams.index, 2), []
+    for fold, seed in ((0, 0), (0, 1), (1, 0)):
+        runs.append(keras_run(tmp_path / "runs", "efficientnet", fold, seed))
+        oof = simulate_model(truth, .8, seed=10 * fold + seed)[0].select(halves[fold])
+        Predictions(oof.exams * np.nan, oof.images).save(runs[-1] / "oof")
+    oof = load_oofs(runs)["efficientnet"].align(truth)
+    one, two = (Predictions.load(run / "oof").align(truth.select(halves[0])).images for run in runs[:2])
+    odds = np.sqrt(one / (1 - one) * two / (1 - two))
+    np.testing.assert_allclose(oof.select(halves[0]).images, odds / (1 + odds), rtol=1e-5)
+    assert load_folds(runs)["efficientnet"].loc[truth.exams.index].tolist() == [0, 0, 0, 1, 1, 1]
+
+    options = "--train-csv", made / "train.csv", "--store", tmp_path / "store"
+    printed = rsnape("blend", *runs, "--preset", "first-version", *options, "--out", tmp_path / "ensemble.json")
+    assert "chosen preset first-version" in printed
+    rsnape("report", *runs, *options, "--ensemble", tmp_path / "ensemble.json", "--out", tmp_path / "report.html")
+    rsnape("predict", *runs, "--competition", made, "--ensemble", tmp_path / "ensemble.json", "--out", tmp_path / "out")
+
+    pred = plan_predictions(runs, source, tmp_path / "out" / "work").gather()["efficientnet"]
+    ensemble = Ensemble.load(tmp_path / "ensemble.json")
+    train = DicomSource(made / "train").table
+    by_position = position_prior(truth, train, source.table).align(pred).images
+    blended = ensemble.blend({"efficientnet": pred}, source.table).align(pred)
+    np.testing.assert_allclose(blended.images, .4 * by_position + .6 * pred.images)
+    submitted = pd.read_csv(tmp_path / "out" / "submission.csv", dtype={"id": str}).set_index("id").label
+    expected = ensemble({"efficientnet": pred}, source.table).images.droplevel(0)
+    np.testing.assert_allclose(submitted[expected.index], expected, atol=1e-6)
+
+
+def test_the_original_without_labels(tmp_path):
+    names = "efficientnet", "resnet3d", "efficientnet3d"
+    runs = [open_run(tmp_path / name, KerasConfig(model=name)) for name in names]
+    with pytest.raises(SystemExit, match="the preset 'original' needs petaformer: give runs of it"):
+        rsnape("blend", *runs, "--preset", "original", "--out", tmp_path / "ensemble.json")
+    runs.append(open_run(tmp_path / "petaformer", PetaFormerConfig()))
+    rsnape("blend", *runs, "--preset", "original", "--out", tmp_path / "ensemble.json")
+    assert Ensemble.load(tmp_path / "ensemble.json").blend_weights == preset_weights("original")
