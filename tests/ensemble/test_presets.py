@@ -5,10 +5,9 @@ import io
 import numpy as np
 import pandas as pd
 import pytest
-from small_runs import keras_run
 
 from rsnape_kit.cli import main
-from rsnape_kit.competition.labels import EXAM_LABELS, SLICE, STUDY
+from rsnape_kit.competition.labels import AUX_LABELS, EXAM_LABELS, IMAGE_LABEL, SLICE, STUDY
 from rsnape_kit.competition.metric import competition_loss
 from rsnape_kit.competition.predictions import Predictions
 from rsnape_kit.competition.priors import best_constants, position_prior
@@ -16,6 +15,7 @@ from rsnape_kit.competition.submission import violations
 from rsnape_kit.ensemble.blending import blend, preset_weights
 from rsnape_kit.ensemble.ensemble import Ensemble, fit_preset, oof_blend
 from rsnape_kit.inference.predict_runs import load_folds, load_oofs, plan_predictions
+from rsnape_kit.inference.results import save_result
 from rsnape_kit.phantom.generate import make_competition
 from rsnape_kit.runs.config import KerasConfig, PetaFormerConfig
 from rsnape_kit.runs.folder import open_run
@@ -106,14 +106,16 @@ def rsnape(*words) -> str:
 
 
 def test_three_seeds_and_the_first_version_from_blend_to_submission(tmp_path):
-    """Two seeds of fold 0 and one of fold 1, untrained, with simulated OOF predictions: seeds of a fold are averaged as
-    log-odds, and the submission is the blend with the prior by position of the test set's slices."""
+    """Two seeds of fold 0 and one of fold 1, whose predictions are simulated: seeds of a fold are averaged as log-odds, and
+    the submission is the blend with the prior by position of the test set's slices."""
     made = make_competition(tmp_path / "competition", 6, 2, slices=6, size=128, difficulty="demo")
     build_store(made / "train", tmp_path / "store")
     truth, source = Predictions.from_train_csv(made / "train.csv"), DicomSource(made / "test")
     halves, runs = np.split(truth.exams.index, 2), []
     for fold, seed in ((0, 0), (0, 1), (1, 0)):
-        runs.append(keras_run(tmp_path / "runs", "efficientnet", fold, seed))
+        config = KerasConfig(model="efficientnet", fold=fold, seed=seed)
+        runs.append(open_run(tmp_path / config.name, config))
+        (runs[-1] / "best.npz").write_text("not loaded, since all predictions are there")
         oof = simulate_model(truth, .8, seed=10 * fold + seed)[0].select(halves[fold])
         Predictions(oof.exams * np.nan, oof.images).save(runs[-1] / "oof")
     oof = load_oofs(runs)["efficientnet"].align(truth)
@@ -126,9 +128,14 @@ def test_three_seeds_and_the_first_version_from_blend_to_submission(tmp_path):
     printed = rsnape("blend", *runs, "--preset", "first-version", *options, "--out", tmp_path / "ensemble.json")
     assert "chosen preset first-version" in printed
     rsnape("report", *runs, *options, "--ensemble", tmp_path / "ensemble.json", "--out", tmp_path / "report.html")
-    rsnape("predict", *runs, "--competition", made, "--ensemble", tmp_path / "ensemble.json", "--out", tmp_path / "out")
-
-    pred = plan_predictions(runs, source, tmp_path / "out" / "work").gather()["efficientnet"]
+    plan = plan_predictions(runs, source, tmp_path / "out" / "work")
+    test = Predictions.from_train_csv(source.table.assign(**dict.fromkeys([*EXAM_LABELS, *AUX_LABELS, IMAGE_LABEL], 0)))
+    for seed, folder in enumerate(plan.folders.values()):
+        for study, key in plan.index.keys.items():
+            save_result(folder, key, simulate_model(test.select([study]), .8, seed)[0])
+    pred = plan.gather()["efficientnet"]
+    command = "predict", *runs, "--competition", made, "--ensemble", tmp_path / "ensemble.json", "--out", tmp_path / "out"
+    assert "efficientnet: 3 runs, 2 studies" in rsnape(*command)
     ensemble = Ensemble.load(tmp_path / "ensemble.json")
     train = DicomSource(made / "train").table
     by_position = position_prior(truth, train, source.table).align(pred).images
