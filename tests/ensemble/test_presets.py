@@ -106,8 +106,8 @@ def rsnape(*words) -> str:
 
 
 def test_three_seeds_and_the_first_version_from_blend_to_submission(tmp_path):
-    """Two seeds of fold 0 and one of fold 1, whose predictions are simulated: seeds of a fold are averaged as log-odds, and
-    the submission is the blend with the prior by position of the test set's slices."""
+    """Two seeds of fold 0 and one of fold 1, whose predictions are simulated: seeds of a fold are averaged as log-odds,
+    and the submission is the blend with the prior by position of the test set's slices."""
     made = make_competition(tmp_path / "competition", 6, 2, slices=6, size=128, difficulty="demo")
     build_store(made / "train", tmp_path / "store")
     truth, source = Predictions.from_train_csv(made / "train.csv"), DicomSource(made / "test")
@@ -134,8 +134,8 @@ def test_three_seeds_and_the_first_version_from_blend_to_submission(tmp_path):
         for study, key in plan.index.keys.items():
             save_result(folder, key, simulate_model(test.select([study]), .8, seed)[0])
     pred = plan.gather()["efficientnet"]
-    command = "predict", *runs, "--competition", made, "--ensemble", tmp_path / "ensemble.json", "--out", tmp_path / "out"
-    assert "efficientnet: 3 runs, 2 studies" in rsnape(*command)
+    options = "--competition", made, "--ensemble", tmp_path / "ensemble.json", "--out", tmp_path / "out"
+    assert "efficientnet: 3 runs, 2 studies" in rsnape("predict", *runs, *options)
     ensemble = Ensemble.load(tmp_path / "ensemble.json")
     train = DicomSource(made / "train").table
     by_position = position_prior(truth, train, source.table).align(pred).images
