@@ -35,8 +35,10 @@ if TYPE_CHECKING:
         blend,
         fit_calibration,
         fit_ensemble,
+        fit_preset,
         fit_weights,
         make_consistent,
+        preset_weights,
     )
     from rsnape_kit.inference import predict
     from rsnape_kit.kaggle import attach, export_kernels, make_bundle, submit

@@ -8,8 +8,10 @@ __all__ = ['Count', 'Part', 'Difficulty', 'count', 'part_of', 'demo', 'phantom',
 
 # %% ../nbs/16_commands.ipynb #ad7f267d
 import argparse
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Literal
@@ -84,21 +86,23 @@ def scan(folder: Path, *, out: Path = Path("slices.parquet")):
     print(f"{len(odd)} slices with a problem:\n{odd.value_counts().to_string()}" if len(odd) else "no problems")
 
 
-def store(folder: Path, out: Path, *, size: Literal[256, 512] = 256, part: Part = (0, 1)):
-    """Build a slice store from a DICOM folder; run again to resume.
+def store(source: list[Path], out: Path, *, size: Literal[256, 512] = 256, part: Part = (0, 1)):
+    """Build a slice store from DICOM or the organisers' TFRecords; run again to resume.
 
     Args:
-        folder: DICOM files at any depth
-        out: store to make
+        source: folders, searched at any depth, or files: all of DICOM, or all of TFRecords (.tfrec), whose labels are kept
+        out: store to make, the last of the paths
         size: pixels per side
         part: part i of n, counted from 0, written i/n (default 0/1: all)
     """
-    rk.build_store(folder, out, size=size, part=part)
+    if out.is_file():
+        raise ValueError(f"{out} is a file; the last path is the folder of the store to make")
+    rk.build_store(source, out, size=size, part=part)
     print(rk.SliceStore(out))
 
 # %% ../nbs/16_commands.ipynb #1ae7ac71
-def train(model: str, *, store: list[Path], train_csv: Path, fold: int = 0, folds: Count = 5,
-          recipe: Literal["full", "demo", "quick"] = "full", set: Annotated[list, "NAME=VALUE"] = (), seed: int = 0,
+def train(model: str, *, store: list[Path], train_csv: Path, fold: list[int] = (0,), folds: Count = 5,
+          recipe: Literal["full", "demo", "quick"] = "full", set: Annotated[list, "NAME=VALUE"] = (), seed: list[int] = (0,),
           out: Path = Path("runs"), earlier: list[Path] = (), weights: str = "auto", tta: int = 0,
           hours: float | None = None):
     """Train a model on all folds but one, resuming from its last checkpoint if there is one.
@@ -107,25 +111,31 @@ def train(model: str, *, store: list[Path], train_csv: Path, fold: int = 0, fold
         model: efficientnet, resnet3d, efficientnet3d or petaformer
         store: folders of a slice store, all its parts
         train_csv: the competition's train.csv
-        fold: the fold to hold out
+        fold: the fold to hold out (default: 0), or several, trained one after the other
         folds: number of folds
         recipe: settings to start from; full has those of the 30th-place solution
         set: a setting such as batch=64 or network.width=.5; can be repeated
-        seed: random seed
+        seed: random seed (default: 0), or several; each makes a run of its own
         out: folder for run folders
         earlier: folders to search for an earlier session's copy of the run
         weights: file for the network's backbone, none for random weights, auto for what the model is meant to start from
         tta: augmented views of the held-out studies beside the plain one
-        hours: time budget; training stops in time and can be resumed
+        hours: time budget of all runs; training stops in time and can be resumed
     """
     from rsnape_kit.competition.labels import STUDY
     from rsnape_kit.runs.recipes import find_recipe, override_settings
+    from rsnape_kit.utils.files import complete_folder
 
-    config = override_settings(replace(find_recipe(recipe, model), seed=seed), set)
+    began, config = time.time(), find_recipe(recipe, model)
     source, truth = rk.SliceStore(*store), rk.Predictions.from_train_csv(train_csv)
     split = rk.make_folds(source.table[STUDY].unique(), truth, folds)
-    print(rk.train(model, source, fold, config, truth=truth, folds=split, out=out, earlier=earlier,
-                   weights=None if weights == "none" else weights, tta=tta, hours=hours))
+    for held_out, number in product(fold, seed):
+        left = None if hours is None else hours - (time.time() - began) / 3600
+        run = rk.train(model, source, held_out, override_settings(replace(config, seed=number), set), truth=truth, folds=split,
+                       out=out, earlier=earlier, weights=None if weights == "none" else weights, tta=tta, hours=left)
+        print(run)
+        if complete_folder(run / "oof") is None:  # the time was up
+            return
 
 # %% ../nbs/16_commands.ipynb #4bde7405
 def weights(names: list[str] = (), *, out: Path = Path("weights"), mirror: str = "", list: bool = False):
@@ -148,26 +158,44 @@ def weights(names: list[str] = (), *, out: Path = Path("weights"), mirror: str =
               f"    {entry.algorithm} {entry.digest}", *(f"    {text}" for text in (entry.url, entry.note) if text), sep="\n")
 
 # %% ../nbs/16_commands.ipynb #1c916fbb
-def blend(runs: list[Path] = (), *, train_csv: Path, space: Literal["probability", "logit"] = "probability",
-          out: Path = Path("ensemble.json")):
+def blend(runs: list[Path] = (), *, train_csv: Path | None = None, preset: Literal["original", "first-version"] | None = None,
+          store: list[Path] = (), space: Literal["probability", "logit"] = "probability", out: Path = Path("ensemble.json")):
     """Fit calibration, blend weights and positive share on the runs' out-of-fold predictions.
 
     Args:
-        runs: folders of trained runs, any models and folds
-        train_csv: the competition's train.csv
-        space: scale on which predictions are averaged
+        runs: folders of trained runs, any models and folds; seeds of one model and fold are averaged
+        train_csv: the competition's train.csv; only --preset original does without
+        preset: take the blend weights of the 30th-place solution, the original or its first version, instead of fitting them
+        store: folders of a slice store, all its parts, for the first version's prior by position
+        space: scale on which predictions are averaged; the presets average probabilities
         out: file to write; a picture of the blend weights is written beside it
     """
     from rsnape_kit.ensemble.weight_fitting import loss_by_label, plot_weights, summary
     from rsnape_kit.inference.predict_runs import load_folds, load_oofs
 
-    truth = rk.Predictions.from_train_csv(train_csv)
-    ensemble = rk.fit_ensemble(load_oofs(runs), truth, load_folds(runs), space)
+    if preset == "original" and not train_csv:
+        return _unfitted(preset, runs, out)
+    if not train_csv:
+        raise ValueError("no labels: give --train-csv; only --preset original does without")
+    if preset == "first-version" and not store:
+        raise ValueError("no slice store: the prior by position needs the order of the slices; give --store")
+    truth, oofs, folds = rk.Predictions.from_train_csv(train_csv), load_oofs(runs), load_folds(runs)
+    slices = rk.SliceStore(*store).table if store else None
+    ensemble = rk.fit_preset(preset, oofs, truth, folds, slices) if preset else rk.fit_ensemble(oofs, truth, folds, space)
     ensemble.save(out)
     picture = out.with_suffix(".png")
     plot_weights(ensemble.blend_weights).savefig(picture, dpi=80)
     print(loss_by_label(ensemble.blend_weights).round(4).to_string())
     print(f"\n{summary(ensemble.blend_weights)}\nout-of-fold losses of the ensemble: {_listed(ensemble.losses)}\n{out}   {picture}")
+
+
+def _unfitted(preset: str, runs: list, out: Path):
+    "Write an ensemble of a preset's weights alone."
+    from rsnape_kit.runs.folder import run_settings
+
+    weights = rk.preset_weights(preset, list(dict.fromkeys(run_settings(run)["model"] for run in runs)))
+    rk.Ensemble(weights).save(out)
+    print(f"{weights.table().round(3).to_string()}\n\nnothing is fitted or measured; --train-csv adds that\n{out}")
 
 
 def _listed(losses: dict) -> str:
@@ -238,19 +266,21 @@ def report(runs: list[Path] = (), *, train_csv: Path, ensemble: Path = Path("ens
         runs: folders of trained runs, any models and folds
         train_csv: the competition's train.csv
         ensemble: ensemble.json of rsnape blend
-        store: folders of a slice store, all its parts, for pictures
+        store: folders of a slice store, all its parts, for pictures and for a prior by position
         dicom: DICOM folder that the store was built from; adds results by manufacturer
         out: file to write
     """
-    from rsnape_kit.ensemble.ensemble import nested_blend
+    from rsnape_kit.ensemble.ensemble import oof_blend
     from rsnape_kit.inference.predict_runs import load_folds, load_oofs
 
     if not runs:
         raise ValueError("no runs: give folders of finished runs; rsnape train and make demo write them to runs/")
     fitted, oofs = rk.Ensemble.load(ensemble), load_oofs(runs)
     truth = rk.Predictions.from_train_csv(train_csv).align(next(iter(oofs.values())))
-    _, blended = nested_blend(oofs, truth, load_folds(runs), fitted.blend_weights.space, bool(fitted.calibrations))
     source = rk.SliceStore(*store) if store else None
+    if fitted.blend_weights.position and source is None:
+        raise ValueError(f"{ensemble} has a prior by position, which needs the order of the slices; give --store")
+    _, blended = oof_blend(fitted, oofs, truth, load_folds(runs), source.table if source else None)
     print(rk.write_report(out, truth, {"blend": blended, **oofs}, source=source, weights=fitted.blend_weights,
                           q=fitted.q, dicom=dicom or "",
                           note=f"Out-of-fold losses of the ensemble: {_listed(fitted.losses)}"))

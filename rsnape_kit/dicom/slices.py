@@ -171,11 +171,11 @@ def _serial_or_threaded(batches):
     with ThreadPoolExecutor(8) as pool:
         yield from pool.map(_rows, batches[1:])
 
-def scan(root: str | os.PathLike, executor: Executor | None = None, batch_files: int = 2048) -> pd.DataFrame:
+def scan(root: str | os.PathLike | list[str], executor: Executor | None = None, batch_files: int = 2048) -> pd.DataFrame:
     """List all slices below a folder, sorted by study, series and position from feet to head.
 
     Args:
-        root: folder of DICOM files at any depth: the competition's train/, or one series.
+        root: folder of DICOM files at any depth: the competition's train/, or one series; or a list of files.
         executor: reads batches of files. Default: this thread, with eight more if the disk is slow.
         batch_files: files per task of the executor.
 
@@ -194,15 +194,15 @@ def scan(root: str | os.PathLike, executor: Executor | None = None, batch_files:
     Raises:
         FileNotFoundError: no DICOM file below `root`.
     """
-    paths = list_files(root)
+    paths = sorted(root) if isinstance(root, list) else list_files(root)
+    place = "in a list" if isinstance(root, list) else f"below {os.fspath(root)!r}"
     if not paths:
-        raise FileNotFoundError(f"{os.fspath(root)!r} contains no files; give a folder of DICOM series")
+        raise FileNotFoundError(f"no files {place}; give a folder of DICOM series")
     batches = [paths[i:i + batch_files] for i in range(0, len(paths), batch_files)]
     tables: Iterable[pd.DataFrame] = executor.map(_rows, batches) if executor else _serial_or_threaded(batches)
     bar = tqdm(tables, total=len(batches), desc="scan", unit="batch", disable=len(batches) < 4)
     table = pd.concat(list(bar), ignore_index=True)
     table = table[~non_dicom_files(table)].reset_index(drop=True)
     if table.empty:
-        raise FileNotFoundError(f"{len(paths)} files below {os.fspath(root)!r}, none of them DICOM; "
-                                "give a folder of DICOM series")
+        raise FileNotFoundError(f"{len(paths)} files {place}, none of them DICOM; give a folder of DICOM series")
     return arrange(_fill_missing_ids(table))

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from ..utils import lazy_exports
 
 if TYPE_CHECKING:
-    from rsnape_kit.ensemble.blending import BlendWeights, blend
+    from rsnape_kit.ensemble.blending import BlendWeights, blend, preset_weights
     from rsnape_kit.ensemble.calibration import fit_calibration
     from rsnape_kit.ensemble.consistency import fit_positive_share, make_consistent
-    from rsnape_kit.ensemble.ensemble import Ensemble, fit_ensemble
+    from rsnape_kit.ensemble.ensemble import Ensemble, fit_ensemble, fit_preset
     from rsnape_kit.ensemble.weight_fitting import blend_oof, fit_weights
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__)

@@ -103,7 +103,7 @@ def load_oofs(runs) -> dict[str, Predictions]:
     """Load the out-of-fold predictions of each model, all folds joined.
 
     Args:
-        runs: folders of finished runs, all folds of each model; or a dict of model name to folders.
+        runs: folders of finished runs, all folds of each model, any number of seeds; or a dict of model name to folders.
 
     Returns:
         Predictions of all studies by model; each study is predicted by the fold that did not train on it.
@@ -113,8 +113,9 @@ def load_oofs(runs) -> dict[str, Predictions]:
 
 def load_folds(runs) -> dict:  # as for `load_oofs` -> model -> Series study -> fold
     "Return the fold in which each study was held out, by model."
-    return {name: pd.concat([pd.Series(run_settings(run)["fold"], Predictions.load(Path(run) / "oof").exams.index)
-                             for run in folders]) for name, folders in _by_model(runs).items()}
+    folds = {name: pd.concat([pd.Series(run_settings(run)["fold"], Predictions.load(Path(run) / "oof").exams.index)
+                              for run in folders]) for name, folders in _by_model(runs).items()}
+    return {name: own[~own.index.duplicated()] for name, own in folds.items()}  # seeds of a fold hold out the same studies
 
 # %% ../../nbs/09_inference/07_predict_runs.ipynb #e3ef2026
 def _make_workers(work: PredictionPlan, group: list, deadline: float, scratch) -> list:

@@ -13,10 +13,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ..competition.labels import SLICE, STUDY
-from ..competition.tables import read_csv, read_parquet
+from ..competition.tables import locate, read_csv, read_parquet, slice_index
 from .draft import SubmissionState, one_line, stages
 from .inputs import find_ensemble, input_runs, usable_runs
 from .runtime import HOUR, KAGGLE, competition_dir, session
@@ -124,11 +125,18 @@ def _improve(state: SubmissionState, models: dict, source, end: float, work: Pat
         all_runs = plan_predictions(models, source, work, tta, state.test[STUDY].unique())
         for study in set(state.test[STUDY]) - set(all_runs.index.rows):
             state.problems[study] = "has no slices in the source"
+        state.test = _with_order(state.test, all_runs.source.table)
         _predict(state, all_runs, end, work / "scratch", **how)
         shutil.rmtree(work / "scratch", ignore_errors=True)
         state.problems |= all_runs.problems()
         state.finished = bool((all_runs.done().to_numpy() | all_runs.failed().to_numpy()).all())
         state.write(all_runs.gather(), all_runs)
+
+
+def _with_order(test: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+    "The slices to predict with their order from feet to head, for a prior by position; NaN for those not in the source."
+    at = locate(slice_index(table), slice_index(test))
+    return test.assign(order=np.append(table["order"].to_numpy(float), np.nan)[at])
 
 
 def _predict(state: SubmissionState, all_runs, end: float, scratch: Path, **how):

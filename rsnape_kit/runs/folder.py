@@ -22,7 +22,7 @@ from pathlib import Path
 import pandas as pd
 
 from .. import __version__
-from ..competition.predictions import Predictions
+from ..competition.predictions import Predictions, mean_log_odds
 from ..utils.files import atomic_folder, atomic_write, complete_folder, from_json, validate_name
 
 # %% ../../nbs/08_runs/03_folder.ipynb #e4ba3fd2
@@ -232,21 +232,35 @@ def join_oof(*runs: Path | str) -> Predictions:
     """Join the out-of-fold predictions of the runs of one model.
 
     Args:
-        *runs: folders of finished runs, one per fold.
+        *runs: folders of finished runs, at least one per fold; several of a fold, with other seeds, are averaged as log-odds.
 
     Returns:
-        Predictions of all studies, each by the run that held it out.
+        Predictions of all studies, each by the runs that held it out.
 
     Raises:
         FileNotFoundError: if a run is not finished.
-        ValueError: if two runs predict the same study.
+        ValueError: if a run is given twice, or two runs hold out some common studies but not the same.
     """
-    parts = []
-    for run in runs:
-        if complete_folder(Path(run) / "oof") is None:
+    folds: list[dict] = []  # of each fold: run -> its predictions
+    for run in map(Path, runs):
+        if complete_folder(run / "oof") is None:
             raise FileNotFoundError(f"{run} has no oof/: it is at epoch {epochs_done(run)} and not finished; resume its training")
-        parts.append(Predictions.load(Path(run) / "oof"))
+        part = Predictions.load(run / "oof")
+        fold = next((each for each in folds if _first(each).exams.index.isin(part.exams.index).any()), {})
+        if not fold:
+            folds.append(fold)
+        elif len(_first(fold).exams.index.symmetric_difference(part.exams.index)):
+            raise ValueError(f"{run} and {next(iter(fold))} hold out some common studies, but not the same: they were trained on "
+                             "different folds; train them on one split")
+        if run.resolve() in fold:
+            raise ValueError(f"{run} appears twice; give each run once")
+        fold[run.resolve()] = part
+    parts = [mean_log_odds(list(fold.values())) for fold in folds]
     return Predictions(pd.concat([part.exams for part in parts]), pd.concat([part.images for part in parts]))
+
+
+def _first(fold: dict) -> Predictions:
+    return next(iter(fold.values()))
 
 # %% ../../nbs/08_runs/03_folder.ipynb #4310a006
 def plot_history(*runs: Path | str):  # folders of runs -> matplotlib figure

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..utils import lazy_exports
 
 if TYPE_CHECKING:
-    from rsnape_kit.store.build import build_store
+    from rsnape_kit.store.build import build_store, open_source
     from rsnape_kit.store.dicom_source import DicomSource, PixelSource
     from rsnape_kit.store.slice_store import SliceStore
     from rsnape_kit.store.tfrecords import read_tfrecords, write_tfrecords

@@ -118,16 +118,16 @@ def _common_setting(parts, name):
     return found.pop()
 
 def _join(paths):
-    "(table of all parts, sorted; size)."
+    "(table of all parts, sorted; size; lowest)."
     parts = [_open(path) for path in paths]
-    size, _ = _common_setting(parts, "size"), _common_setting(parts, "lowest")
+    size, lowest = _common_setting(parts, "size"), _common_setting(parts, "lowest")
     studies = pd.Series([study for index, _ in parts for study in index.StudyInstanceUID.unique()], dtype=object)
     if studies.duplicated().any():
         raise ValueError(f"study {studies[studies.duplicated().argmax()]} is in more than one of {list(map(str, paths))}; "
                          "give parts of one division (i, n)")
     table = pd.concat([index for index, _ in parts if len(index)] or [parts[0][0]], ignore_index=True)
     table = table.sort_values(["StudyInstanceUID", "SeriesInstanceUID", "order"], ignore_index=True, kind="stable")
-    return table, size
+    return table, size, lowest
 
 # %% ../../nbs/03_store/04_slice_store.ipynb #7673d9da
 _fix = "copy the shard again, or delete it and build the store again"
@@ -141,6 +141,7 @@ class SliceStore(RowIndexing):
     Attributes:
         table: the slices table (see `scan`) with the columns `exact` and any labels, sorted by study, series and order.
         size: pixels along each side, S.
+        lowest: HU to which all values below were raised.
         paths: the folders.
 
     Raises:
@@ -149,7 +150,7 @@ class SliceStore(RowIndexing):
     """
     def __init__(self, *paths: str | os.PathLike):
         self.paths = [os.fspath(path) for path in paths]
-        table, self.size = _join(self.paths)
+        table, self.size, self.lowest = _join(self.paths)
         self._start, self._bytes, self._crc32 = (table[c].to_numpy() for c in ("start", "bytes", "crc32"))
         self._shard, self._shards = pd.factorize(table["shard"])
         valid = (self._start >= 0).all() and (self._bytes >= 0).all() and not (self._start % 8).any()

@@ -22,7 +22,7 @@ from rsnape_kit.competition.metric import competition_loss
 from rsnape_kit.competition.predictions import Predictions
 from rsnape_kit.competition.submission import check_submission
 from rsnape_kit.competition.tables import read_csv
-from rsnape_kit.ensemble.blending import original_weights
+from rsnape_kit.ensemble.blending import preset_weights
 from rsnape_kit.ensemble.ensemble import Ensemble, default_ensemble, fit_ensemble
 from rsnape_kit.inference.torch_predictor import infer
 from rsnape_kit.kaggle.submitter import submit
@@ -177,9 +177,9 @@ def test_whatever_is_wrong_with_an_ensemble_or_with_the_folders_there_is_a_submi
         state = submit([world.torch], file, competition=world.made, out=out, time_budget=0)
         assert world.valid(out) and state.ensemble.models == ("petaformer",)
         assert "all models have equal weight" in state.summary
-    original_weights().save(file)
+    preset_weights("original").save(file)
     state = submit([world.torch], file, competition=world.made, out=out, time_budget=0)
-    assert state.ensemble.blend_weights == original_weights()
+    assert state.ensemble.blend_weights == preset_weights("original")
     (tmp_path / "work").write_text("a file")
     state = submit([world.torch], competition=world.made, out=out, work=tmp_path / "work")
     assert world.valid(out) and "submit" in state.problems
