@@ -135,6 +135,7 @@ def _improve(state: SubmissionState, models: dict, source, end: float, work: Pat
 
 def _with_order(test: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     "The slices to predict with their order from feet to head, for a prior by position; NaN for those not in the source."
+    table = table.drop_duplicates([STUDY, SLICE])
     at = locate(slice_index(table), slice_index(test))
     return test.assign(order=np.append(table["order"].to_numpy(float), np.nan)[at])
 
