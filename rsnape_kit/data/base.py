@@ -112,8 +112,8 @@ def batch_render_params(
     rows: np.ndarray,  # int [b, ...]
     key_rows: np.ndarray,  # int [b], row of the slice whose key is used, or any row of the study
     repeats: np.ndarray | None,  # int [b], earlier occurrences of the same slice
-) -> np.ndarray:  # int32 [rows.size, 9]
-    "Return affine transform, hidden sides and fill value of every slice of a batch."
+) -> np.ndarray:  # int32 [rows.size, 9], or [rows.size, 10] with JPEG noise
+    "Return affine transform, hidden sides, fill value and perhaps JPEG quality of every slice of a batch."
     flat, each, labelled = rows.reshape(-1), rows[0].size, batches.labelled
     matrices, hide = np.broadcast_to(np.eye(3), (len(rows), 3, 3)), np.zeros((len(rows), 2), bool)
     if batches.affine is not None or batches.mask is not None:
@@ -128,7 +128,15 @@ def batch_render_params(
         matrices = batches.crops[flat] @ matrices
     width = WIDTH if batches.mask is None else batches.mask.width
     hide, source = np.repeat(hide, each, 0), batches.loader.source.size
-    return make_render_params(matrices, hide, batches.fill[flat], source, batches.pixels.size, width)
+    params = make_render_params(matrices, hide, batches.fill[flat], source, batches.pixels.size, width)
+    return params if batches.jpeg is None else np.column_stack([params, _jpeg_qualities(batches, flat, repeats)])
+
+
+def _jpeg_qualities(batches, rows: np.ndarray, repeats: np.ndarray | None) -> np.ndarray:  # int32, as many as rows
+    "Return the random JPEG quality of every slice."
+    low, high = batches.jpeg
+    _, uniforms = CounterRNG(batches.seed, batches.epoch, stream=5).draw(batches.labelled.slice_hash[rows], repeats)
+    return (low + uniforms[:, 0] * (high - low)).astype(np.int32)
 
 # %% ../../nbs/06_data/04_base.ipynb #1f90c7c5
 class _BatchAccess:
@@ -192,14 +200,14 @@ class Batches(_BatchAccess):
         mask: Training: hide a side of the image where the labels allow it. Needs `truth`.
         affine: Training and TTA: random affine transforms. Default: none.
         seed: Seed of order and augmentation, an integer of at least 0.
-        shuffle: Training: a new order each epoch, and only complete batches.
+        shuffle: Training: a new order each epoch, only complete batches, and JPEG noise if `pixels` has it.
         shard: (i, of), index of this process and number of processes of a data-parallel run.
         weights: Add the sample weights of the competition's metric to each batch. Needs `truth`.
         device: Give {"stored", "params"} for `PixelLayer` instead of rendered pixels.
         workers: Threads. Default: one per available core.
 
     Raises:
-        ValueError: An argument is out of range, or a study or slice has no label.
+        ValueError: An argument is out of range, a study or slice has no label, or JPEG noise is wanted on the device.
     """
 
     channels = False  # whether the last axis of rows becomes the channels
@@ -220,6 +228,10 @@ class Batches(_BatchAccess):
         self.shard, self.weights, self.device, self.has_labels = check_shard(shard), weights, device, truth is not None
         intercept = source.table.get("intercept", np.full(len(source.table), -1024.))
         self.fill = fill_values(intercept, self.pixels.fill)
+        self.jpeg = self.pixels.jpeg if shuffle else None
+        if device and self.jpeg is not None:
+            raise ValueError(f"pixels.jpeg={self.jpeg} is not made on the device: use pixels_on_device=False (device=False), "
+                             "or pixels.jpeg=None")
         self.crops = None if self.pixels.crop is None else crop_matrices(source.table, self.pixels.crop, self.labelled.study >= 0)
         self.set_epoch(0)
         if shuffle and not len(self):

@@ -126,7 +126,7 @@ def train_keras(
     progress: bool | None = None,  # bars and a line an epoch; default: yes
     backend: str | None = None,  # 'tensorflow' or 'jax'
     devices: int | None = None,  # default: all
-    pixels_on_device: bool | None = None,  # mask, affine transform and windows too, the same to the bit; default: on a TPU
+    pixels_on_device: bool | None = None,  # mask, affine transform and windows, the same to the bit; default: on a TPU, without JPEG noise
 ):
     "Train a Keras model on one fold, resuming from its last checkpoint if there is one."
     import_keras(backend)
@@ -136,7 +136,7 @@ def train_keras(
         if config.batch % used:
             raise ValueError(f"batches of {config.batch} cannot be shared by {used} devices; choose a multiple")
         resume(config)
-        on_device = on_tpu() if pixels_on_device is None else pixels_on_device
+        on_device = on_tpu() and config.pixels.jpeg is None if pixels_on_device is None else pixels_on_device
         try:
             _train(run, config, source, truth.select(folds.train(config.fold)), truth.select(folds.valid(config.fold)), weights, tta,
                    deadline, progress is not False, on_device)

@@ -6,14 +6,22 @@
 __all__ = ['RENDER_PARAMS', 'InputConfig', 'make_render_params', 'render_reference', 'render_kernel', 'render_slice']
 
 # %% ../../nbs/04_transforms/04_render.ipynb #ecd1cefa
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
-from .affine import FRACTION_BITS, MODES, fixed_point, warp
+from .affine import FRACTION_BITS, MODES, fixed_point, nearest_index, warp
 from .masks import FILLS, WIDTH, hidden_columns
-from .windows import PE_WINDOWS, SCALES, Window, apply_factors, scale_factors
+from rsnape_kit.transforms.windows import (
+    PE_WINDOWS,
+    SCALES,
+    Window,
+    apply_factors,
+    check_jpeg,
+    jpeg_noise,
+    scale_factors,
+)
 from ..utils.native import compiled, numba, warn_once
 
 # %% ../../nbs/04_transforms/04_render.ipynb #bede3d79
@@ -28,6 +36,8 @@ class InputConfig:
         mode: interpolation, 'nearest' or 'bilinear'.
         crop: side of the central square to keep, mm; None keeps the whole field of view.
         fill: value of hidden pixels: 'air', or 'zero' for a stored 0, as in the original.
+        jpeg: training: range of the random quality (from, below) of JPEG noise before the affine transform, e.g. (30, 100),
+            the original's for ResNet3D. None: no noise. It needs one or three windows.
 
     Raises:
         ValueError: a value is not as described.
@@ -38,6 +48,7 @@ class InputConfig:
     mode: str = "nearest"
     crop: float | None = None
     fill: str = "air"
+    jpeg: tuple[int, int] | None = None
 
     def __post_init__(self):
         if not isinstance(self.windows, tuple | list) or not self.windows:
@@ -51,6 +62,8 @@ class InputConfig:
             raise ValueError(f"size {self.size!r}: expected an even integer number of pixels")
         if self.crop is not None and not 0 < self.crop < np.inf:
             raise ValueError(f"crop {self.crop!r}: expected millimetres above 0, or None for the whole field")
+        if self.jpeg is not None:
+            object.__setattr__(self, "jpeg", check_jpeg(self.jpeg, len(windows)))
 
     @cached_property
     def ends(self) -> np.ndarray:
@@ -246,12 +259,25 @@ def render_kernel(
                 _interleave(windowed[:values.size], target[c:], len(ends))
 
 # %% ../../nbs/04_transforms/04_render.ipynb #495a4b85
+def _render_noisy(stored, params, config, out):
+    "Window a slice, add the noise of JPEG compression, then apply the affine transform."
+    whole, source = np.empty((*stored.shape, len(config.windows)), np.uint8), len(stored)
+    still = np.array([1 << FRACTION_BITS, 0, 0, 0, 1 << FRACTION_BITS, 0, *params[6:9]], np.int32)
+    render_slice(stored, still, replace(config, size=source), whole)
+    noisy = jpeg_noise(whole, params[9])
+    if config.mode == "nearest":
+        out[:] = noisy.reshape(-1, out.shape[-1])[nearest_index(params[:6], source, config.size)]
+    else:
+        for c in range(out.shape[-1]):
+            out[..., c] = warp(noisy[..., c].astype(np.int16), params[:6], config.size, config.mode)
+
+
 def render_slice(stored: np.ndarray, params: np.ndarray, config: InputConfig, out: np.ndarray) -> None:
     """Render one slice (side mask, affine transform, windows) into an image of a batch.
 
     Args:
         stored: int16 [S, S], C-contiguous and writable, S even, HU x 4; its hidden columns are overwritten.
-        params: int32 [9], a row of `make_render_params`.
+        params: int32 [9], a row of `make_render_params`; or [10] with the quality of JPEG noise.
         config: windows, size and interpolation.
         out: uint8 [size, size, C], C-contiguous: the image, written in place.
 
@@ -265,7 +291,9 @@ def render_slice(stored: np.ndarray, params: np.ndarray, config: InputConfig, ou
         raise ValueError("stored is not C-contiguous or is read-only: expected a writable slice, e.g. stored.copy()")
     if out.dtype != np.uint8 or out.shape != shape or not out.flags.c_contiguous:
         raise ValueError(f"out is {out.dtype} of shape {out.shape}: expected C-contiguous uint8 of shape {shape}")
-    if numba is None:
+    if len(params) > RENDER_PARAMS:
+        _render_noisy(stored, params, config, out)
+    elif numba is None:
         warn_once()
         out[:] = render_reference(stored, params, config)
     else:

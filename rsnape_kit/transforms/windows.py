@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['HU_SCALE', 'LUNG', 'PE', 'MEDIASTINAL', 'PE_WINDOWS', 'SCALES', 'Window', 'scale_factors', 'apply_factors',
-           'apply_windows']
+           'apply_windows', 'jpeg_noise', 'check_jpeg']
 
 # %% ../../nbs/04_transforms/01_windows.ipynb #1070485d
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from ..utils import require_module
 
 # %% ../../nbs/04_transforms/01_windows.ipynb #15ec1e88
 HU_SCALE = 4  # stored units per HU: a store's pixel is the sum of four, i.e. four times their mean
@@ -100,3 +102,27 @@ def apply_windows(hu: np.ndarray, windows: Sequence[Window] = PE_WINDOWS, scale:
     factors = scale_factors(stored.min((-2, -1)), stored.max((-2, -1)), windows, scale)
     pairs = zip(stored.reshape(-1, *hu.shape[-2:]), factors.reshape(-1, len(windows), 3), strict=True)
     return np.stack([apply_factors(*pair) for pair in pairs]).reshape(*hu.shape, len(windows))
+
+# %% ../../nbs/04_transforms/01_windows.ipynb #5c1e0a02
+def jpeg_noise(
+    image: np.ndarray,  # uint8 [H, W, 1 or 3]
+    quality: int,  # 1 to 100
+) -> np.ndarray:  # uint8, same shape
+    "Return an image as it is after JPEG compression, with colour at half the resolution if it has three channels."
+    codec = require_module("imagecodecs", "pixels.jpeg needs it: pip install imagecodecs")
+    plane = image[..., 0] if image.shape[2] == 1 else image
+    coded = codec.jpeg8_encode(np.ascontiguousarray(plane), level=int(quality), subsampling="420")
+    return codec.jpeg8_decode(coded).reshape(image.shape)
+
+# %% ../../nbs/04_transforms/01_windows.ipynb #5c1e0a06
+def check_jpeg(
+    jpeg,  # pair of integers: lowest quality, and the first that is too high
+    windows: int,  # channels of the input
+) -> tuple:  # the same
+    "Return the range of a random JPEG quality; raise ValueError if it is none, or JPEG has not that number of channels."
+    low, high = jpeg if np.shape(jpeg) == (2,) else (0, 0)
+    if not (isinstance(low, int) and isinstance(high, int) and 1 <= low < high <= 101):
+        raise ValueError(f"jpeg {jpeg!r}: expected the quality's range (from, below), two integers from 1 to 101, or None")
+    if windows not in (1, 3):
+        raise ValueError(f"jpeg {jpeg!r}: JPEG has one or three channels, the input has {windows} windows")
+    return low, high

@@ -1,5 +1,6 @@
 "Rendering compared with the original's floating point, with and without numba, and from many threads."
 import hashlib
+import io
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from rsnape_kit.transforms.affine import MODES, AffineRange, crop_matrix
 from rsnape_kit.transforms.masks import SideMask, fill_values
@@ -90,6 +92,12 @@ def test_many_threads_at_once():
 
 def original(raw, slope, intercept, hide, matrix):
     "The 30th place's training notebook in float32, step by step: resize, mask stored values, rescale, windows, gather."
+    channels = original_windows(raw, slope, intercept, hide)
+    return channels.reshape(-1, 3)[original_places(matrix)].reshape(256, 256, 3)
+
+
+def original_windows(raw, slope, intercept, hide=(False, False)):
+    "Three windows in [0, 1], float32 [256, 256, 3]."
     image = raw.astype(np.float32).reshape(256, 2, 256, 2).mean((1, 3), dtype=np.float32)
     image[:, 166:] *= not hide[0]
     image[:, :90] *= not hide[1]
@@ -99,23 +107,28 @@ def original(raw, slope, intercept, hide, matrix):
         clipped = np.clip(image, level - width // 2, level + width // 2)
         clipped = clipped - clipped.min()
         channels.append(clipped / clipped.max())
+    return np.stack(channels, -1)
+
+
+def original_places(matrix):
+    "The source pixel of each pixel, int [256 * 256]."
     up, right = np.repeat(np.arange(128, -128, -1), 256), np.tile(np.arange(-128, 128), 256)
     places = (matrix * [[1, 1, 256], [1, 1, 256], [1, 1, 1]]).astype(np.float32)
     places = places @ np.stack([up, right, np.ones(256 * 256)]).astype(np.float32)
     places = np.clip(places.astype(np.int32), -127, 128)
-    return np.stack(channels, -1)[128 - places[0], 127 + places[1]].reshape(256, 256, 3)
+    return (128 - places[0]) * 256 + 127 + places[1]
 
 
 def difference_to_original(raw, slope, intercept, seed):
     "Absolute difference of each byte from the original's value."
     rng = np.random.default_rng(seed)
-    matrix, hide = AffineRange().sample(rng), rng.random(2) < .5
+    normals, hide = rng.standard_normal(6), rng.random(2) < .5
     hu = np.clip(raw * slope + intercept, -1024, 8191)
     stored = np.rint(hu).astype(np.int32).reshape(256, 2, 256, 2).sum((1, 3)).astype(np.int16)
-    one_column = np.array([[1, 0, 0], [0, 1, -1 / 256], [0, 0, 1]])  # the original's identity is off by one column
-    params = make_render_params((matrix @ one_column)[None], hide[None], fill_values([intercept], "zero"), 256, 256)[0]
+    ours = AffineRange(offset=-1 / 256).matrices(normals)  # the original's identity is off by one column
+    params = make_render_params(ours[None], hide[None], fill_values([intercept], "zero"), 256, 256)[0]
     ours = rendered(stored, params, InputConfig(fill="zero"))
-    return np.abs(ours - 255 * original(raw, slope, intercept, hide, matrix))
+    return np.abs(ours - 255 * original(raw, slope, intercept, hide, AffineRange().matrices(normals)))
 
 
 def test_equals_the_original_on_synthetic_slices():
@@ -138,6 +151,24 @@ def test_equals_the_original_on_real_slices(real_ct, study):
         slope, intercept = float(data.RescaleSlope), float(data.RescaleIntercept)
         raw = np.maximum(data.pixel_array, (-1024 - intercept) / slope).astype(np.int16)  # padding to air
         assert (difference_to_original(raw, slope, intercept, seed) <= .51).mean() >= .999
+
+
+def test_jpeg_noise_comes_between_windows_and_transform_as_in_the_original():
+    "The steps of the ResNet3D notebook: windows, JPEG by another encoder (Pillow's), gather."
+    rng = np.random.default_rng(3)
+    rows, columns = np.mgrid[-1:1:512j, -1:1:512j]
+    raw = np.maximum(np.where(rows**2 + columns**2 < .7, 1060, 0) + rng.normal(0, 30, (512, 512)), 0).astype(np.int16)
+    stored = (raw.astype(np.int32) - 1024).reshape(256, 2, 256, 2).sum((1, 3)).astype(np.int16)
+    normals, affine = rng.standard_normal(6), AffineRange(shift=8 / 256, offset=-1 / 256)
+    params = make_render_params(affine.matrices(normals)[None], [(False, False)], [-4096], 256, 256)[0]
+    for quality in (30, 99):
+        file = io.BytesIO()
+        picture = np.rint(255 * original_windows(raw, 1, -1024)).astype(np.uint8)
+        Image.fromarray(picture).save(file, "JPEG", quality=quality)
+        places = original_places(AffineRange(shift=8 / 256).matrices(normals))
+        expected = np.asarray(Image.open(file)).reshape(-1, 3)[places].reshape(256, 256, 3)
+        difference = np.abs(rendered(stored, np.append(params, quality), InputConfig()).astype(int) - expected)
+        assert (difference <= 1).mean() >= .998
 
 
 def test_a_masked_slice_keeps_its_embolus():
