@@ -192,6 +192,7 @@ class PetaFormer(nn.Module):
         dropout: float = .25,  # in the heads
         attention_dropout: float = .1,
         token_norm: bool = False,  # batch norm on pooled features, before the position encoding is added
+        normalise: bool = True,  # grey values by ImageNet's mean and standard deviation; False: in [0, 1], as the original
         frozen_norm: bool = False,  # keep the statistics of the backbone's batch norms in training, e.g. ImageNet's
         weights: Path | str | None = None,  # torchvision's resnet34 weights, for the backbone
         expect_image: float | None = None,  # probability that the untrained image head gives; default: random biases
@@ -208,7 +209,7 @@ class PetaFormer(nn.Module):
         self.attention = make_attention(attention, dim, layers, heads, attention_dropout)
         self.image_head = mlp(dim * pool[0] * pool[1], slices, dropout)
         self.exam_head = mlp(dim, len(EXAM_OUTPUTS), dropout)
-        self.frozen_norm = frozen_norm
+        self.frozen_norm, self.normalise = frozen_norm, normalise
         for head, expected in ((self.image_head, expect_image), (self.exam_head, expect_exam)):
             if expected is not None:
                 with torch.no_grad():
@@ -237,7 +238,7 @@ class PetaFormer(nn.Module):
 
     def tokens(self, images, real):  # float [b, groups, *pool, dim]
         "Return each group's pooled features plus position encoding; zeros for padding."
-        x = normalise(images[real])
+        x = normalise(images[real], self.normalise)
         features = self.pool(self.backbone(x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x))
         found = self.project(features.permute(0, 2, 3, 1))
         found = self.token_norm(found.flatten(0, 2)).view_as(found)
@@ -246,6 +247,9 @@ class PetaFormer(nn.Module):
         return tokens + positional_encoding(tokens.shape[1:4], tokens.shape[-1]).to(tokens) * real[..., None, None, None]
 
 # %% ../../nbs/07_models/06_petaformer.ipynb #7f85bb92
-def normalise(images):  # uint8 -> float, same shape
+def normalise(
+    images,  # uint8 tensor
+    imagenet: bool = True,  # False: only to [0, 1]
+):  # float tensor, same shape
     "Scale grey values as a network trained on ImageNet expects."
-    return (images.float() / 255 - .449) / .226
+    return (images.float() / 255 - .449) / .226 if imagenet else images.float() / 255

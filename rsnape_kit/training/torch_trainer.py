@@ -59,7 +59,7 @@ def warm_up_backbone(
     bar, losses = tqdm(total=warmup.steps, desc="warm-up on slices", disable=None if progress is None else not progress), []
     for images, y in _slice_batches(source, studies, truth, config):
         x = torch.as_tensor(images).to(device).permute(0, 3, 1, 2).expand(-1, slices, -1, -1)
-        loss = log_loss(head(backbone(normalise(x)).mean((2, 3))), torch.as_tensor(y).to(device))
+        loss = log_loss(head(backbone(normalise(x, config.network.get("normalise", True))).mean((2, 3))), torch.as_tensor(y).to(device))
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 5.)
