@@ -102,8 +102,8 @@ def store(source: list[Path], out: Path, *, size: Literal[256, 512] = 256, part:
 
 # %% ../nbs/16_commands.ipynb #1ae7ac71
 def train(model: str, *, store: list[Path], train_csv: Path, fold: list[int] = (0,), folds: Count = 5,
-          recipe: Literal["full", "demo", "quick"] = "full", set: Annotated[list, "NAME=VALUE"] = (), seed: list[int] = (0,),
-          out: Path = Path("runs"), earlier: list[Path] = (), weights: str = "auto", tta: int = 0,
+          recipe: Literal["full", "original", "demo", "quick"] = "full", set: Annotated[list, "NAME=VALUE"] = (),
+          seed: list[int] = (0,), out: Path = Path("runs"), earlier: list[Path] = (), weights: str = "auto", tta: int = 0,
           hours: float | None = None):
     """Train a model on all folds but one, resuming from its last checkpoint if there is one.
 
@@ -113,7 +113,7 @@ def train(model: str, *, store: list[Path], train_csv: Path, fold: list[int] = (
         train_csv: the competition's train.csv
         fold: the fold to hold out (default: 0), or several, trained one after the other
         folds: number of folds
-        recipe: settings to start from; full has those of the 30th-place solution
+        recipe: settings to start from; full for full size, original for the 30th-place solution's as far as they are known
         set: a setting such as batch=64 or network.width=.5; can be repeated
         seed: random seed (default: 0), or several; each makes a run of its own
         out: folder for run folders

@@ -16,6 +16,8 @@ from conftest import ROOT
 import rsnape_kit as rk
 from rsnape_kit.cli import parser
 from rsnape_kit.kaggle.runtime import HEADER
+from rsnape_kit.runs.config import check_config
+from rsnape_kit.runs.recipes import FULL, RECIPES, override_settings
 
 FRONT = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "MODEL_CARD.md", "CHANGELOG.md")]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -171,6 +173,27 @@ def test_the_architecture_page_lists_the_packages():
     named = re.findall(r"^(\d\d_\w+) {2,}\S", page, re.M)
     found = [path.stem for path in (ROOT / "nbs").glob("[0-9]*") if path.is_dir() or not path.stem.startswith("00_")]
     assert named == sorted(found)
+
+
+def rows_of_the_original(model: str) -> dict:
+    "The rows of a model's table on the page of the original, each with the settings that it names."
+    page = (ROOT / "docs/original.md").read_text(encoding="utf-8")
+    section = re.search(rf"^## .*\(`{model}`\)\n(.*?)(?=^## |\Z)", page, re.M | re.S)[1]
+    return {row: re.findall(r"`([a-z_][\w.]*=[^`]+)`", row) for row in re.findall(r"^\|.*\|$", section, re.M)}
+
+
+@pytest.mark.parametrize("model", FULL)
+def test_settings_on_the_page_of_the_original_exist_and_are_those_of_its_recipe(model):
+    rows, original = rows_of_the_original(model), RECIPES["original"][model]
+    assert sum(map(len, rows.values())) > 6
+    for row, switches in rows.items():
+        config = override_settings(FULL[model], switches)
+        check_config(config)
+        assert all(config.entry.accepts(name) for name in config.network), row
+        if row.split("|")[-2].strip().startswith("different"):
+            assert override_settings(original, switches) == original, row
+    used = [each for switches in rows.values() for each in switches if override_settings(original, [each]) == original]
+    assert override_settings(FULL[model], used) == original  # so `full` differs only where the page says it
 
 
 def test_the_first_cell_of_a_kaggle_notebook_is_that_of_the_kernels():
