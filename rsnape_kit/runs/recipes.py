@@ -92,7 +92,9 @@ ORIGINAL = {
 }
 
 # %% ../../nbs/08_runs/02_recipes.ipynb #5c1e0e04
-_LEFT = ("slices are resized losslessly, without a first JPEG copy", "frames: one of each of 256 intervals, also in positive studies",
+_SLICES = ("noisy-student weights, not ImageNet's (--weights)", "head starts with small weights", "folds by study, not by file",
+           "slices reshuffled each epoch", "validated without side mask")
+_LEFT = ("no first JPEG copy of the slices", "frames: one of each of 256 intervals, also in positive studies",
          "heads start with small weights")
 _GUESSED = "3-D blocks, normalisation, JPEG noise and training are guesses: the code was not published"
 _VOLUME = ("input normalised by ImageNet (network.scale)", "normalisation by channel (network.norm_axis)",
@@ -104,15 +106,14 @@ _PETAFORMER = ("training and auxiliary weight are guesses: the code was not publ
 DIFFERS = {  # recipe -> model -> texts
     "full": {
         "efficientnet": ("input normalised by ImageNet (network.scale)", "hidden sides are air (pixels.fill)",
-                         "head starts at the prevalence (network.expect)", "no shift by one column (affine.offset)"),
-        "resnet3d": _VOLUME + _LEFT[1:],
+                         "head starts at the prevalence (network.expect)", "no shift by one column (affine.offset)", *_SLICES),
+        "resnet3d": _VOLUME + _LEFT,
         "efficientnet3d": (*_VOLUME, _GUESSED),
         "petaformer": ("input normalised by ImageNet (network.normalise)", "wider affine transform (affine)",
                        "the metric as loss (loss)", "8 studies a step on two GPUs, not 16 (accumulate)", "gradient clipped (clip)", *_PETAFORMER),
     },
     "original": {
-        "efficientnet": ("all slices reshuffled each epoch", "folds by study, not by file", "validated without side mask",
-                         "head starts with small weights"),
+        "efficientnet": _SLICES,
         "resnet3d": ("input divided by 255, not 256", *_LEFT),
         "efficientnet3d": (_GUESSED, *_LEFT),
         "petaformer": _PETAFORMER,

@@ -83,7 +83,7 @@ def _shares_backbone(run: Path, config: TrainConfig) -> bool:
         same = (other.model, other.fold, other.split) == (BACKBONE_FROM[config.model], config.fold, config.split)
         return (same and len(other.pixels.windows) == len(config.pixels.windows) and (run / "best.npz").exists()
                 and complete_folder(run / "oof") is not None
-                and all(network_value(other, name) == network_value(config, name) for name in ("variant", "width", "depth")))
+                and all(network_value(other, name) == network_value(config, name) for name in ("variant", "width", "depth", "scale")))
     except (OSError, ValueError, TypeError):  # a damaged run is none to start from
         return False
 
@@ -146,7 +146,7 @@ def train(model: str, source: PixelSource, fold: int, config: TrainConfig | None
         model: name of a registered model, see `list_models`.
         source: pixel source with all studies, e.g. a SliceStore.
         fold: number of the fold to hold out, from 0.
-        config: KerasConfig or PetaFormerConfig; default: the defaults, which are the 30th-place solution's.
+        config: KerasConfig or PetaFormerConfig; default: that class's defaults; see RECIPES for settings at full size.
         truth: labels of all studies to train and validate on.
         folds: from `make_folds`; the studies of `fold` are held out.
         out: folder in which the run's folder is made.
