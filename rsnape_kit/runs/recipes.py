@@ -71,12 +71,12 @@ _WHOLE = dict(frames=256, batch=32, mask=None, affine=STUDY_RANGE, optimizer="ad
 FULL = {
     "efficientnet": KerasConfig(model="efficientnet", network=dict(variant="b1", pool="max"), batch=768),
     "resnet3d": KerasConfig(model="resnet3d", **_WHOLE),
-    "efficientnet3d": KerasConfig(model="efficientnet3d", **_WHOLE),
-    "petaformer": PetaFormerConfig(),
+    "efficientnet3d": KerasConfig(model="efficientnet3d", tta=4, **_WHOLE),
+    "petaformer": PetaFormerConfig(tta=4),
 }
 
 _BACKBONE = dict(variant="b0", width=.5, depth=.1, pool="avg", momentum=.9, drop_connect=0.)
-_SHORT = dict(loss="metric", balanced=True, optimizer="adamw", clip=5.)
+_SHORT = dict(loss="metric", balanced=True, optimizer="adamw", clip=5., tta=1)
 _STUDIES = dict(frames=16, mask=None, emphasis=6.5, **_SHORT)
 
 DEMO = {
@@ -96,7 +96,7 @@ DEMO = {
         network=dict(width=.25, depth=.1, layers=2, attention="encoder", dropout=.1, attention_dropout=0., token_norm=True,
                      frozen_norm=True),
         pixels=InputConfig((PE,), "fixed", 96, crop=165.), groups=32, slices=1, affine=AffineRange(4, 1, .03, .02),
-        slice_warmup=SliceWarmup(), backbone_lr=0., batch=5, phases=(Phase(8, 2e-3, one_cycle=.25),), clip=5.),
+        slice_warmup=SliceWarmup(), backbone_lr=0., batch=5, phases=(Phase(8, 2e-3, one_cycle=.25),), clip=5., tta=1),
 }
 BACKBONE_FROM = {"efficientnet3d": "efficientnet"}  # model -> model whose best.npz of the same fold it starts from
 
@@ -104,7 +104,7 @@ BACKBONE_FROM = {"efficientnet3d": "efficientnet"}  # model -> model whose best.
 def quick(config: TrainConfig) -> TrainConfig:
     "Return settings that train for a few steps."
     warmup = config.slice_warmup and replace(config.slice_warmup, steps=2, batch=8)
-    short = replace(config, phases=(replace(config.phases[-1], epochs=1),), slice_warmup=warmup)
+    short = replace(config, phases=(replace(config.phases[-1], epochs=1),), slice_warmup=warmup, tta=0)
     return short if isinstance(config, PetaFormerConfig) else replace(short, steps=4, batch=min(config.batch, 8))
 
 
