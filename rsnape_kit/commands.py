@@ -103,7 +103,7 @@ def store(source: list[Path], out: Path, *, size: Literal[256, 512] = 256, part:
 # %% ../nbs/16_commands.ipynb #1ae7ac71
 def train(model: str, *, store: list[Path], train_csv: Path, fold: list[int] = (0,), folds: Count = 5,
           recipe: Literal["full", "original", "demo", "quick"] = "full", set: Annotated[list, "NAME=VALUE"] = (),
-          seed: list[int] = (0,), out: Path = Path("runs"), earlier: list[Path] = (), weights: str = "auto", tta: int = 0,
+          seed: list[int] = (0,), out: Path = Path("runs"), earlier: list[Path] = (), weights: str = "auto", tta: int | None = None,
           hours: float | None = None):
     """Train a model on all folds but one, resuming from its last checkpoint if there is one.
 
@@ -119,7 +119,7 @@ def train(model: str, *, store: list[Path], train_csv: Path, fold: list[int] = (
         out: folder for run folders
         earlier: folders to search for an earlier session's copy of the run
         weights: file for the network's backbone, none for random weights, auto for what the model is meant to start from
-        tta: augmented views of the held-out studies beside the plain one
+        tta: augmented views of the held-out studies and of later predictions, beside the plain one (default: the recipe's)
         hours: time budget of all runs; training stops in time and can be resumed
     """
     from rsnape_kit.competition.labels import STUDY
@@ -171,7 +171,7 @@ def blend(runs: list[Path] = (), *, train_csv: Path | None = None, preset: Liter
         out: file to write; a picture of the blend weights is written beside it
     """
     from rsnape_kit.ensemble.weight_fitting import loss_by_label, plot_weights, summary
-    from rsnape_kit.inference.predict_runs import load_folds, load_oofs
+    from rsnape_kit.inference.predict_runs import load_folds, load_oofs, load_views
 
     if preset == "original" and not train_csv:
         return _unfitted(preset, runs, out)
@@ -182,6 +182,7 @@ def blend(runs: list[Path] = (), *, train_csv: Path | None = None, preset: Liter
     truth, oofs, folds = rk.Predictions.from_train_csv(train_csv), load_oofs(runs), load_folds(runs)
     slices = rk.SliceStore(*store).table if store else None
     ensemble = rk.fit_preset(preset, oofs, truth, folds, slices) if preset else rk.fit_ensemble(oofs, truth, folds, space)
+    ensemble = replace(ensemble, views=load_views(runs))
     ensemble.save(out)
     picture = out.with_suffix(".png")
     plot_weights(ensemble.blend_weights).savefig(picture, dpi=80)
@@ -203,7 +204,7 @@ def _listed(losses: dict) -> str:
 
 # %% ../nbs/16_commands.ipynb #36352a06
 def predict(runs: list[Path] = (), *, competition: Path | None = None, store: list[Path] = (), dicom: Path | None = None,
-            ensemble: Path | None = None, out: Path = Path("predictions"), submission: Path | None = None, tta: int = 0,
+            ensemble: Path | None = None, out: Path = Path("predictions"), submission: Path | None = None, tta: int | None = None,
             hours: float | None = None):
     """Predict a competition's test set, a store or a folder of DICOM.
 
@@ -215,7 +216,7 @@ def predict(runs: list[Path] = (), *, competition: Path | None = None, store: li
         ensemble: ensemble.json of rsnape blend (default: all models with equal weight)
         out: folder for the predictions
         submission: file to write (default: OUT/submission.csv)
-        tta: augmented views beside the plain one
+        tta: augmented views beside the plain one (default: those that the ensemble was fitted on, else each run's own)
         hours: time budget
     """
     seconds = float("inf") if hours is None else 3600 * hours
@@ -230,6 +231,10 @@ def predict(runs: list[Path] = (), *, competition: Path | None = None, store: li
     if not runs:
         raise ValueError("no runs: give folders of trained runs; rsnape train and make demo write them to runs/")
     source, work = rk.SliceStore(*store) if store else rk.DicomSource(rk.scan(dicom)), out / "results"
+    if ensemble and tta is None:
+        from rsnape_kit.ensemble.ensemble import as_ensemble
+
+        tta = as_ensemble(ensemble).views
     preds = rk.predict(runs, source, tta, work, time_budget=seconds)
     for name, pred in preds.items():
         pred.save(out / name)

@@ -120,6 +120,7 @@ class TrainConfig(RunConfig):
     clip: float | None = None  # largest norm of the gradient
     precision: str = "float32"  # 'bfloat16', 'float16', or 'auto': the fastest that the device has
     pretrained: str = ""  # file name and hash of the weights that the backbone started with
+    tta: int = 0  # augmented views of the held-out studies and of later predictions, besides the plain one
 
     def __post_init__(self):
         super().__post_init__()
@@ -158,6 +159,7 @@ class KerasConfig(TrainConfig):
         ema: momentum of averaged weights, which are then validated and kept; None: no averaging.
         clip: largest norm of the gradient; None: no clipping.
         precision: 'float32', 'bfloat16', 'float16', or 'auto', which a run replaces by what its device has when it starts.
+        tta: augmented views of the held-out studies and of later predictions, besides the plain one; see `run_views`.
         store, split, pretrained: fingerprints of pixels, folds and weights, filled in by `train`.
     """
     frames: int = 256
@@ -200,6 +202,7 @@ class PetaFormerConfig(TrainConfig):
         clip: largest norm of the gradient; None: no clipping.
         precision: 'auto' (bfloat16 or float16 by the GPU, float32 on a CPU; may change when a run is resumed elsewhere),
             'bfloat16', 'float16' or 'float32'. On a CPU it is always float32.
+        tta: augmented views of the held-out studies and of later predictions, besides the plain one; see `run_views`.
         store, split, pretrained: fingerprints of pixels, folds and weights, filled in by `train`.
     """
     model: str = "petaformer"
@@ -236,6 +239,8 @@ def check_config(config: TrainConfig):
             "slice_warmup": kind == "image" and config.slice_warmup is not None}
     for name in (name for name, no_effect in idle.items() if no_effect):
         raise ValueError(f"{name}={getattr(config, name)!r} has no effect for {config.model} with loss={loss!r}: leave it out")
+    if type(config.tta) is not int or config.tta < 0:
+        raise ValueError(f"tta is {config.tta!r}, expected the number of augmented views, 0 or more")
     if kind == "groups" and any(phase.from_best for phase in config.phases[1:]):
         raise ValueError(f"{config.model} goes on from the last weights: set from_best=False in all phases after the first")
     if kind == "groups" and len(config.pixels.windows) != 1:
