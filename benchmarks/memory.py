@@ -1,11 +1,11 @@
-"""Estimated activation memory beside that of the compiled training step (JAX on the CPU; nothing is computed), for each full recipe.
+"""Estimated activation memory beside that of the compiled training step (JAX on the CPU), for each full recipe.
 
-    python benchmarks/memory.py                         # some minutes a line: a study of 16 frames, two numbers of samples
+    python benchmarks/memory.py                         # some minutes a line; volume models at 16 and 32 frames
     python benchmarks/memory.py resnet3d --frames 256   # full size
     python benchmarks/memory.py --count                 # costs of a sample, as `runs.machine` has them
 
-The share that is kept comes from two numbers of samples, or of frames, so that weights and gradients do not count. PetaFormer: what
-autograd saves at full size beside what follows from two small sizes.
+Nothing is computed. The share that is kept comes from two numbers of samples, or of frames, so that weights and gradients do not
+count. PetaFormer: what autograd saves at full size beside what follows from two small sizes.
 """
 import argparse
 import os
@@ -16,7 +16,7 @@ from rsnape_kit.models.registry import build_model, compile_model
 from rsnape_kit.runs.machine import _count_saved, costs_key, count_costs
 from rsnape_kit.runs.recipes import FULL
 
-# Memory is planned before machine code is made: quick code is enough. The scheduler is the one that saves memory, as on a TPU.
+# Memory is planned before machine code is made, so quick code is enough; the scheduler saves memory, as on a TPU.
 FLAGS = ("--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
          "--xla_cpu_enable_concurrency_optimized_scheduler=false")
 
@@ -30,7 +30,8 @@ def step_bytes(config, n: int) -> int:
     x = jax.ShapeDtypeStruct((n, *model.input_shape[1:]), "uint8")
     outputs = model.output if isinstance(model.output, dict) else {"": model.output}
     packed = {head: jax.ShapeDtypeStruct((n, *each.shape[1:], 2), "float32") for head, each in outputs.items()}
-    groups = (model.trainable_variables, model.non_trainable_variables, model.optimizer.variables, model.metrics_variables)
+    groups = (model.trainable_variables, model.non_trainable_variables, model.optimizer.variables,
+              model.metrics_variables)
     state = tuple([variable.value for variable in group] for group in groups)
     step = jax.jit(lambda state, x, y: model.train_step(state, (x, y)), donate_argnums=0)
     compiled = step.lower(state, x, packed if isinstance(model.output, dict) else packed[""]).compile()
@@ -52,7 +53,7 @@ def compare(config, frames):
         rows.append((n * count_costs(settings).activations, step_bytes(settings, n)))
         shape = f"{settings.frames} frames" if config.is_volume else f"{n} slices"
         print(f"{config.model:<15}{'recomputed' if config.network.get('recompute') else 'kept':<12}{shape:<12}"
-              f"{rows[-1][0] / 2**30:>8.3f}{rows[-1][1] / 2**30:>10.3f} GiB{rows[-1][1] / rows[-1][0]:>8.2f}", flush=True)
+              f"{rows[-1][0] / 2**30:>8.3f}{rows[-1][1] / 2**30:>10.3f} GiB{rows[-1][1] / rows[-1][0]:>8.2f}")
     if len(rows) == 2:
         (a, b), (c, d) = rows
         print(f"{'':<39}share of a further sample {(d - b) / (c - a):.2f}", flush=True)
