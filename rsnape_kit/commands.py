@@ -103,6 +103,7 @@ def store(source: list[Path], out: Path, *, size: Literal[256, 512] = 256, part:
 # %% ../nbs/16_commands.ipynb #1ae7ac71
 def train(model: str, *, store: list[Path], train_csv: Path, fold: list[int] = (0,), folds: Count = 5,
           recipe: Literal["full", "original", "demo", "quick"] = "full", set: Annotated[list, "NAME=VALUE"] = (),
+          machine: Literal["auto", "here", "t4x2", "v5e-8", "cpu", "none"] = "auto",
           seed: list[int] = (0,), out: Path = Path("runs"), earlier: list[Path] = (), weights: str = "auto", tta: int | None = None,
           hours: float | None = None):
     """Train a model on all folds but one, resuming from its last checkpoint if there is one.
@@ -116,6 +117,7 @@ def train(model: str, *, store: list[Path], train_csv: Path, fold: list[int] = (
         recipe: settings to start from; full for full size, original for the 30th-place solution's as far as they are known
         set: a setting such as batch=64 or network.width=.5; can be repeated
         seed: random seed (default: 0), or several; each makes a run of its own
+        machine: choose batch, passes, precision and recomputation to fit it; auto is here on Kaggle and none elsewhere
         out: folder for run folders
         earlier: folders to search for an earlier session's copy of the run
         weights: file for the network's backbone, none for random weights, auto for what the model is meant to start from
@@ -123,10 +125,15 @@ def train(model: str, *, store: list[Path], train_csv: Path, fold: list[int] = (
         hours: time budget of all runs; training stops in time and can be resumed
     """
     from rsnape_kit.competition.labels import STUDY
+    from rsnape_kit.kaggle.runtime import find_machine
+    from rsnape_kit.runs.machine import fit_and_tell
     from rsnape_kit.runs.recipes import find_recipe, override_settings
     from rsnape_kit.utils.files import complete_folder
 
-    began, config = time.time(), find_recipe(recipe, model)
+    began = time.time()
+    config = override_settings(find_recipe(recipe, model), set)
+    if found := find_machine(machine, config.entry.framework == "torch"):
+        config = fit_and_tell(config, found, [each.partition("=")[0] for each in set])
     source, truth = rk.SliceStore(*store), rk.Predictions.from_train_csv(train_csv)
     split = rk.make_folds(source.table[STUDY].unique(), truth, folds)
     for held_out, number in product(fold, seed):

@@ -113,7 +113,8 @@ class TrainConfig(RunConfig):
     network: dict = field(default_factory=dict)  # more arguments of the model's factory: width, depth, ...
     pixels: InputConfig = InputConfig()  # how slices become input
     affine: AffineRange | None = AffineRange()  # random affine transforms in training
-    batch: int = 32  # slices or studies per step
+    batch: int = 32  # slices or studies of a pass
+    accumulate: int = 1  # passes per step of the optimiser
     phases: tuple[Phase, ...] = PHASES_B1
     slice_warmup: SliceWarmup | None = None  # models of whole studies: steps on single slices first
     loss: str = "bce"  # or 'metric': weighted as the competition's metric
@@ -126,6 +127,13 @@ class TrainConfig(RunConfig):
         super().__post_init__()
         phases = tuple(phase if isinstance(phase, Phase) else Phase(*phase) for phase in self.phases)
         object.__setattr__(self, "phases", phases)
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate is {self.accumulate!r}: expected a number of passes of at least 1")
+
+    @property
+    def effective_batch(self) -> int:
+        "Samples per step of the optimiser (and process, in PyTorch)."
+        return self.batch * self.accumulate
 
     @property
     def all_epochs(self) -> int:
@@ -147,8 +155,9 @@ class KerasConfig(TrainConfig):
         mask: random masking of sides without an embolus; None: no masks.
         affine: ranges of the random affine transforms in training; None: none.
         balanced: image models: half the slices of a batch are positive; with loss='metric', slices are weighted by class.
-        batch: slices (image) or studies (volume) per step, over all devices.
-        steps: steps per epoch; default: every slice or study once.
+        batch: slices (image) or studies (volume) of a forward pass, over all devices.
+        accumulate: passes per step of the optimiser, which takes the mean of their gradients; batch norm sees one pass.
+        steps: passes per epoch; default: every slice or study once.
         phases: epochs and learning rates, one `Phase` after another.
         validate: number of epochs between two validations on the held-out studies; the last epoch is always validated.
         loss: 'bce', the solution's, or 'metric', the competition's.
@@ -191,8 +200,8 @@ class PetaFormerConfig(TrainConfig):
         groups: groups of neighbouring slices per item; a longer study becomes several items.
         slices: neighbouring slices per group.
         affine: ranges of the random affine transforms in training, one transform per study; None: none.
-        batch: items per step and process.
-        accumulate: batches per step of the optimiser.
+        batch: items of a forward pass and process.
+        accumulate: passes per step of the optimiser.
         phases: epochs and learning rates of transformer and heads, one `Phase` after another.
         backbone_lr: factor on the learning rate for the backbone (the CNN); 0: it is not trained on studies.
         slice_warmup: steps of the backbone on single slices first.
@@ -210,7 +219,6 @@ class PetaFormerConfig(TrainConfig):
     groups: int = 63
     slices: int = 5
     batch: int = 4
-    accumulate: int = 1
     phases: tuple[Phase, ...] = (Phase(12, 1e-3, one_cycle=.25),)
     backbone_lr: float = .1
     loss: str = "metric"
