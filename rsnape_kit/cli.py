@@ -15,7 +15,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
-from .commands import Count, blend, demo, phantom, predict, report, scan, store, train
+from .commands import Count, blend, demo, features, phantom, predict, report, scan, store, train
 
 # %% ../nbs/17_cli.ipynb #a7cm0006
 def kernels(*, owner: str = "OWNER", folds: Count | None = None, trained: bool = False, resume: bool = False):
@@ -160,7 +160,7 @@ def add_command(
             sub.add_argument(name, **({"nargs": "?"} if "default" in settings else {}) | settings)
 
 
-COMMANDS = (demo, phantom, scan, store, train, blend, predict, report, kernels, bundle, check, push, submit, rehearse)
+COMMANDS = (demo, phantom, scan, store, features, train, blend, predict, report, kernels, bundle, check, push, submit, rehearse)
 
 
 def parser() -> argparse.ArgumentParser:

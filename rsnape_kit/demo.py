@@ -29,7 +29,7 @@ from .kaggle.submitter import submit
 from .phantom.generate import make_competition
 from .report.pages import write_report
 from .report.scores import gain_over
-from .runs.recipes import RECIPES
+from .runs.recipes import IMAGE_RUN_FROM, RECIPES
 from .store.build import build_store
 from .store.dicom_source import DicomSource
 from .store.slice_store import SliceStore
@@ -47,7 +47,7 @@ class DemoSettings:
     size: int = 256  # pixels per side; real slices have 512, which take four times the disk and the time
     folds: int = 2  # each model is trained once per fold
     recipe: str = "demo"  # of RECIPES: 'demo', or 'quick' for a few steps
-    models: tuple = tuple(RECIPES["demo"])
+    models: tuple = tuple(name for name in RECIPES["demo"] if name not in IMAGE_RUN_FROM)
     tta: int = 1  # augmented views for predictions besides the plain one
     difficulty: str = "demo"  # or 'real': sizes and rates of emboli as in patients
     seed: int = 0

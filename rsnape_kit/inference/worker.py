@@ -31,16 +31,15 @@ SLICES = 64  # largest batch of an image model
 
 @contextmanager
 def _keras():
-    from rsnape_kit.inference.keras_predictor import predictor
+    from rsnape_kit.inference.keras_predictor import keras_config, predictor
     from rsnape_kit.models.keras_backend import all_devices, import_keras
-    from rsnape_kit.runs.config import KerasConfig
-    from rsnape_kit.runs.folder import load_config
 
     def open_run(run, tta):
-        config = load_config(run, KerasConfig)
-        return predictor(run, tta, batch=1 if config.is_volume else min(config.batch, SLICES), devices=used)
+        config = keras_config(run)
+        return predictor(run, tta, batch=1 if config.is_volume else min(config.batch, SLICES), devices=used, shared=shared)
 
     import_keras()
+    shared: dict = {}
     with all_devices() as used:
         yield open_run
 
