@@ -112,7 +112,7 @@ class HeldFeatures:
     def study(self, uid: str) -> StudyFeatures:
         return self.studies[uid]
 
-# %% ../../nbs/06_data/06_sequences.ipynb #fdb1480c
+# %% ../../nbs/06_data/06_sequences.ipynb #efece793
 class SequenceBatches:
     """Batches of studies as sequences of features: x, or (x, packed targets).
 
@@ -149,7 +149,7 @@ class SequenceBatches:
 
     def set_epoch(self, epoch: int):
         "Set the epoch, which determines order, views and direction."
-        order = epoch_order(len(self.studies), self.seed, epoch, self.shuffle)
+        self.epoch, order = epoch, epoch_order(len(self.studies), self.seed, epoch, self.shuffle)
         self.order = np.resize(order, -(-len(order) // self.batch) * self.batch) if self.shuffle else order
         draws = CounterRNG(self.seed, epoch, stream=5).draw(self.keys[self.order], occurrence(self.order))[1] if self.shuffle else None
         self.share = draws  # float [n, 2] uniform in [0, 1): of the view, of the direction
