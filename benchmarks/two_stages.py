@@ -8,14 +8,13 @@ The first stage is the demo's EfficientNet, one run per fold. Three ways to trai
 
 Each is scored on held-out studies, beside the first stage and both priors, with the CPU-seconds of its training.
 
-    python benchmarks/two_stages.py                       # demo's size, 1,320 steps of the first stage: 20 minutes on two cores
+    python benchmarks/two_stages.py                       # demo's size, 1,320 steps of the first stage
     python benchmarks/two_stages.py --seed 1 --ways a --set units=32 --set kind=lstm
     python benchmarks/two_stages.py --small               # seconds; learns nothing
 
 Everything is kept in --data: run the same command again to go on.
 """
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from rsnape_kit.competition.labels import EXAM_LABELS, IMAGE_LABEL, STUDY
 from rsnape_kit.competition.metric import loss_table
 from rsnape_kit.competition.predictions import Predictions
 from rsnape_kit.competition.priors import constant_prior, position_prior
-from rsnape_kit.data.sequences import HeldFeatures, StudyFeatures
+from rsnape_kit.data.sequences import HeldFeatures
 from rsnape_kit.demo import DemoSettings, prepare
 from rsnape_kit.inference.averaging import ProbabilityAverager
 from rsnape_kit.inference.features import FeatureStore, compute_features, predict_sequences
@@ -42,7 +41,6 @@ from rsnape_kit.store.build import build_store
 from rsnape_kit.store.slice_store import SliceStore
 
 FOLDS, WAYS = 2, ("a", "b", "c")
-REGULAR = {"weight_decay": .2, "network": {"dropout": .5}}  # of way c
 
 
 def settings_of(args) -> DemoSettings:
@@ -67,9 +65,9 @@ def image_run(args, fold: int) -> Path:
     run = out / f"efficientnet-fold{fold}-seed{args.seed}"
     if not (run / "oof").exists():
         epochs = DEMO["efficientnet"].all_epochs
-        command = [sys.executable, "-m", "rsnape_kit.cli", "train", "efficientnet", "--store", folder / "store", "--train-csv",
-                   folder / "competition" / "train.csv", "--fold", fold, "--folds", FOLDS, "--recipe", "demo", "--seed", args.seed,
-                   "--out", out, "--set", f"steps={max(1, args.steps // epochs)}"]
+        command = [sys.executable, "-m", "rsnape_kit.cli", "train", "efficientnet", "--store", folder / "store",
+                   "--train-csv", folder / "competition" / "train.csv", "--fold", fold, "--folds", FOLDS, "--recipe",
+                   "demo", "--seed", args.seed, "--out", out, "--set", f"steps={max(1, args.steps // epochs)}"]
         command += ["--set", "batch=4", "--set", "pixels.size=32"] if args.small else []
         started = time.time()
         with open(folder / f"{run.name}-{args.steps}.log", "w") as log:
@@ -77,16 +75,16 @@ def image_run(args, fold: int) -> Path:
             _, status, usage = os.wait4(pid.pid, 0)
         if status:
             raise RuntimeError(f"{command} failed: see {log.name}")
-        print(f"first stage, fold {fold}: {usage.ru_utime + usage.ru_stime:.0f} CPU-s, {time.time() - started:.0f} s", flush=True)
+        seconds, cpu = time.time() - started, usage.ru_utime + usage.ru_stime
+        print(f"first stage, fold {fold}: {cpu:.0f} CPU-s, {seconds:.0f} s", flush=True)
     return run
 
 
 def scaled(studies: list) -> list:
-    "Return features with mean 0 and deviation 1 over these studies, for networks that read those of several image runs."
+    "Return features with mean 0 and deviation 1 over these studies, for networks that read several image runs."
     everything = np.concatenate([study.features[0] for study in studies]).astype(np.float32)
     mean, deviation = everything.mean(0), everything.std(0) + 1e-3
-    return [StudyFeatures(study.study, study.slices, study.z, ((study.features - mean) / deviation).astype(np.float16), study.logits)
-            for study in studies]
+    return [replace(study, features=((study.features - mean) / deviation).astype(np.float16)) for study in studies]
 
 
 class Stages:
@@ -100,7 +98,8 @@ class Stages:
         self.features = []
         for fold in range(FOLDS):
             run = image_run(args, fold)
-            kept = [compute_features(run, store, Path(args.data) / f"features-{args.steps}" / f"{run.name}-{name}", views=2, progress=False)
+            folder = Path(args.data) / f"features-{args.steps}"
+            kept = [compute_features(run, store, folder / f"{run.name}-{name}", views=2, progress=False)
                     for name, store in zip(("train", "test"), self.stores)]
             self.features.append([self._held(each) for each in kept])
 
@@ -112,12 +111,12 @@ class Stages:
         "Return the settings of the second stage."
         config = DEMO["sequence"]
         if way == "c":
-            config = replace(config, inner=2, weight_decay=REGULAR["weight_decay"], network=config.network | REGULAR["network"])
+            config = replace(config, inner=2, weight_decay=.2, network=config.network | {"dropout": .5})
         if self.args.small:
-            config = replace(config, phases=(replace(config.phases[-1], epochs=1),), steps=1, inner=2, network={"units": 4})
-        size = next(iter(self.features[0][0].studies.values())).features.shape[2]
-        return override_settings(replace(config, features=0 if self.args.no_features else size, seed=self.args.second_seed),
-                                 self.args.set)
+            short = (replace(config.phases[-1], epochs=1),)
+            config = replace(config, phases=short, steps=1, inner=2, network={"units": 4})
+        size = next(iter(self.features[0][0].studies.values())).features.shape[2] * (not self.args.no_features)
+        return override_settings(replace(config, features=size, seed=self.args.second_seed), self.args.set)
 
     def material(self, way: str) -> list:
         "Return per second stage: features and studies to learn from, other studies, and the features of test."
@@ -126,7 +125,8 @@ class Stages:
             held_out = [[train[fold].study(study) for study in self.folds.valid(fold)] for fold in range(FOLDS)]
             scale = scaled if not self.args.no_features else list
             pooled = HeldFeatures(sum(map(scale, held_out), []))
-            return [(pooled, self.truth, self.truth, [HeldFeatures(scale(list(fold.studies.values()))) for fold in test])]
+            tests = [HeldFeatures(scale(list(fold.studies.values()))) for fold in test]
+            return [(pooled, self.truth, self.truth, tests)]
         parts = []
         for fold in range(FOLDS):
             seen, unseen = (self.truth.select(part) for part in (self.folds.train(fold), self.folds.valid(fold)))
@@ -140,22 +140,23 @@ class Stages:
         started, averager, own = time.process_time(), self._averager(1), self._averager(0)
         config = self.config(way)
         for number, (features, truth, other, tests) in enumerate(self.material(way)):
-            features, tests = (self._without(each) for each in ([features], tests)) if self.args.no_features else ([features], tests)
+            if self.args.no_features:
+                features, *tests = self._without([features, *tests])
             inner = None if way == "c" else make_folds(truth.exams.index, truth, config.inner, config.seed).of
             run = open_run(Path(self.args.data) / "second" / f"{time.time_ns()}-{way}{number}", config)
-            model = fit_sequences(run, config, features[0], truth, other, inner, lambda model: {"val_loss": 0.}, progress=False)
+            model = fit_sequences(run, config, features, truth, other, inner, lambda model: {"val_loss": 0.},
+                                  progress=False)
             for each in tests:
                 predict_sequences(model, each, self._rows(1, each.studies), averager, config, views=2)
-            if inner is not None:
-                predict_sequences(model, features[0], self._rows(0, truth.exams.index), own, config, views=2, inner=inner)
-            elif way == "c":
-                predict_sequences(model, features[0], self._rows(0, other.exams.index), own, config, views=2)
+            unseen = other if way == "c" else truth
+            predict_sequences(model, features, self._rows(0, unseen.exams.index), own, config, views=2, inner=inner)
         return averager.predictions(), own.predictions(), time.process_time() - started
 
     @staticmethod
     def _without(held: list) -> list:
         "Return features without vectors: logits and positions only."
-        return [HeldFeatures([replace(study, features=study.features[..., :0]) for study in each.studies.values()]) for each in held]
+        return [HeldFeatures([replace(study, features=study.features[..., :0]) for study in each.studies.values()])
+                for each in held]
 
     def _averager(self, which: int) -> ProbabilityAverager:
         return ProbabilityAverager(self.stores[which].table, EXAM_LABELS)
@@ -179,7 +180,8 @@ def losses(truth: Predictions, pred: Predictions) -> dict:
     "Return the metric in parts."
     table = loss_table(truth, pred)
     exams = table.loc[list(EXAM_LABELS)]
-    return {"exams": exams.loss @ exams.weight / exams.weight.sum(), "images": table.loss[IMAGE_LABEL], "all": table.loss @ table.weight}
+    return {"exams": exams.loss @ exams.weight / exams.weight.sum(), "images": table.loss[IMAGE_LABEL],
+            "all": table.loss @ table.weight}
 
 
 def main():
@@ -191,7 +193,7 @@ def main():
     parser.add_argument("--steps", type=int, default=1320, help="of the first stage")
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=WAYS)
     parser.add_argument("--no-features", action="store_true", help="second stage on logits and positions only")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the second stage")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="setting of the second stage")
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
     args.data = f"{args.data}-{args.difficulty}-{args.seed}{'-small' * args.small}"
@@ -199,13 +201,14 @@ def main():
     stages = Stages(args)
     rows = {"constant prior": losses(stages.test_truth, constant_prior(stages.truth, stages.tables[1])),
             "position prior": losses(stages.test_truth, position_prior(stages.truth, *stages.tables)),
-            "first stage": losses(stages.test_truth, stages.first(1)) | {"oof images": losses(stages.truth, stages.first(0))["images"]}}
+            "first stage": losses(stages.test_truth, stages.first(1)) | {
+                "oof images": losses(stages.truth, stages.first(0))["images"]}}
     for way in args.ways:
         pred, own, seconds = stages.second(way)
         rows[f"way {way}"] = losses(stages.test_truth, pred) | {"CPU-s": seconds} | {
             f"oof {name}": value for name, value in losses(stages.truth, own).items()}
     table = pd.DataFrame.from_dict(rows, orient="index").round(4)
-    print(f"seed {args.seed}, first stage {args.steps} steps; {json.dumps(args.set)}{' no features' * args.no_features}")
+    print(f"seed {args.seed}, first stage {args.steps} steps{', no features' * args.no_features} {' '.join(args.set)}")
     print(table.to_string(na_rep="-"))
 
 

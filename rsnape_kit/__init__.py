@@ -38,12 +38,12 @@ if TYPE_CHECKING:
         fit_weights,
         make_consistent,
     )
-    from rsnape_kit.inference import predict
+    from rsnape_kit.inference import FeatureStore, compute_features, predict
     from rsnape_kit.kaggle import attach, export_kernels, make_bundle, submit
     from rsnape_kit.models import build_model, list_models, register_model
     from rsnape_kit.phantom import make_competition
     from rsnape_kit.report import write_report, write_study_page
-    from rsnape_kit.runs import RECIPES, KerasConfig, PetaFormerConfig, Phase, load_config
+    from rsnape_kit.runs import RECIPES, KerasConfig, PetaFormerConfig, Phase, SequenceConfig, load_config
     from rsnape_kit.store import DicomSource, PixelSource, SliceStore, build_store, read_tfrecords
     from rsnape_kit.testing import ArraySource, simulate_model, simulate_truth
     from rsnape_kit.training import train, train_all
