@@ -141,11 +141,11 @@ def train(model: str, *, store: list[Path], train_csv: Path, fold: int = 0, fold
                 hours=hours, **options))
 
 
-def features(run: Path, *, store: list[Path], out: Path = Path("features"), views: Count = 1):
+def features(image_run: Path, *, store: list[Path], out: Path = Path("features"), views: Count = 1):
     """Compute the features of all slices by an image run; run again to resume or to repair damaged files.
 
     Args:
-        run: folder of a run of an image model
+        image_run: folder of a run of an image model
         store: folders of a slice store, all its parts
         out: folder to write
         views: views of each slice, the plain one included
@@ -153,7 +153,7 @@ def features(run: Path, *, store: list[Path], out: Path = Path("features"), view
     from rsnape_kit.inference.features import compute_features
     from rsnape_kit.store.slice_store import SliceStore
 
-    print(compute_features(run, SliceStore(*store), out, views=views))
+    print(compute_features(image_run, SliceStore(*store), out, views=views))
 
 # %% ../nbs/16_commands.ipynb #1c916fbb
 def blend(runs: list[Path] = (), *, train_csv: Path, space: Literal["probability", "logit"] = "probability",

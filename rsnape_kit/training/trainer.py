@@ -135,6 +135,8 @@ def train(model: str, source: PixelSource, fold: int, config: FitConfig | None =
         from rsnape_kit.training.keras_trainer import train_sequence as train_model
         config = replace(config, image_runs=check_image_runs(options.get("image_runs"), config, folds))
         options.setdefault("features", Path(out).absolute().parent / "features")
+    elif options.get("image_runs"):
+        raise ValueError(f"{model} takes pixels and reads no image runs: leave image_runs out")
     elif framework == "torch":
         from rsnape_kit.training.torch_trainer import train_torch as train_model
     else:
