@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         make_consistent,
         preset_weights,
     )
-    from rsnape_kit.inference import predict
+    from rsnape_kit.inference import FeatureStore, compute_features, predict
     from rsnape_kit.kaggle import attach, export_kernels, make_bundle, submit
     from rsnape_kit.models import build_model, fetch_weights, list_models, register_model, verify_weights
     from rsnape_kit.phantom import make_competition
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         KerasConfig,
         PetaFormerConfig,
         Phase,
+        SequenceConfig,
         fit_to_machine,
         load_config,
         recipe_table,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ..utils import lazy_exports
 
 if TYPE_CHECKING:
+    from rsnape_kit.inference.features import FeatureStore, compute_features
     from rsnape_kit.inference.predict_runs import load_oofs, predict
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__)

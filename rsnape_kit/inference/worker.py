@@ -31,16 +31,15 @@ SLICES = 64  # largest batch of an image model
 
 @contextmanager
 def _keras():
-    from rsnape_kit.inference.keras_predictor import predictor
+    from rsnape_kit.inference.keras_predictor import keras_config, predictor
     from rsnape_kit.models.keras_backend import all_devices, import_keras
-    from rsnape_kit.runs.config import KerasConfig
-    from rsnape_kit.runs.folder import load_config
 
     def open_run(run):
-        config = load_config(run, KerasConfig)
-        return predictor(run, batch=1 if config.is_volume else min(config.batch, SLICES), devices=used)
+        config = keras_config(run)
+        return predictor(run, batch=1 if config.is_volume else min(config.batch, SLICES), devices=used, shared=shared)
 
     import_keras()
+    shared: dict = {}
     with all_devices() as used:
         yield open_run
 
@@ -95,7 +94,8 @@ class Job:
 # %% ../../nbs/09_inference/05_worker.ipynb #5c10aa32
 def networks_of(runs) -> dict:  # folders of runs -> model -> its pickled entry
     "Return the user's models among these runs' that can be sent to a worker process."
-    names = {run_settings(run)["model"] for run in runs} & set(list_models()) - set(BUILT_IN)
+    folders = [folder for run in runs for folder in (run, *Path(run).glob("images/*"))]  # a sequence run has copies of image runs
+    names = {run_settings(folder)["model"] for folder in folders} & set(list_models()) - set(BUILT_IN)
     pickled = {name: _pickled(find_model(name)) for name in sorted(names)}
     return {name: entry for name, entry in pickled.items() if entry}
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..utils import lazy_exports
 
 if TYPE_CHECKING:
-    from rsnape_kit.runs.config import KerasConfig, PetaFormerConfig, Phase
+    from rsnape_kit.runs.config import KerasConfig, PetaFormerConfig, Phase, SequenceConfig
     from rsnape_kit.runs.folder import find_runs, join_oof, load_config
     from rsnape_kit.runs.machine import MACHINES, fit_to_machine, recipe_table
     from rsnape_kit.runs.recipes import RECIPES

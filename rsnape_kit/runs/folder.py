@@ -57,7 +57,7 @@ def load_config(run: Path | str, kind: type | None = None):
 
     Args:
         run: folder of the run.
-        kind: dataclass to read them into; default: that of the model's framework, KerasConfig or PetaFormerConfig.
+        kind: dataclass to read them into; default: that of the model, e.g. KerasConfig.
 
     Returns:
         An instance of `kind`.
@@ -68,8 +68,8 @@ def load_config(run: Path | str, kind: type | None = None):
     """
     settings = run_settings(run)
     if kind is None:
-        from rsnape_kit.runs.config import CONFIGS, find_model
-        kind = CONFIGS[find_model(settings["model"]).framework]
+        from rsnape_kit.runs.config import config_class
+        kind = config_class(settings["model"])
     unknown = sorted(set(settings) - {field.name for field in fields(kind)})
     if unknown:
         raise ValueError(f"{run}/config.json has the setting {unknown[0]!r} that {kind.__name__} does not have; "

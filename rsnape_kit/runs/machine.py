@@ -162,6 +162,8 @@ def fit_to_machine(config: TrainConfig, machine: Machine, fixed=()) -> TrainConf
     Raises:
         ValueError: if nothing fits, or the batch cannot be shared by the devices.
     """
+    if config.entry.kind == "sequence":
+        raise ValueError(f"{config.model} reads features and fits anywhere: train it with machine none")
     config = config if "precision" in fixed else replace(config, precision=machine.precision)
     if config.entry.framework == "torch" and machine.name.startswith("v5e"):
         raise ValueError(f"{config.model} is a PyTorch model, which uses no TPU: train it on t4x2")
@@ -219,6 +221,8 @@ def describe_fit(config: TrainConfig, machine: Machine) -> str:
 
 def fit_and_tell(config: TrainConfig, machine: Machine, fixed=()) -> TrainConfig:
     "Return settings that fit a machine, as `fit_to_machine`; print what was chosen, once in a run of several processes."
+    if config.entry.kind == "sequence":  # small anywhere
+        return config
     config = fit_to_machine(config, machine, fixed)
     if os.environ.get("RANK", "0") == "0":
         print(describe_fit(config, machine))
@@ -233,14 +237,15 @@ def recipe_table(recipe: str = "full", machine: Machine = MACHINES["v5e-8"]) -> 
         machine: batch, precision, memory and hours are for this one.
 
     Returns:
-        A row per model, as text.
+        A row per model that takes pixels, as text.
 
     Raises:
         ValueError: for an unknown recipe.
     """
     if recipe not in recipes.RECIPES:
         raise ValueError(f"unknown recipe {recipe!r}; expected one of {', '.join(recipes.RECIPES)}")
-    rows = {name: _row(recipe, config, machine) for name, config in recipes.RECIPES[recipe].items()}
+    rows = {name: _row(recipe, config, machine) for name, config in recipes.RECIPES[recipe].items()
+            if config.entry.kind != "sequence"}
     return pd.DataFrame(rows).T.rename_axis("model").reset_index()
 
 

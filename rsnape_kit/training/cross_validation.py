@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ..runs.config import RunConfig
-from ..runs.recipes import BACKBONE_FROM, RECIPES
+from ..runs.recipes import BACKBONE_FROM, IMAGE_RUN_FROM, RECIPES
 from ..utils.files import complete_folder
 from ..utils.processes import PROGRESS, last_line, read_steps, worker_environ
 
@@ -62,8 +62,8 @@ class Training:
 
     @property
     def base(self) -> "Training | None":
-        "The training that must be finished first, because this one starts from its backbone; None if there is none."
-        model = BACKBONE_FROM.get(self.model)
+        "The training that must be finished first, because this one starts from its backbone or reads its features; None if there is none."
+        model = (BACKBONE_FROM | IMAGE_RUN_FROM).get(self.model)
         return replace(self, model=model) if model in self.plan.models else None
 
     @property
@@ -72,7 +72,10 @@ class Training:
         plan = self.plan
         options = {"store": plan.store, "train-csv": plan.train_csv, "fold": self.fold, "folds": plan.folds,
                 "recipe": plan.recipe, "seed": plan.seed, "out": plan.out}
-        options |= {"weights": self.base.run / "best.npz"} if self.base and plan.recipe != "full" else {}
+        if self.base and self.model in IMAGE_RUN_FROM:
+            options |= {"image-run": self.base.run}
+        elif self.base and plan.recipe != "full":
+            options |= {"weights": self.base.run / "best.npz"}
         return ["rsnape", "train", self.model, *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
 
 # %% ../../nbs/10_training/07_cross_validation.ipynb #896beab3
@@ -98,7 +101,8 @@ def train_one(training: Training, base: Future | None = None):
 def _estimated_steps(training: Training) -> int:
     "Estimate the steps of a training that has not started, from its settings."
     config = RECIPES[training.plan.recipe][training.model]
-    return config.all_epochs * (getattr(config, "steps", None) or 1) + (config.slice_warmup.steps if config.slice_warmup else 0)
+    warmup = getattr(config, "slice_warmup", None)
+    return config.all_epochs * (getattr(config, "steps", None) or 1) + (warmup.steps if warmup else 0)
 
 
 def update_bar(bar: tqdm, trainings: list, running):

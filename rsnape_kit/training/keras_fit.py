@@ -11,6 +11,7 @@ import math
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -70,9 +71,11 @@ class StepSequence:
         self.thread.shutdown(wait=False, cancel_futures=True)
 
 
-def keras_steps(steps: StepSequence):  # keras.utils.PyDataset
+def keras_steps(steps: StepSequence, model=None):  # model: the one that is trained -> keras.utils.PyDataset or tf.data.Dataset
     "Return an endless data set for `fit` with steps_per_epoch=steps.steps."
     keras = import_keras()
+    if keras.config.backend() == "tensorflow" and model is not None and any(None in each.shape[1:] for each in model.inputs):
+        return _with_lengths(steps, model)
 
     class Endless(keras.utils.PyDataset):
         num_batches = None
@@ -81,6 +84,14 @@ def keras_steps(steps: StepSequence):  # keras.utils.PyDataset
             return steps[i]
 
     return Endless()
+
+
+def _with_lengths(steps: StepSequence, model):
+    "Return a tf.data.Dataset of batches of any length; Keras would expect that of the first two."
+    import tensorflow as tf
+    x = {name: tf.TensorSpec(each.shape, each.dtype) for name, each in model.input.items()}
+    y = {head: tf.TensorSpec((*each.shape, 2), "float32") for head, each in model.output.items()}
+    return tf.data.Dataset.from_generator(lambda: map(steps.__getitem__, count()), output_signature=(x, y)).prefetch(1)
 
 # %% ../../nbs/10_training/01_keras_fit.ipynb #b95a76b0
 def _variables(model) -> dict:  # name -> variable
@@ -243,7 +254,7 @@ def fit_phases(
             on_train_batch_end=lambda step, logs: state.step(step, float(logs["loss"])),
             on_epoch_end=lambda epoch, logs: state.end(float(logs["loss"])))
         try:
-            model.fit(keras_steps(flow), epochs=epochs, initial_epoch=done, steps_per_epoch=flow.steps, shuffle=False,
+            model.fit(keras_steps(flow, model), epochs=epochs, initial_epoch=done, steps_per_epoch=flow.steps, shuffle=False,
                       callbacks=[callback], verbose=0)
         finally:
             flow.close()
