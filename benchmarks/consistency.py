@@ -8,7 +8,6 @@ plain loop over the studies that tries all 44 label combinations and of the usua
     python benchmarks/consistency.py --demos demo demo-1   # trained ones: folders that `rsnape demo` has filled
 """
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -145,15 +144,13 @@ def demo_blends(folder: Path) -> dict:  # what -> (truth, blend, q)
         raise SystemExit(f"{folder} has no ensemble.json; give the folder of a finished `rsnape demo`")
     ensemble = Ensemble.load(folder / "ensemble.json")
     runs = sorted(path.parent for path in folder.glob("runs/*/config.json"))
-    tta = json.loads((folder / "submit.json").read_text()).get("views", 1)
     truth = Predictions.from_train_csv(folder / "competition" / "train.csv")
     test = pd.read_parquet(folder / "test.parquet")
     space, calibrated = ensemble.blend_weights.space, bool(ensemble.calibrations)
     _, oof = nested_blend(load_oofs(runs), truth, load_folds(runs), space, calibrated)
-    plan = plan_predictions(runs, test, folder / "results", tta)
+    plan = plan_predictions(runs, test, folder / "results", ensemble.views)
     if not plan.done().all(axis=None):
-        raise SystemExit(f"{folder}/results lacks predictions of some test studies with {tta} TTA views; run the demo "
-                         "again to complete it")
+        raise SystemExit(f"{folder}/results lacks predictions of some test studies; run the demo again to complete it")
     pred = ensemble.blend(plan.gather(), test)
     held_out = Predictions.from_train_csv(folder / "competition" / "truth" / "test.csv").align(pred)
     return {"out of fold": (truth.align(oof), oof, ensemble.q), "held out": (held_out, pred, ensemble.q)}

@@ -110,7 +110,7 @@ def main():
 
     config = PetaFormerConfig(pixels=InputConfig((PE,), "fixed", args.size), groups=args.groups, batch=args.batch)
     source = Noise(4 * args.batch, args.slices)
-    batches = group_batches(source, source.table[STUDY].unique(), config, tta=1)
+    batches = group_batches(source, source.table[STUDY].unique(), config, view=1)
     images = next(iter(tensors(batches)))[0].to(device)
     y, e = torch.rand(images.shape[:3], device=device).round(), torch.rand(args.batch, 13, device=device).round()
     targets = y, torch.ones_like(y) / y[0].numel(), e, torch.ones_like(e) / 13

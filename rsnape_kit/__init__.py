@@ -45,7 +45,16 @@ if TYPE_CHECKING:
     from rsnape_kit.models import build_model, fetch_weights, list_models, register_model, verify_weights
     from rsnape_kit.phantom import make_competition
     from rsnape_kit.report import write_report, write_study_page
-    from rsnape_kit.runs import RECIPES, KerasConfig, PetaFormerConfig, Phase, load_config
+    from rsnape_kit.runs import (
+        MACHINES,
+        RECIPES,
+        KerasConfig,
+        PetaFormerConfig,
+        Phase,
+        fit_to_machine,
+        load_config,
+        recipe_table,
+    )
     from rsnape_kit.store import DicomSource, PixelSource, SliceStore, build_store, read_tfrecords
     from rsnape_kit.testing import ArraySource, simulate_model, simulate_truth
     from rsnape_kit.training import train, train_all

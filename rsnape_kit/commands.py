@@ -103,7 +103,8 @@ def store(source: list[Path], out: Path, *, size: Literal[256, 512] = 256, part:
 # %% ../nbs/16_commands.ipynb #1ae7ac71
 def train(model: str, *, store: list[Path], train_csv: Path, fold: list[int] = (0,), folds: Count = 5,
           recipe: Literal["full", "original", "demo", "quick"] = "full", set: Annotated[list, "NAME=VALUE"] = (),
-          seed: list[int] = (0,), out: Path = Path("runs"), earlier: list[Path] = (), weights: str = "auto", tta: int = 0,
+          machine: Literal["auto", "here", "t4x2", "v5e-8", "cpu", "none"] = "auto",
+          seed: list[int] = (0,), out: Path = Path("runs"), earlier: list[Path] = (), weights: str = "auto", tta: int | None = None,
           hours: float | None = None):
     """Train a model on all folds but one, resuming from its last checkpoint if there is one.
 
@@ -116,17 +117,23 @@ def train(model: str, *, store: list[Path], train_csv: Path, fold: list[int] = (
         recipe: settings to start from; full for full size, original for the 30th-place solution's as far as they are known
         set: a setting such as batch=64 or network.width=.5; can be repeated
         seed: random seed (default: 0), or several; each makes a run of its own
+        machine: choose batch, passes, precision and recomputation to fit it; auto is here on Kaggle and none elsewhere
         out: folder for run folders
         earlier: folders to search for an earlier session's copy of the run
         weights: file for the network's backbone, none for random weights, auto for what the model is meant to start from
-        tta: augmented views of the held-out studies beside the plain one
+        tta: augmented views of the held-out studies and of later predictions, beside the plain one (default: the recipe's)
         hours: time budget of all runs; training stops in time and can be resumed
     """
     from rsnape_kit.competition.labels import STUDY
+    from rsnape_kit.kaggle.runtime import find_machine
+    from rsnape_kit.runs.machine import fit_and_tell
     from rsnape_kit.runs.recipes import find_recipe, override_settings
     from rsnape_kit.utils.files import complete_folder
 
-    began, config = time.time(), find_recipe(recipe, model)
+    began = time.time()
+    config = override_settings(find_recipe(recipe, model), set)
+    if found := find_machine(machine, config.entry.framework == "torch"):
+        config = fit_and_tell(config, found, [each.partition("=")[0] for each in set])
     source, truth = rk.SliceStore(*store), rk.Predictions.from_train_csv(train_csv)
     split = rk.make_folds(source.table[STUDY].unique(), truth, folds)
     for held_out, number in product(fold, seed):
@@ -171,7 +178,7 @@ def blend(runs: list[Path] = (), *, train_csv: Path | None = None, preset: Liter
         out: file to write; a picture of the blend weights is written beside it
     """
     from rsnape_kit.ensemble.weight_fitting import loss_by_label, plot_weights, summary
-    from rsnape_kit.inference.predict_runs import load_folds, load_oofs
+    from rsnape_kit.inference.predict_runs import load_folds, load_oofs, load_views
 
     if preset == "original" and not train_csv:
         return _unfitted(preset, runs, out)
@@ -182,6 +189,7 @@ def blend(runs: list[Path] = (), *, train_csv: Path | None = None, preset: Liter
     truth, oofs, folds = rk.Predictions.from_train_csv(train_csv), load_oofs(runs), load_folds(runs)
     slices = rk.SliceStore(*store).table if store else None
     ensemble = rk.fit_preset(preset, oofs, truth, folds, slices) if preset else rk.fit_ensemble(oofs, truth, folds, space)
+    ensemble = replace(ensemble, views=load_views(runs))
     ensemble.save(out)
     picture = out.with_suffix(".png")
     plot_weights(ensemble.blend_weights).savefig(picture, dpi=80)
@@ -203,7 +211,7 @@ def _listed(losses: dict) -> str:
 
 # %% ../nbs/16_commands.ipynb #36352a06
 def predict(runs: list[Path] = (), *, competition: Path | None = None, store: list[Path] = (), dicom: Path | None = None,
-            ensemble: Path | None = None, out: Path = Path("predictions"), submission: Path | None = None, tta: int = 0,
+            ensemble: Path | None = None, out: Path = Path("predictions"), submission: Path | None = None, tta: int | None = None,
             hours: float | None = None):
     """Predict a competition's test set, a store or a folder of DICOM.
 
@@ -215,7 +223,7 @@ def predict(runs: list[Path] = (), *, competition: Path | None = None, store: li
         ensemble: ensemble.json of rsnape blend (default: all models with equal weight)
         out: folder for the predictions
         submission: file to write (default: OUT/submission.csv)
-        tta: augmented views beside the plain one
+        tta: augmented views beside the plain one (default: those that the ensemble was fitted on, else each run's own)
         hours: time budget
     """
     seconds = float("inf") if hours is None else 3600 * hours
@@ -230,6 +238,10 @@ def predict(runs: list[Path] = (), *, competition: Path | None = None, store: li
     if not runs:
         raise ValueError("no runs: give folders of trained runs; rsnape train and make demo write them to runs/")
     source, work = rk.SliceStore(*store) if store else rk.DicomSource(rk.scan(dicom)), out / "results"
+    if ensemble and tta is None:
+        from rsnape_kit.ensemble.ensemble import as_ensemble
+
+        tta = as_ensemble(ensemble).views
     preds = rk.predict(runs, source, tta, work, time_budget=seconds)
     for name, pred in preds.items():
         pred.save(out / name)

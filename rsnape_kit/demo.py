@@ -18,7 +18,7 @@ import rsnape_kit as rk
 from .competition.labels import IMAGE_LABEL
 from .competition.tables import read_parquet
 from .ensemble.weight_fitting import summary
-from .inference.predict_runs import load_folds, load_oofs, plan_predictions
+from .inference.predict_runs import load_folds, load_oofs, load_views, plan_predictions
 from .report.scores import gain_over
 from .training.cross_validation import CrossValidation
 from .utils.files import atomic_file
@@ -34,12 +34,11 @@ class DemoSettings:
     folds: int = 2  # each model is trained once per fold
     recipe: str = "demo"  # of RECIPES: 'demo', or 'quick' for a few steps
     models: tuple = tuple(rk.RECIPES["demo"])
-    tta: int = 1  # augmented views for predictions besides the plain one
     difficulty: str = "demo"  # or 'real': sizes and rates of emboli as in patients
     seed: int = 0
 
 
-SIZES = {"quick": DemoSettings(24, 8, 16, recipe="quick", tta=0), "small": DemoSettings(),
+SIZES = {"quick": DemoSettings(24, 8, 16, recipe="quick"), "small": DemoSettings(),
          "large": DemoSettings(1500, 300, 48, 512, folds=3)}
 
 # %% ../nbs/15_demo.ipynb #a2fef584
@@ -102,7 +101,7 @@ def montage(
 def demo_trainings(folder: Path, settings: DemoSettings) -> CrossValidation:  # folder: the demo's, prepared
     "Return the trainings of all models on all folds."
     return CrossValidation(folder / "store", folder / "competition" / "train.csv", folder / "runs", settings.models, settings.folds,
-                           settings.recipe, settings.seed, settings.tta)
+                           settings.recipe, settings.seed)
 
 # %% ../nbs/15_demo.ipynb #1157ce7e
 def score(
@@ -143,16 +142,16 @@ def demo(
                 f"{' '.join(cross_validation.trainings[0].command)}", seconds, "training"):
         runs = rk.train_all(cross_validation, at_once)
     with _stage("blend, fitted on out-of-fold predictions", seconds, "blend"):
-        ensemble = rk.fit_ensemble(load_oofs(runs), truth, load_folds(runs))
+        ensemble = rk.fit_ensemble(load_oofs(runs), truth, load_folds(runs), views=load_views(runs))
         ensemble.save(folder / "ensemble.json")
         print(ensemble.blend_weights.table().round(2).to_string())
         print(summary(ensemble.blend_weights))
     with _stage("the test studies, from DICOM to submission.csv", seconds, "submission"):
         state = rk.submit(runs, ensemble, test, competition=folder / "competition", out=folder / "submission.csv",
-                          work=folder / "results", tta=settings.tta)
+                          work=folder / "results")
     with _stage("score and report", seconds, "report"):
-        preds = plan_predictions(runs, test, folder / "results", settings.tta).gather()
-        scores = _report(folder, settings, ensemble, preds, truth, (train, test), {**state.seconds, **seconds})
+        preds = plan_predictions(runs, test, folder / "results", ensemble.views).gather()
+        scores = _report(folder, settings, ensemble, preds, truth, (train, test), {**state.seconds, **seconds}, state.view_note)
     _print_scores(folder, settings, scores, seconds)
     return scores
 
@@ -167,7 +166,7 @@ def _stage(text: str, seconds: dict, name: str = ""):
 
 
 def _report(folder: Path, settings: DemoSettings, ensemble: rk.Ensemble, preds: dict, truth: rk.Predictions,
-            tables: tuple, seconds: dict) -> pd.DataFrame:
+            tables: tuple, seconds: dict, views: str) -> pd.DataFrame:
     "Score all predictions on the labels kept aside, and write report.html."
     held_out = rk.Predictions.from_train_csv(folder / "competition" / "truth" / "test.csv")
     priors = {"constant prior": rk.constant_prior(truth, tables[1]),
@@ -177,7 +176,7 @@ def _report(folder: Path, settings: DemoSettings, ensemble: rk.Ensemble, preds: 
     scores = score(preds | {"blend": blended, "consistent blend": consistent}, priors, held_out)
     scores.to_csv(folder / "scores.csv")
     note = (f"Synthetic studies of difficulty {settings.difficulty!r}, seed {settings.seed}; {settings.studies} for training. "
-            "The scores do not apply to patients.")
+            f"The scores do not apply to patients. {views}")
     rk.write_report(folder / "report.html", held_out, {"blend": blended, **preds}, source=rk.DicomSource(tables[1]),
                     priors=priors, weights=ensemble.blend_weights, submitted=consistent, q=ensemble.q, stages=seconds,
                     note=note)

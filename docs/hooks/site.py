@@ -13,6 +13,7 @@ from latex2mathml.converter import convert
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
+from rsnape_kit.runs.machine import MACHINES, recipe_table
 from rsnape_kit.utils import typed_imports
 
 ROOT = Path(__file__).parents[2]
@@ -131,6 +132,16 @@ def api_packages() -> list[str]:
     return [name for name in [*folders, "testing"] if public_names(name)]
 
 
+def with_recipes(text: str) -> str:
+    "Return a page with the tables of recipes in place of their comments: <!-- recipes: RECIPE MACHINE -->."
+    def table(match):
+        rows = recipe_table(match[1], MACHINES[match[2]]).drop(columns="recipe")
+        lines = [rows.columns, ["---"] * rows.shape[1], *rows.itertuples(index=False)]
+        return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+    return re.sub(r"<!-- recipes: (\S+) (\S+) -->", table, text)
+
+
 class Page(File):
     "A page whose text is made here; notebooks are pages too."
 
@@ -172,7 +183,7 @@ def on_files(files, config):
     for file in files:
         if file.src_uri.endswith(".md"):
             uri = f"docs/{file.src_uri}"
-            found.append(page(config, uri, file.dest_uri, file.content_string))
+            found.append(page(config, uri, file.dest_uri, with_recipes(file.content_string)))
         else:
             found.append(file)
     for path in notebook_paths():

@@ -41,6 +41,8 @@ class Ensemble(JSONFile):
         q: model of each study's expected share of positive slices.
         calibrations: model name -> calibration; empty if calibration did not lower the loss.
         losses: out-of-fold competition losses, as `fit_ensemble` measured them.
+        views: model name -> augmented views, besides the plain one, of the predictions that everything was fitted on, and so of
+            those to blend; for a model without an entry, as many as each of its runs has.
 
     Raises:
         ValueError: if a field has another type, as in a JSON file of something else.
@@ -49,14 +51,18 @@ class Ensemble(JSONFile):
     q: PositiveShareModel = UNFITTED
     calibrations: dict[str, Calibration] = field(default_factory=dict)
     losses: dict = field(default_factory=dict)
+    views: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self):
         fields = [(self.blend_weights, BlendWeights), (self.q, PositiveShareModel), (self.calibrations, dict),
-                  (self.losses, dict), *((each, Calibration) for each in dict(self.calibrations).values())]
+                  (self.losses, dict), *((each, Calibration) for each in dict(self.calibrations).values()),
+                  (self.views, dict), *((each, int) for each in dict(self.views).values())]
         for value, kind in fields:
             if not isinstance(value, kind):
                 raise ValueError(f"an ensemble needs a {kind.__name__}, found {value!r:.60}; expected a file written by "
                                  "fit_ensemble(...).save")
+        if min(self.views.values(), default=0) < 0:
+            raise ValueError(f"views are {self.views}, expected numbers of augmented views, 0 or more")
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -106,7 +112,8 @@ def _fit_both(oofs: dict, truth: Predictions, space: str) -> Ensemble:
 
 
 def fit_ensemble(oofs: dict[str, Predictions], truth: Predictions,
-                 folds: Folds | pd.Series | dict[str, pd.Series] | None = None, space: str = "probability") -> Ensemble:
+                 folds: Folds | pd.Series | dict[str, pd.Series] | None = None, space: str = "probability",
+                 views: dict[str, int] | None = None) -> Ensemble:
     """Fit calibrations (used only if they lower the nested loss), blend weights and positive-share model.
 
     Args:
@@ -114,6 +121,8 @@ def fit_ensemble(oofs: dict[str, Predictions], truth: Predictions,
         truth: truth (0 or 1) of at least these studies.
         folds: `Folds`, study -> fold, or one such Series per model, which must agree; None assigns five random parts.
         space: what is averaged, "probability" or "logit".
+        views: model name -> augmented views that were averaged in `oofs`, from `load_views`; saved with the ensemble, so that a
+            submission predicts as many.
 
     Returns:
         An ensemble fitted on all studies; its `losses` are measured out of fold.
@@ -135,7 +144,7 @@ def fit_ensemble(oofs: dict[str, Predictions], truth: Predictions,
     calibrations = {name: fit_calibration(oof, truth, folds) for name, oof in oofs.items()} if best == "calibrated" else {}
     weights = fit_weights(members, truth, folds, space)
     by_label = weights.losses | {"blend": loss_table(truth, blended).loss.dropna().to_dict()}
-    return Ensemble(replace(weights, losses=by_label), q, calibrations, losses)
+    return Ensemble(replace(weights, losses=by_label), q, calibrations, losses, dict(views or {}))
 
 # %% ../../nbs/11_ensemble/06_ensemble.ipynb #p5en0002
 def fit_prior(truth: Predictions, slices: pd.DataFrame | None = None) -> dict:  # fields of BlendWeights

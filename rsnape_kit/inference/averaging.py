@@ -22,14 +22,15 @@ class RunningMean:
         self,
         shape,  # (values,) or (values, labels)
         mean: str = "logit",  # 'logit': mean of the log-odds; 'probability': mean of the probabilities
+        clip: float = 1e-7,  # probabilities are limited to [clip, 1 - clip] before they are averaged
     ):
         if mean not in ("logit", "probability"):
             raise ValueError(f"unknown mean {mean!r}: expected 'logit' or 'probability'")
-        self.sum, self.count, self.logit = np.zeros(shape), np.zeros(shape), mean == "logit"
+        self.sum, self.count, self.logit, self.clip = np.zeros(shape), np.zeros(shape), mean == "logit", clip
 
     def add(self, at, p):  # int [n], rows to add to, may repeat; probabilities [n] or [n, labels]
-        "Add probabilities; they are clipped to [1e-7, 1 - 1e-7]."
-        p = np.clip(np.asarray(p, float), 1e-7, 1 - 1e-7)
+        "Clip probabilities and add them."
+        p = np.clip(np.asarray(p, float), self.clip, 1 - self.clip)
         np.add.at(self.sum, at, np.log(p) - np.log1p(-p) if self.logit else p)
         np.add.at(self.count, at, 1)
 
@@ -51,10 +52,11 @@ class ProbabilityAverager:
         table: pd.DataFrame,  # slices table; the rows of a study run from feet to head
         labels=EXAM_OUTPUTS,  # exam labels, in the order of the network's outputs
         mean: str = "logit",  # 'logit' or 'probability'
+        clip: float = 1e-7,  # limits of each probability that is added, see `RunningMean`
     ):
         self.table, self.labels = table, list(labels)
         self.study, self.studies = pd.factorize(table[STUDY])
-        self.image, self.exam = RunningMean(len(table), mean), RunningMean((len(self.studies), len(self.labels)), mean)
+        self.image, self.exam = RunningMean(len(table), mean, clip), RunningMean((len(self.studies), len(self.labels)), mean, clip)
 
     @property
     def arrays(self) -> tuple:  # of float arrays, to be added up in place over processes
@@ -84,7 +86,6 @@ class ProbabilityAverager:
 
     def predictions(
         self,
-        clip: float = 0.,  # limits of the result: [clip, 1 - clip]
         interpolate: bool = False,  # fill slices without a prediction from their neighbours along z
     ) -> Predictions:  # of the studies that were added; exams are NaN for a model of slices only
         "Return the means; raise ValueError if a study has a slice without a prediction."
@@ -96,8 +97,8 @@ class ProbabilityAverager:
                 row = self.table.iloc[rows[np.isnan(scores).argmax()]]
                 raise ValueError(f"slice {row[SLICE]!r} of study {row[STUDY]!r} has no prediction: add the study's other batches")
             scores = _interpolate(scores, self.study[rows])
-        return Predictions(pd.DataFrame(self.exam.finish()[count > 0].clip(clip, 1 - clip), self.studies[count > 0], self.labels),
-                           pd.Series(self.image.finish(scores).clip(clip, 1 - clip), slice_index(self.table.iloc[rows])))
+        return Predictions(pd.DataFrame(self.exam.finish()[count > 0], self.studies[count > 0], self.labels),
+                           pd.Series(self.image.finish(scores), slice_index(self.table.iloc[rows])))
 
 
 def _interpolate(scores: np.ndarray, study: np.ndarray) -> np.ndarray:  # float [n], int [n] -> float [n]

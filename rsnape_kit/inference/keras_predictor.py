@@ -18,7 +18,7 @@ from .averaging import ProbabilityAverager
 from ..models.keras_backend import all_devices, import_keras, load_weights, usable, zero_weights
 from ..models.registry import build_model
 from ..runs.config import KerasConfig
-from ..runs.folder import load_config, run_weights
+from ..runs.folder import load_config, run_views, run_weights
 from ..store.dicom_source import PixelSource
 from ..transforms.affine import AffineRange
 
@@ -91,7 +91,7 @@ def make_views(
     config: KerasConfig,
     source: PixelSource,
     studies=None,  # StudyInstanceUIDs; default: all of the source
-    tta: int = 0,  # augmented views besides the plain one
+    numbers=(0,),  # of the views; 0 is the plain one
     passes: int | None = None,  # of volume models, at most; default: until every slice is used
     batch: int | None = None,  # default: as in training
 ) -> list:  # batches
@@ -100,7 +100,7 @@ def make_views(
     if config.is_volume:
         kind, settings = PassBatches, settings | {"frames": config.frames, "passes": passes}
     views = []
-    for view in range(tta + 1):
+    for view in numbers:
         affine = (config.affine or AffineRange()) if view else None
         views.append(kind(source, None, studies, batch=batch or config.batch, affine=affine, **settings))
         views[-1].set_epoch(view)
@@ -120,16 +120,15 @@ def load_run(run: Path | str):  # KerasConfig, keras.Model
 
 def predictor(
     run: Path | str,
-    tta: int = 0,  # augmented views besides the plain one
     batch: int | None = None,  # default: as in training
     devices: int = 1,  # devices that share a batch
-):  # function (source, studies=None) -> Predictions
+):  # function (source, studies=None, views=(0,)) -> Predictions
     "Load a run once; return a function that predicts any number of sources."
     config, model = load_run(run)
     batch = -(-(batch or config.batch) // devices) * devices
 
-    def predict(source: PixelSource, studies=None) -> Predictions:
-        return predict_batches(model, make_views(config, source, studies, tta, batch=batch))
+    def predict(source: PixelSource, studies=None, views=(0,)) -> Predictions:
+        return predict_batches(model, make_views(config, source, studies, views, batch=batch))
 
     return predict
 
@@ -138,9 +137,9 @@ def infer(
     run: Path | str,
     source: PixelSource,
     studies=None,  # StudyInstanceUIDs; default: all of the source
-    tta: int = 0,  # augmented views besides the plain one
+    tta: int | None = None,  # augmented views besides the plain one; default: the run's own number
 ) -> Predictions:
     "Predict with one trained run, on all devices."
     import_keras()
     with all_devices() as used:
-        return predictor(run, tta, devices=used)(source, studies)
+        return predictor(run, devices=used)(source, studies, run_views(run, tta))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESERVE', 'LABELS', 'LoadedStudy', 'read_study', 'fetch_study', 'StudyIndex', 'index_studies', 'results_folder',
-           'save_result', 'load_result', 'save_failure', 'gather_results']
+           'view_folders', 'save_result', 'load_result', 'save_failure', 'has_failed', 'gather_results']
 
 # %% ../../nbs/09_inference/04_results.ipynb #18e59f38
 import hashlib
@@ -23,7 +23,7 @@ from ..competition.tables import slice_index
 from ..data.slice_loader import SliceLoader
 from ..dicom.series import FILLED_WITH_AIR
 from .averaging import RunningMean
-from ..runs.folder import run_settings, run_weights
+from ..runs.folder import run_settings, run_views, run_weights
 from ..store.codec import decompress
 from ..store.dicom_source import PixelSource
 from ..store.slice_store import read_footer, write_shard
@@ -126,12 +126,19 @@ def index_studies(
     return StudyIndex(rows, keys, slice_index(table.iloc[ordered]))
 
 # %% ../../nbs/09_inference/04_results.ipynb #9dc2ea1f
-def results_folder(out: Path | str, run: Path | str, tta: int = 0) -> Path:
-    "Return the folder for the results of a run, below that of all results."
+def results_folder(out: Path | str, run: Path | str) -> Path:
+    "Return the folder for the results of a run, below that of all results; it has a folder for each view."
     settings = run_settings(run)
-    digest = hashlib.blake2b(json.dumps([settings, tta], sort_keys=True).encode(), digest_size=6)
+    others = {name: value for name, value in settings.items() if name != "tta"}
+    digest = hashlib.blake2b(json.dumps(others, sort_keys=True).encode(), digest_size=6)
     digest.update(run_weights(run).read_bytes())
     return Path(out) / f"{settings['model']}-fold{settings.get('fold', 0)}-{digest.hexdigest()}"
+
+
+def view_folders(out: Path | str, run: Path | str, tta: int | None = None) -> dict:  # number of a view -> folder of its results
+    "Return the folders for the results of a run's views; default: of as many as its settings say."
+    folder = results_folder(out, run)
+    return {view: folder / f"view{view}" for view in run_views(run, tta)}
 
 # %% ../../nbs/09_inference/04_results.ipynb #a8ff0a05
 LABELS = EXAM_LABELS + AUX_LABELS
@@ -166,24 +173,40 @@ def save_failure(folder, key: str, why: str):
     "Record why a study could not be predicted."
     atomic_write(Path(folder) / f"{key}.failed", why)
 
+
+def has_failed(folder, key: str) -> bool:  # folder: of a view's results
+    "Return whether a study has failed in a view; where the plain view failed, the others count as failed too."
+    return any((Path(each) / f"{key}.failed").exists() for each in (folder, Path(folder).with_name("view0")))
+
 # %% ../../nbs/09_inference/04_results.ipynb #f2e96e1c
 def gather_results(
-    folders,  # of the results of the runs of one model
+    runs,  # for each run of one model, the folders of its views' results
     index: StudyIndex,
     mean: str = "logit",  # or 'probability'; how runs are averaged
 ) -> Predictions:  # of all studies of the index; NaN where no run has a result
     "Return the mean of the results that the runs of a model have until now."
     width, starts = len(LABELS), index.starts
-    exams, images = RunningMean(len(index.rows) * width, mean), RunningMean(len(index.slices), mean)
-    for folder in folders:
-        for i, (study, key) in enumerate(index.keys.items()):
-            values = load_result(folder, key, len(index.rows[study]))
-            if values is not None:
-                at = np.flatnonzero(~np.isnan(values))
-                of_exam = at[at < width]
-                exams.add(i * width + of_exam, values[of_exam])
-                of_images = at[at >= width]
-                images.add(starts[study] + of_images - width, values[of_images])
-    exam_table = pd.DataFrame(exams.finish().reshape(-1, width), pd.Index(list(index.rows), name=STUDY), LABELS)
+    exams, images = np.arange(len(index.rows) * width).reshape(-1, width), np.arange(len(index.slices)) + len(index.rows) * width
+    places = {key: np.concatenate([exams[i], images[starts[study]:][:len(index.rows[study])]])
+              for i, (study, key) in enumerate(index.keys.items())}
+    of_model = RunningMean(exams.size + images.size, mean)
+    for folders in runs:
+        p = _mean_of_views(folders, places, exams.size + images.size)
+        known = np.flatnonzero(~np.isnan(p))
+        of_model.add(known, p[known])
+    p = of_model.finish()
+    exam_table = pd.DataFrame(p[exams], pd.Index(list(index.rows), name=STUDY), LABELS)
     auxiliary = [label for label in AUX_LABELS if exam_table[label].notna().any()]
-    return Predictions(exam_table[[*EXAM_LABELS, *auxiliary]], pd.Series(images.finish(), index.slices))
+    return Predictions(exam_table[[*EXAM_LABELS, *auxiliary]], pd.Series(p[images], index.slices))
+
+
+def _mean_of_views(folders, places: dict, size: int) -> np.ndarray:  # places: key of a study -> int, places of its values
+    "Return the mean of a run's views until now, NaN where there is none."
+    of_run = RunningMean(size)
+    for folder in folders:
+        for key, at in places.items():
+            values = load_result(folder, key, len(at) - len(LABELS))
+            if values is not None:
+                known = ~np.isnan(values)
+                of_run.add(at[known], values[known])
+    return of_run.finish()

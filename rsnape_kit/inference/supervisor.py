@@ -81,7 +81,7 @@ class Worker:
         self.why = f"exit status {self.process.returncode}: {last_line(self.log.read_text(errors='replace'))}"
         at = self.job.note.read_text() if self.job.note.exists() else ""
         if not at or self.crashes >= MAX_CRASHES:
-            for folder in self.job.runs.values():
+            for folder in self.job.units.values():
                 atomic_write(folder / "unusable", f"{self.job.framework} worker crashed: {self.why}; see {self.log}")
             return False
         if at == self.suspect:
@@ -91,10 +91,10 @@ class Worker:
         return True
 
     def _mark_failed(self, key: str):
-        "Record a failure of the study for all runs without a result."
+        "Record a failure of the study for all runs and views without a result."
         rows = next(rows for study, rows in self.job.studies if study == key)
-        for run in self.job.missing(key, rows):
-            save_failure(self.job.runs[run], key, f"the worker process crashed twice at this study ({self.why})")
+        for unit in self.job.missing(key, rows):
+            save_failure(self.job.units[unit], key, f"the worker process crashed twice at this study ({self.why})")
 
     def stop(self):
         if self.process and self.process.poll() is None:

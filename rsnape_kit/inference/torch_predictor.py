@@ -18,7 +18,7 @@ from .averaging import ProbabilityAverager
 from ..models.petaformer import need_torch
 from ..models.registry import build_model
 from ..runs.config import PetaFormerConfig
-from ..runs.folder import load_config, run_weights
+from ..runs.folder import load_config, run_views, run_weights
 from ..store.dicom_source import PixelSource
 from ..transforms.affine import AffineRange
 
@@ -28,14 +28,14 @@ def group_batches(
     studies,  # StudyInstanceUIDs
     config: PetaFormerConfig,
     training: bool = False,  # shuffled and augmented
-    tta: int = 0,  # 0: pixels as they are; k: the k-th random transform of each study
+    view: int = 0,  # 0: pixels as they are; k: the k-th random transform of each study
     shard: tuple = (0, 1),  # (i, of) processes
 ):  # GroupBatches without labels
     "Return batches of slice groups for a PetaFormer."
-    affine = config.affine if training else (config.affine or AffineRange()) if tta else None
+    affine = config.affine if training else (config.affine or AffineRange()) if view else None
     batches = GroupBatches(source, None, studies, groups=config.groups, width=config.slices, batch=config.batch,
                            pixels=config.pixels, seed=config.seed, affine=affine, shuffle=training, shard=shard)
-    batches.set_epoch(tta)
+    batches.set_epoch(view)
     return batches
 
 
@@ -84,7 +84,7 @@ def load_model(run: Path | str, device=None) -> tuple:  # PetaFormer in evaluati
     return model.to(device).eval(), config
 
 # %% ../../nbs/09_inference/03_torch_predictor.ipynb #785b870a
-CLIP = .001  # PetaFormer's probabilities stay in [.001, .999]
+CLIP = .001  # PetaFormer's probabilities stay in [.001, .999], each before it is averaged
 
 
 def predict_groups(
@@ -109,31 +109,30 @@ def predict_views(
     config: PetaFormerConfig,
     source: PixelSource,
     studies=None,  # StudyInstanceUIDs; default: all of the source
-    tta: int = 0,  # augmented views besides the plain one
+    views=(0,),  # numbers of views; 0 is the plain one
     shard: tuple = (0, 1),  # (i, of) processes
     progress=iter,  # wraps the batches of each view
 ) -> ProbabilityAverager:
-    "Add up a network's probabilities over the plain view and augmented ones."
-    averager = ProbabilityAverager(source.table)
+    "Add up a network's probabilities over views, within the limits `CLIP`."
+    averager = ProbabilityAverager(source.table, clip=CLIP)
     precision = resolve_precision(config.precision, next(model.parameters()).device)
-    for number in range(tta + 1):
-        batches = group_batches(source, studies, config, tta=number, shard=shard)
+    for number in views:
+        batches = group_batches(source, studies, config, view=number, shard=shard)
         predict_groups(model, batches, averager, precision, progress)
     return averager
 
 
 def predictor(
     run: Path | str,
-    tta: int = 0,  # augmented views besides the plain one
     device=None,  # default: a GPU if there is one
     batch: int | None = None,  # items at a time; default: as in training
-):  # function (source, studies=None) -> Predictions
+):  # function (source, studies=None, views=(0,)) -> Predictions
     "Load a run once; return a function that predicts any number of sources."
     model, config = load_model(run, device)
     config = replace(config, batch=batch or config.batch)
 
-    def predict(source: PixelSource, studies=None) -> Predictions:
-        return predict_views(model, config, source, studies, tta).predictions(clip=CLIP)
+    def predict(source: PixelSource, studies=None, views=(0,)) -> Predictions:
+        return predict_views(model, config, source, studies, views).predictions()
 
     return predict
 
@@ -142,9 +141,9 @@ def infer(
     run: Path | str,
     source: PixelSource,
     studies=None,  # StudyInstanceUIDs; default: all of the source
-    tta: int = 0,  # augmented views besides the plain one
+    tta: int | None = None,  # augmented views besides the plain one; default: the run's own number
     device=None,  # default: a GPU if there is one
     batch: int | None = None,  # items at a time; default: as in training
 ) -> Predictions:  # with the auxiliary labels
     "Predict studies with one trained run."
-    return predictor(run, tta, device, batch)(source, studies)
+    return predictor(run, device, batch)(source, studies, run_views(run, tta))

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ..competition.labels import EXAM_LABELS
 from ..dicom.series import FILLED, FILLED_WITH_AIR
-from .results import fetch_study, load_result, save_failure, save_result
+from .results import fetch_study, has_failed, load_result, save_failure, save_result
 from ..models.registry import BUILT_IN, ModelEntry, find_model, list_models, register_model
 from ..runs.folder import run_settings
 from ..store.dicom_source import PixelSource
@@ -36,9 +36,9 @@ def _keras():
     from rsnape_kit.runs.config import KerasConfig
     from rsnape_kit.runs.folder import load_config
 
-    def open_run(run, tta):
+    def open_run(run):
         config = load_config(run, KerasConfig)
-        return predictor(run, tta, batch=1 if config.is_volume else min(config.batch, SLICES), devices=used)
+        return predictor(run, batch=1 if config.is_volume else min(config.batch, SLICES), devices=used)
 
     import_keras()
     with all_devices() as used:
@@ -69,8 +69,7 @@ class Job:
     framework: str
     source: PixelSource  # picklable
     studies: tuple  # (key, rows) of each, see `StudyIndex`
-    runs: dict  # folder of a run -> folder of its results
-    tta: int = 0
+    units: dict  # (folder of a run, number of a view) -> folder of its results
     deadline: float = float("inf")  # unix time
     scratch: Path | None = None  # folder for the cache of decoded studies
     share: tuple = (0, 1)  # (i, n): every n-th study, from the i-th
@@ -79,10 +78,10 @@ class Job:
     parent: int | None = None  # the worker ends when this process does
     networks: dict = field(default_factory=dict)  # models to register in the worker, see networks_of
 
-    def missing(self, key: str, rows) -> list:  # folders of runs
-        "Return the runs with neither a result nor a failure for a study."
-        return [run for run, folder in self.runs.items() if load_result(folder, key, len(rows)) is None
-                and not Path(folder, f"{key}.failed").exists()]
+    def missing(self, key: str, rows) -> list:  # (run, view)
+        "Return the runs and views with neither a result nor a failure for a study."
+        return [unit for unit, folder in self.units.items() if load_result(folder, key, len(rows)) is None
+                and not has_failed(folder, key)]
 
     def todo(self) -> list:  # (key, rows)
         "Return this worker's unfinished studies."
@@ -90,7 +89,7 @@ class Job:
         return [(key, rows) for key, rows in self.studies[i::n] if self.missing(key, rows)]
 
     def left(self) -> int:
-        "Return the number of unfinished pairs of study and run."
+        "Return the number of unfinished results."
         return sum(len(self.missing(key, rows)) for key, rows in self.todo())
 
 # %% ../../nbs/09_inference/05_worker.ipynb #5c10aa32
@@ -161,16 +160,17 @@ def work(job: Job):
     for entry in map(pickle.loads, job.networks.values()):
         register_model(entry.name, entry.factory, entry.kind)
     with FRAMEWORKS[job.framework]() as open_run:
-        for run, folder in job.runs.items():
+        for run in dict.fromkeys(run for run, _ in job.units):
             try:
-                predict[run] = open_run(run, job.tta)
+                predict[run] = open_run(run)
             except Exception as error:  # the other runs go on
+                folder = next(folder for (other, _), folder in job.units.items() if other == run)
                 atomic_write(Path(folder) / "unusable", f"{type(error).__name__}: {error}")
         for key, rows, study in _studies(job) if predict else ():
             _note_filled(job, key, study)
-            for run in job.missing(key, rows):
+            for run, view in job.missing(key, rows):
                 if run in predict:
-                    _predict_study(predict[run], job.runs[run], key, study)
+                    _predict_study(partial(predict[run], views=(view,)), job.units[run, view], key, study)
 
 
 def _check_finite(pred, lost):

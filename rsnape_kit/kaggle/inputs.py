@@ -91,7 +91,6 @@ def _tested(ensemble: Ensemble, test) -> Ensemble:
 def usable_runs(
     runs,  # folders of runs, or dict of name -> folders
     work: Path,  # folder for their predictions
-    tta: int,  # augmented views
     state: SubmissionState,  # gets the errors, and a default ensemble if it has none
 ) -> dict:  # name -> folders
     "Return the runs that can predict."
@@ -100,7 +99,7 @@ def usable_runs(
     models = {}
     for name, run in pairs:
         try:
-            name = _checked(run, work, tta, name)
+            name = _checked(run, work, name)
         except Exception as error:
             state.problems[str(run)] = one_line(error)
             continue
@@ -113,10 +112,10 @@ def usable_runs(
     return models
 
 
-def _checked(run, work: Path, tta: int, name: str | None) -> str:
+def _checked(run, work: Path, name: str | None) -> str:
     "Return a run's model name; raise if a required file is missing."
     from rsnape_kit.inference.results import results_folder
     from rsnape_kit.inference.worker import framework_of
 
-    seconds_of(run_settings(run)), framework_of(run), results_folder(work, run, tta)
+    seconds_of(run_settings(run)), framework_of(run), results_folder(work, run)
     return name or run_settings(run)["model"]

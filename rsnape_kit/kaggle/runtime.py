@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PYTHON', 'COMPETITION', 'KAGGLE', 'LAYOUTS', 'PUBLIC_TEST_SLICES', 'HOUR', 'LIMITS', 'MANIFEST', 'HEADER', 'mounts',
-           'mount_names', 'competition_dir', 'is_rerun', 'Session', 'session', 'sha256', 'verify', 'attach']
+           'mount_names', 'competition_dir', 'is_rerun', 'Session', 'session', 'find_machine', 'sha256', 'verify',
+           'attach']
 
 # %% ../../nbs/13_kaggle/01_runtime.ipynb #d07738fb
 import hashlib
@@ -126,6 +127,15 @@ def session(kaggle: Path = KAGGLE, environ=os.environ) -> Session:
     limit = None if kind == "local" else LIMITS.get(kind, LIMITS.get(accelerator, LIMITS["other"]))
     return Session(kind, accelerator, devices, len(os.sched_getaffinity(0)), _memory_gib(),
                    _backend(accelerator, environ), _session_start(), limit)
+
+# %% ../../nbs/13_kaggle/01_runtime.ipynb #98936b03
+def find_machine(name: str, torch: bool = False):  # a name of MACHINES, 'here', 'auto' or 'none' -> Machine, or None
+    "Return the machine to fit a training to: the session's own for 'here', and for 'auto' on Kaggle."
+    from rsnape_kit.runs.machine import MACHINES, machine_here
+
+    here = session()
+    name = ("none" if here.kind == "local" else "here") if name == "auto" else name
+    return machine_here(here, torch) if name == "here" else MACHINES.get(name)
 
 # %% ../../nbs/13_kaggle/01_runtime.ipynb #4af1ab5d
 MANIFEST = "manifest.json"

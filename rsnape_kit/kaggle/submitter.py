@@ -47,7 +47,7 @@ HOURS = 8.5  # of the nine that a scored run may take
 
 
 def submit(runs=None, ensemble=None, source=None, time_budget: float | None = None, *, competition: Path | str | None = None,
-           out: Path | str = "submission.csv", work: Path | str | None = None, tta: int = 0, gpus=None, every: float = 600,
+           out: Path | str = "submission.csv", work: Path | str | None = None, tta: int | None = None, gpus=None, every: float = 600,
            progress: bool | None = None) -> SubmissionState:
     """Write a valid submission.csv in the first minute and improve it until the time budget is used up.
 
@@ -63,7 +63,7 @@ def submit(runs=None, ensemble=None, source=None, time_budget: float | None = No
         competition: folder with test.csv and sample_submission.csv; default: the one among Kaggle's inputs.
         out: file to write; submit.json is written beside it.
         work: folder for predictions and scratch files; default: /kaggle/temp/submit, else submit-work beside `out`.
-        tta: augmented views besides the plain one.
+        tta: augmented views of all models besides the plain one; default: those that the ensemble was fitted on, else each run's own.
         gpus: names of GPUs to use; default: all.
         every: seconds between two versions of the file.
         progress: show a bar; default: in a terminal.
@@ -81,9 +81,10 @@ def submit(runs=None, ensemble=None, source=None, time_budget: float | None = No
     try:
         end = _end(time_budget, began) - 1 - 3 * state.seconds["first version"]
         work = Path(work or (KAGGLE / "temp" / "submit" if KAGGLE.exists() else state.out.parent / "submit-work"))
-        models = usable_runs(input_runs() if runs is None else runs, work, tta, state)
+        models = usable_runs(input_runs() if runs is None else runs, work, state)
         if models and time.time() < end:
             source = Path(competition or competition_dir(), "test") if source is None else source
+            tta = state.ensemble.views if tta is None else tta
             _improve(state, models, source, end, work, tta, gpus=gpus, every=every, progress=progress)
         state.finished |= not models and not state.problems
     except Exception as error:  # the present file remains the submission
@@ -113,7 +114,7 @@ def _first_version(competition: Path, ensemble, out: Path) -> SubmissionState:
     return state
 
 # %% ../../nbs/13_kaggle/12_submitter.ipynb #23aba178
-def _improve(state: SubmissionState, models: dict, source, end: float, work: Path, tta: int, **how):
+def _improve(state: SubmissionState, models: dict, source, end: float, work: Path, tta: int | dict, **how):
     "Predict with the models and write the submission."
     from rsnape_kit.inference.predict_runs import exclusive_folder, plan_predictions
 
@@ -144,9 +145,9 @@ def _predict(state: SubmissionState, all_runs, end: float, scratch: Path, **how)
     "Predict stage by stage, writing better versions in between."
     from rsnape_kit.inference.predict_runs import run_plan
 
-    parts = stages(all_runs.models, state.ensemble)
+    parts = stages(all_runs.models, all_runs.folders, state.ensemble)
     if end == float("inf"):  # without a deadline the order does not matter, and each framework starts only once
-        parts = [[run for part in parts for run in part]]
+        parts = [[unit for part in parts for unit in part]]
     for k, part in enumerate(parts, 1):
         if time.time() >= end:
             return

@@ -9,6 +9,7 @@ __all__ = ['FRAMEWORKS', 'BUILT_IN', 'ModelEntry', 'list_models', 'find_model', 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -150,6 +151,53 @@ def _expected(config, truth) -> dict:  # argument of the factory -> probabilitie
     image = float(np.clip(image, .01, .99))
     return {"expect_exam": np.clip(exams.to_numpy()[:9], .01, .99), "expect_image": image} if config.is_volume else {"expect": image}
 
+# %% ../../nbs/07_models/07_registry.ipynb #369eb190
+@cache
+def _accumulating(kind):  # class of optimisers -> the same with gradient_accumulation_steps that also work as described above
+    keras = import_keras()
+
+    class Accumulating(kind):
+        def _due(self):
+            return keras.ops.equal((self._iterations + 1) % self.gradient_accumulation_steps, 0)
+
+        def _update_model_variables_moving_average(self, variables):
+            momentum, self.ema_momentum = self.ema_momentum, keras.ops.where(self._due(), self.ema_momentum, 1.)
+            super()._update_model_variables_moving_average(variables)
+            self.ema_momentum = momentum
+
+    return type(kind.__name__, (_Mirrored, Accumulating) if keras.config.backend() == "tensorflow" else (Accumulating,), {})
+
+
+class _Mirrored:
+    "Accumulation on TensorFlow, on one device or several."
+
+    def _backend_apply_gradients(self, grads, variables):
+        import tensorflow as tf
+
+        def decide(strategy, grads):  # for all devices
+            on_each = strategy.extended.call_for_each_replica
+            tf.cond(self._due(), lambda: on_each(step, (grads,)), lambda: on_each(add, (grads,)))
+
+        def step(grads):
+            kept = self._sums(variables)
+            mean = [(grad + part) / self.gradient_accumulation_steps for grad, part in zip(grads, kept)]
+            mean = self._clip_gradients(mean)
+            self._apply_weight_decay(variables)
+            self._backend_update_step(mean, variables, self.learning_rate)
+            self._update_model_variables_moving_average(self._trainable_variables)
+            self._backend_reset_gradient_accumulators()
+
+        def add(grads):  # the mean over the devices, the same on each: their sum is taken by the step
+            summed = [grad / count for grad, _ in self._all_reduce_sum_gradients(list(zip(grads, variables)))]
+            self._backend_increment_gradient_accumulators(summed, self._sums(variables))
+
+        count = tf.distribute.get_strategy().num_replicas_in_sync
+        tf.distribute.get_replica_context().merge_call(decide, args=(grads,))
+
+    def _sums(self, variables) -> list:
+        return [self._accumulated_gradients[self._get_variable_index(variable)] for variable in variables]
+
+
 # %% ../../nbs/07_models/07_registry.ipynb #829f2cd2
 def compile_model(model, config):  # keras.Model from build_model, KerasConfig -> the same model
     "Compile a Keras model for training, with the optimiser and the loss of its settings."
@@ -157,8 +205,11 @@ def compile_model(model, config):  # keras.Model from build_model, KerasConfig -
     optimizers = {"adam": keras.optimizers.Adam, "adamax": keras.optimizers.Adamax, "adamw": keras.optimizers.AdamW}
     if config.optimizer not in optimizers:
         raise ValueError(f"unknown optimizer {config.optimizer!r}; expected one of {', '.join(optimizers)}")
-    optimizer = optimizers[config.optimizer](config.phases[0].lr, global_clipnorm=config.clip, use_ema=bool(config.ema),
-                                             ema_momentum=config.ema or .99)
+    kind, several = optimizers[config.optimizer], {}
+    if config.accumulate > 1:
+        kind, several = _accumulating(kind), {"gradient_accumulation_steps": config.accumulate}
+    optimizer = kind(config.phases[0].lr, global_clipnorm=config.clip, use_ema=bool(config.ema), ema_momentum=config.ema or .99,
+                     **several)
     loss = {"exams": weighted_bce(), "images": weighted_bce()} if config.is_volume else weighted_bce()
     model.compile(optimizer, loss, jit_compile=jit())
     return model

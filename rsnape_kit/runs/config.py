@@ -113,18 +113,27 @@ class TrainConfig(RunConfig):
     network: dict = field(default_factory=dict)  # more arguments of the model's factory: width, depth, ...
     pixels: InputConfig = InputConfig()  # how slices become input
     affine: AffineRange | None = AffineRange()  # random affine transforms in training
-    batch: int = 32  # slices or studies per step
+    batch: int = 32  # slices or studies of a pass
+    accumulate: int = 1  # passes per step of the optimiser
     phases: tuple[Phase, ...] = PHASES_B1
     slice_warmup: SliceWarmup | None = None  # models of whole studies: steps on single slices first
     loss: str = "bce"  # or 'metric': weighted as the competition's metric
     clip: float | None = None  # largest norm of the gradient
     precision: str = "float32"  # 'bfloat16', 'float16', or 'auto': the fastest that the device has
     pretrained: str = ""  # file name and hash of the weights that the backbone started with
+    tta: int = 0  # augmented views of the held-out studies and of later predictions, besides the plain one
 
     def __post_init__(self):
         super().__post_init__()
         phases = tuple(phase if isinstance(phase, Phase) else Phase(*phase) for phase in self.phases)
         object.__setattr__(self, "phases", phases)
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate is {self.accumulate!r}: expected a number of passes of at least 1")
+
+    @property
+    def effective_batch(self) -> int:
+        "Samples per step of the optimiser (and process, in PyTorch)."
+        return self.batch * self.accumulate
 
     @property
     def all_epochs(self) -> int:
@@ -146,8 +155,9 @@ class KerasConfig(TrainConfig):
         mask: random masking of sides without an embolus; None: no masks.
         affine: ranges of the random affine transforms in training; None: none.
         balanced: image models: half the slices of a batch are positive; with loss='metric', slices are weighted by class.
-        batch: slices (image) or studies (volume) per step, over all devices.
-        steps: steps per epoch; default: every slice or study once.
+        batch: slices (image) or studies (volume) of a forward pass, over all devices.
+        accumulate: passes per step of the optimiser, which takes the mean of their gradients; batch norm sees one pass.
+        steps: passes per epoch; default: every slice or study once.
         phases: epochs and learning rates, one `Phase` after another.
         validate: number of epochs between two validations on the held-out studies; the last epoch is always validated.
         loss: 'bce', the solution's, or 'metric', the competition's.
@@ -158,6 +168,7 @@ class KerasConfig(TrainConfig):
         ema: momentum of averaged weights, which are then validated and kept; None: no averaging.
         clip: largest norm of the gradient; None: no clipping.
         precision: 'float32', 'bfloat16', 'float16', or 'auto', which a run replaces by what its device has when it starts.
+        tta: augmented views of the held-out studies and of later predictions, besides the plain one; see `run_views`.
         store, split, pretrained: fingerprints of pixels, folds and weights, filled in by `train`.
     """
     frames: int = 256
@@ -189,8 +200,8 @@ class PetaFormerConfig(TrainConfig):
         groups: groups of neighbouring slices per item; a longer study becomes several items.
         slices: neighbouring slices per group.
         affine: ranges of the random affine transforms in training, one transform per study; None: none.
-        batch: items per step and process.
-        accumulate: batches per step of the optimiser.
+        batch: items of a forward pass and process.
+        accumulate: passes per step of the optimiser.
         phases: epochs and learning rates of transformer and heads, one `Phase` after another.
         backbone_lr: factor on the learning rate for the backbone (the CNN); 0: it is not trained on studies.
         slice_warmup: steps of the backbone on single slices first.
@@ -200,6 +211,7 @@ class PetaFormerConfig(TrainConfig):
         clip: largest norm of the gradient; None: no clipping.
         precision: 'auto' (bfloat16 or float16 by the GPU, float32 on a CPU; may change when a run is resumed elsewhere),
             'bfloat16', 'float16' or 'float32'. On a CPU it is always float32.
+        tta: augmented views of the held-out studies and of later predictions, besides the plain one; see `run_views`.
         store, split, pretrained: fingerprints of pixels, folds and weights, filled in by `train`.
     """
     model: str = "petaformer"
@@ -207,7 +219,6 @@ class PetaFormerConfig(TrainConfig):
     groups: int = 63
     slices: int = 5
     batch: int = 4
-    accumulate: int = 1
     phases: tuple[Phase, ...] = (Phase(12, 1e-3, one_cycle=.25),)
     backbone_lr: float = .1
     loss: str = "metric"
@@ -236,6 +247,8 @@ def check_config(config: TrainConfig):
             "slice_warmup": kind == "image" and config.slice_warmup is not None}
     for name in (name for name, no_effect in idle.items() if no_effect):
         raise ValueError(f"{name}={getattr(config, name)!r} has no effect for {config.model} with loss={loss!r}: leave it out")
+    if type(config.tta) is not int or config.tta < 0:
+        raise ValueError(f"tta is {config.tta!r}, expected the number of augmented views, 0 or more")
     if kind == "groups" and any(phase.from_best for phase in config.phases[1:]):
         raise ValueError(f"{config.model} goes on from the last weights: set from_best=False in all phases after the first")
     if kind == "groups" and len(config.pixels.windows) != 1:

@@ -72,8 +72,8 @@ _WHOLE = dict(frames=256, batch=32, mask=None, affine=STUDY_RANGE, optimizer="ad
 FULL = {
     "efficientnet": KerasConfig(model="efficientnet", network=dict(variant="b1", pool="max"), batch=768),
     "resnet3d": KerasConfig(model="resnet3d", **_WHOLE),
-    "efficientnet3d": KerasConfig(model="efficientnet3d", **_WHOLE),
-    "petaformer": PetaFormerConfig(),
+    "efficientnet3d": KerasConfig(model="efficientnet3d", tta=4, **_WHOLE),
+    "petaformer": PetaFormerConfig(tta=4),
 }
 
 # %% ../../nbs/08_runs/02_recipes.ipynb #5c1e0e02
@@ -86,9 +86,9 @@ ORIGINAL = {
     "efficientnet": replace(FULL["efficientnet"], network=FULL["efficientnet"].network | _KERAS, pixels=InputConfig(fill="zero"),
                             affine=AffineRange(offset=_COLUMN)),
     "resnet3d": KerasConfig(model="resnet3d", network=_WHOLE_KERAS, **_NOISY),
-    "efficientnet3d": KerasConfig(model="efficientnet3d", network=_WHOLE_KERAS, **_NOISY),
+    "efficientnet3d": KerasConfig(model="efficientnet3d", network=_WHOLE_KERAS, tta=4, **_NOISY),
     "petaformer": PetaFormerConfig(network=dict(normalise=False), affine=AffineRange(5, 0, .033, 0), accumulate=2, loss="bce",
-                                   clip=None),
+                                   clip=None, tta=4),
 }
 
 # %% ../../nbs/08_runs/02_recipes.ipynb #5c1e0e04
@@ -122,7 +122,7 @@ DIFFERS = {  # recipe -> model -> texts
 
 # %% ../../nbs/08_runs/02_recipes.ipynb #5c1e0e06
 _BACKBONE = dict(variant="b0", width=.5, depth=.1, pool="avg", momentum=.9, drop_connect=0.)
-_SHORT = dict(loss="metric", balanced=True, optimizer="adamw", clip=5.)
+_SHORT = dict(loss="metric", balanced=True, optimizer="adamw", clip=5., tta=1)
 _STUDIES = dict(frames=16, mask=None, emphasis=6.5, **_SHORT)
 
 DEMO = {
@@ -142,7 +142,7 @@ DEMO = {
         network=dict(width=.25, depth=.1, layers=2, attention="encoder", dropout=.1, attention_dropout=0., token_norm=True,
                      frozen_norm=True),
         pixels=InputConfig((PE,), "fixed", 96, crop=165.), groups=32, slices=1, affine=AffineRange(4, 1, .03, .02),
-        slice_warmup=SliceWarmup(), backbone_lr=0., batch=5, phases=(Phase(8, 2e-3, one_cycle=.25),), clip=5.),
+        slice_warmup=SliceWarmup(), backbone_lr=0., batch=5, phases=(Phase(8, 2e-3, one_cycle=.25),), clip=5., tta=1),
 }
 BACKBONE_FROM = {"efficientnet3d": "efficientnet"}  # model -> model whose best.npz of the same fold it starts from
 
@@ -150,7 +150,7 @@ BACKBONE_FROM = {"efficientnet3d": "efficientnet"}  # model -> model whose best.
 def quick(config: TrainConfig) -> TrainConfig:
     "Return settings that train for a few steps."
     warmup = config.slice_warmup and replace(config.slice_warmup, steps=2, batch=8)
-    short = replace(config, phases=(replace(config.phases[-1], epochs=1),), slice_warmup=warmup)
+    short = replace(config, phases=(replace(config.phases[-1], epochs=1),), slice_warmup=warmup, tta=0)
     return short if isinstance(config, PetaFormerConfig) else replace(short, steps=4, batch=min(config.batch, 8))
 
 

@@ -31,7 +31,6 @@ class CrossValidation:
     folds: int = 5
     recipe: str = "demo"  # one of RECIPES
     seed: int = 0
-    tta: int = 0  # augmented views of the held-out studies, besides the plain one
 
     @property
     def trainings(self) -> list:
@@ -72,7 +71,7 @@ class Training:
         "The command as words."
         plan = self.plan
         options = {"store": plan.store, "train-csv": plan.train_csv, "fold": self.fold, "folds": plan.folds,
-                "recipe": plan.recipe, "seed": plan.seed, "tta": plan.tta, "out": plan.out}
+                "recipe": plan.recipe, "seed": plan.seed, "out": plan.out}
         options |= {"weights": self.base.run / "best.npz"} if self.base and plan.recipe != "full" else {}
         return ["rsnape", "train", self.model, *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
 

@@ -121,7 +121,6 @@ def train_keras(
     folds,  # Folds
     *,
     weights=None,  # path of weights for the backbone
-    tta: int = 0,  # augmented views for the held-out predictions
     deadline: float = math.inf,  # unix time
     progress: bool | None = None,  # bars and a line an epoch; default: yes
     backend: str | None = None,  # 'tensorflow' or 'jax'
@@ -138,17 +137,17 @@ def train_keras(
         resume(config)
         on_device = on_tpu() and config.pixels.jpeg is None if pixels_on_device is None else pixels_on_device
         try:
-            _train(run, config, source, truth.select(folds.train(config.fold)), truth.select(folds.valid(config.fold)), weights, tta,
+            _train(run, config, source, truth.select(folds.train(config.fold)), truth.select(folds.valid(config.fold)), weights,
                    deadline, progress is not False, on_device)
         except OutOfTime as stop:
             print(f"{run}: {stop}. {epochs_done(run)} epochs are kept; call train again with the same settings to go on, "
                   "here or where this folder is attached")
 
 
-def _train(run, config, source: PixelSource, train_truth, held_out, weights, tta, deadline, progress, on_device):
+def _train(run, config, source: PixelSource, train_truth, held_out, weights, deadline, progress, on_device):
     network, batches = build_model(config, train_truth, weights), training_batches(config, source, train_truth, on_device)
     fitted = compile_model(with_pixels(network, batches) if on_device else network, config)
-    final = [CountedBatches(view) for view in make_views(config, source, held_out.exams.index, tta)]
+    final = [CountedBatches(view) for view in make_views(config, source, held_out.exams.index, range(config.tta + 1))]
     warm_up, per_epoch = config.slice_warmup.steps if config.slice_warmup else 0, config.steps or len(batches)
     start_steps(warm_up + config.all_epochs * per_epoch + sum(map(len, final)),
                 epochs_done(run) and warm_up + epochs_done(run) * per_epoch)

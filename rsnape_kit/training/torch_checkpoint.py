@@ -30,7 +30,7 @@ class Score(Hook):
         self.truth = truth
 
     def before_validate(self):
-        self.averager = ProbabilityAverager(self.learn.dls.valid.targets.table)
+        self.averager = ProbabilityAverager(self.learn.dls.valid.targets.table, clip=CLIP)
 
     def after_pred(self):
         if not self.learn.training:
@@ -39,7 +39,7 @@ class Score(Hook):
 
     def after_validate(self):
         add_over_processes(*self.averager.arrays, device=self.learn.dls.device)
-        pred = self.averager.predictions(clip=CLIP)
+        pred = self.averager.predictions()
         self.values = scores(self.truth.select(pred.exams.index), pred, "metric")
 
 # %% ../../nbs/10_training/04_torch_checkpoint.ipynb #0704b70b

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..competition.predictions import Predictions
 from ..data.batches import GroupTargets, ImageBatches
-from ..inference.torch_predictor import CLIP, group_batches, load_model, predict_views, resolve_precision
+from ..inference.torch_predictor import group_batches, load_model, predict_views, resolve_precision
 from ..models.petaformer import need_torch, normalise
 from ..models.registry import build_model
 from ..runs.config import PetaFormerConfig, check_config
@@ -101,7 +101,6 @@ def train_torch(
     folds,  # Folds
     *,
     weights=None,  # path of torchvision's resnet34 weights, for the CNN of a run that starts here
-    tta: int = 0,  # augmented views for the held-out predictions
     deadline: float = math.inf,  # unix time: stop after an epoch when the next would not fit
     progress: bool | None = None,  # bars; default: in a terminal
     device=None,  # default: a GPU if there is one
@@ -116,16 +115,16 @@ def train_torch(
         wait(world)
         if epochs_done(run) < config.all_epochs:
             hooks = [SameNorms(), Score(truth), Checkpoint(run, deadline, rank == 0, progress)]
-            _fit(run, source, truth, folds, config, weights, hooks, rank, world, device, progress, tta)
+            _fit(run, source, truth, folds, config, weights, hooks, rank, world, device, progress)
             wait(world)
         if epochs_done(run) == config.all_epochs and complete_folder(run / "oof") is None:
-            pred = predict_held_out(run, source, folds.valid(config.fold), tta, rank, world, device)
+            pred = predict_held_out(run, source, folds.valid(config.fold), rank, world, device)
             if rank == 0:
                 pred.save(run / "oof")
             wait(world)
 
 # %% ../../nbs/10_training/05_torch_trainer.ipynb #2d227408
-def _fit(run, source: PixelSource, truth, folds, config, weights, hooks, rank, world, device, progress, tta):
+def _fit(run, source: PixelSource, truth, folds, config, weights, hooks, rank, world, device, progress):
     "Train from the last checkpoint to the last epoch, or until the time is over."
     import torch
     train_studies = folds.train(config.fold)
@@ -139,7 +138,7 @@ def _fit(run, source: PixelSource, truth, folds, config, weights, hooks, rank, w
         model.backbone.to(memory_format=torch.channels_last)
     if rank == 0:
         warm_up, done = config.slice_warmup.steps if config.slice_warmup else 0, epochs_done(run)
-        start_steps(warm_up + config.all_epochs * len(train_batches) + (tta + 1) * len(valid_batches),
+        start_steps(warm_up + config.all_epochs * len(train_batches) + (config.tta + 1) * len(valid_batches),
                     done and warm_up + done * len(train_batches))
     if config.slice_warmup and epochs_done(run) == 0:
         warm_up_backbone(model.backbone, source, train_studies, truth, config, device, progress if rank == 0 else False)
@@ -154,12 +153,12 @@ def predict_held_out(
     run: Path | str,
     source: PixelSource,
     studies,  # StudyInstanceUIDs of the held-out fold
-    tta: int = 0,  # augmented views besides the plain one
     rank: int = 0,  # of this process; all of them must call
     world: int = 1,
     device="cpu",
 ) -> Predictions:
-    "Return the predictions of the best weights, made by all processes together."
-    averager = predict_views(*load_model(run, device), source, studies, tta, (rank, world), CountedBatches)
+    "Return the predictions of the best weights, the mean of the run's views, made by all processes together."
+    model, config = load_model(run, device)
+    averager = predict_views(model, config, source, studies, range(config.tta + 1), (rank, world), CountedBatches)
     add_over_processes(*averager.arrays, device=device)
-    return averager.predictions(clip=CLIP)
+    return averager.predictions()

@@ -138,7 +138,7 @@ def _either(entries: list) -> str:
 
 # %% ../../nbs/10_training/06_trainer.ipynb #b54f6b63
 def train(model: str, source: PixelSource, fold: int, config: TrainConfig | None = None, *, truth: Predictions, folds: Folds,
-          out: Path | str = "runs", earlier=("/kaggle/input",), weights: Path | str | None = None, tta: int = 0,
+          out: Path | str = "runs", earlier=("/kaggle/input",), weights: Path | str | None = None, tta: int | None = None,
           hours: float | None = None, progress: bool | None = None, **options) -> Path:
     """Train one fold, resuming from its last checkpoint if there is one, and predict its held-out studies.
 
@@ -154,7 +154,7 @@ def train(model: str, source: PixelSource, fold: int, config: TrainConfig | None
         weights: path of weights to start the backbone with: published ones (see `fetch_weights`) or, for EfficientNet3D, best.npz
             of the same fold's EfficientNet run. 'auto': what the model can start from, found in `out`, `earlier`, ./weights, the
             bundle and the Kaggle inputs; a resumed run keeps what it started from. None: random weights.
-        tta: number of augmented views for the held-out predictions, besides the plain one.
+        tta: number of augmented views for the held-out predictions and later ones, besides the plain one; default: the settings'.
         hours: wall-clock budget, counted from the call; default: none. A Kaggle session has 12 (TPU 9).
         progress: show bars; default: as the framework's trainer does.
         **options: Keras models: `backend` ('tensorflow' or 'jax'), `devices` (how many; default: all), `pixels_on_device` (make
@@ -168,8 +168,8 @@ def train(model: str, source: PixelSource, fold: int, config: TrainConfig | None
             trained on held-out studies, a fold without a positive slice, or a run of this name with other settings.
         FileNotFoundError: if `weights`, or the file that a resumed run started from, does not exist.
     """
-    started, framework = time.time(), find_model(model).framework
-    config = replace(config or default_config(model), model=model, fold=fold, store=source_fingerprint(source),
+    started, framework, config = time.time(), find_model(model).framework, config or default_config(model)
+    config = replace(config, model=model, fold=fold, tta=config.tta if tta is None else tta, store=source_fingerprint(source),
                      split=folds.fingerprint)
     weights = choose_weights(weights, config, out, earlier)
     config = replace(config, pretrained=describe_weights(weights))
@@ -183,6 +183,6 @@ def train(model: str, source: PixelSource, fold: int, config: TrainConfig | None
         from rsnape_kit.training.keras_trainer import train_keras as train_model
     run = Path(out) / config.name
     deadline = math.inf if hours is None else started + 3600 * hours
-    train_model(run, config, lambda final: resume_from(run, final, *earlier), source, truth, folds, weights=weights, tta=tta,
+    train_model(run, config, lambda final: resume_from(run, final, *earlier), source, truth, folds, weights=weights,
                 deadline=deadline, progress=progress, **options)
     return run

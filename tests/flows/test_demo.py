@@ -66,7 +66,11 @@ def test_the_demo_goes_on_where_it_was_killed_and_ends_with_a_valid_submission(d
     assert "held-out studies of difficulty 'demo', seed 0" in text and "trained for a few steps only" in text
     done = json.loads((folder / "submit.json").read_text())
     assert done["finished"] and done["studies"]["by every model"] == SIZES["quick"].test_studies
-    assert "<img" in (folder / "report.html").read_text()
+    once = {"done": 1, "wanted": 1}  # as many views as the held-out predictions that the ensemble was fitted on
+    assert done["views"] == dict.fromkeys(SIZES["quick"].models, once)
+    assert json.loads((folder / "ensemble.json").read_text())["views"] == dict.fromkeys(SIZES["quick"].models, 0)
+    report = (folder / "report.html").read_text()
+    assert "<img" in report and "Views predicted (the plain one and augmented ones): efficientnet 1 of 1, " in report
 
 
 @pytest.fixture

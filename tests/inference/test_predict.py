@@ -1,4 +1,5 @@
 "Predictions with many runs of two frameworks equal those of single runs, with damaged studies, deadlines and kills."
+import json
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import warm
 from broken_studies import BROKEN, break_study
 from small_runs import keras_run, torch_run
@@ -17,13 +19,16 @@ from small_runs import keras_run, torch_run
 from rsnape_kit.competition.labels import EXAM_LABELS, STUDY
 from rsnape_kit.dicom.slices import scan
 from rsnape_kit.inference.keras_predictor import infer as infer_keras
+from rsnape_kit.inference.keras_predictor import load_run, make_views, predict_batches
 from rsnape_kit.inference.predict_runs import plan_predictions, predict, run_plan
 from rsnape_kit.inference.results import load_result
+from rsnape_kit.inference.torch_predictor import CLIP
 from rsnape_kit.inference.torch_predictor import infer as infer_torch
 from rsnape_kit.phantom.generate import make_competition
 from rsnape_kit.store.build import build_store
 from rsnape_kit.store.dicom_source import DicomSource
 from rsnape_kit.store.slice_store import SliceStore
+from rsnape_kit.training.torch_trainer import predict_held_out
 from rsnape_kit.utils.processes import worker_environ
 
 
@@ -102,7 +107,7 @@ def test_two_processes_give_the_same_predictions_and_share_the_decoded_studies(w
     assert {path.name for path in (tmp_path / "one framework").glob("*.log")} == {"torch-0.log", "torch-1.log"}
 
 
-def test_augmented_views_do_not_depend_on_the_other_studies(world, forked, tmp_path):
+def test_augmented_views_do_not_depend_on_the_other_studies_and_are_kept_one_by_one(world, forked, tmp_path):
     folder, table, runs, _ = world
     studies = table[STUDY].unique()
 
@@ -112,8 +117,42 @@ def test_augmented_views_do_not_depend_on_the_other_studies(world, forked, tmp_p
     whole = predictions(tta=2, out=tmp_path / "a")
     one = predictions(tta=2, out=tmp_path / "b", studies=studies[3:4])
     pd.testing.assert_series_equal(one.images, whole.select(studies[3:4]).images, check_exact=True)
-    plain = predictions(out=tmp_path / "a")  # does not use the results with other TTA settings
-    assert np.abs(plain.images - whole.images).max() > 1e-6
+    results = {path: path.stat().st_mtime_ns for path in tmp_path.glob("a/petaformer*/*/*")}
+    plain = predictions(out=tmp_path / "a")  # uses the plain views alone, which are there
+    assert np.abs(plain.images - whole.images).max() > 1e-6 and len(results) == 15
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("a/petaformer*/*/*")} == results
+
+
+def with_views(run: Path, folder: Path, tta: int) -> Path:
+    "A copy of a run whose settings have another number of augmented views."
+    copy = Path(shutil.copytree(run, folder / run.name, dirs_exist_ok=True))
+    content = json.loads((copy / "config.json").read_text())
+    content["settings"]["tta"] = tta
+    (copy / "config.json").write_text(json.dumps(content))
+    return copy
+
+
+def test_predict_gives_the_mean_that_training_gives_for_the_held_out_studies(world, forked, tmp_path):
+    "Training adds up all views, as these functions do; `predict` keeps each view and averages them later."
+    folder, table, runs, _ = world
+    source, studies = DicomSource(table), sorted(table[STUDY].unique())[1:]
+    chosen = [runs["efficientnet"][0], *runs["resnet3d"], *runs["petaformer"]]
+    certain = torch.load(chosen[-1] / "weights.pt")  # PetaFormer's probabilities reach their limits
+    certain = {name: value * (40 if "exam_head" in name else 1) for name, value in certain.items()}
+    networks = [load_run(run) for run in chosen[:-1]]
+    for tta in (2, 0):
+        own = [with_views(run, tmp_path / "runs", tta) for run in chosen]
+        torch.save(certain, own[-1] / "weights.pt")
+        held_out = {config.model: predict_batches(network, make_views(config, source, studies, range(1 + tta)))
+                    for config, network in networks}
+        held_out["petaformer"] = predict_held_out(own[-1], source, studies)
+        preds = predict(own, table, out=tmp_path / "results", studies=studies, progress=False)
+        for name, pred in preds.items():
+            expected = held_out[name].align(pred)
+            np.testing.assert_allclose(pred.images, expected.images, rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(pred.exams, expected.exams[list(pred.exams)], rtol=1e-4, atol=1e-6)
+        exams = preds["petaformer"].exams.to_numpy()
+        assert exams.min() > CLIP - 1e-9 and exams.max() < 1 - CLIP + 1e-9 and np.abs(exams - .5).max() > .49
 
 
 def test_a_store_a_folder_and_a_table_give_the_same(world, forked, tmp_path):
@@ -177,12 +216,12 @@ def test_a_deadline_is_kept_and_what_was_done_counts(world, forked, tmp_path):
     work = plan_predictions(runs["resnet3d"], table, tmp_path / "results")
     name, rows = next(iter(work.index.keys.values())), next(iter(work.index.rows.values()))
     full = predict(runs["resnet3d"], table, out=tmp_path / "full", progress=False)
-    source = next((tmp_path / "full").glob("resnet3d*")) / name
-    shutil.copy(source, work.folders[str(runs["resnet3d"][0])])
+    source = next((tmp_path / "full").glob("resnet3d*/view0")) / name
+    shutil.copy(source, work.folders[str(runs["resnet3d"][0]), 0])
     again = predict(runs["resnet3d"], table, out=tmp_path / "results", time_budget=0, progress=False)["resnet3d"]
     assert again.exams.notna().all(axis=1).sum() == 1
     agrees(full["resnet3d"], [single[runs["resnet3d"][0]]])
-    assert load_result(work.folders[str(runs["resnet3d"][0])], name, len(rows)) is not None
+    assert load_result(work.folders[str(runs["resnet3d"][0]), 0], name, len(rows)) is not None
 
 
 @pytest.mark.slow
@@ -207,7 +246,7 @@ predict([{str(runs['petaformer'][0])!r}], pd.read_parquet({str(tmp_path / 'slice
     time.sleep(2)
     assert not any(job in cmdline for cmdline in _commands())
     work = plan_predictions(runs["petaformer"], table, tmp_path / "results", tta=200)
-    assert work.done().to_numpy().sum() < 5
+    assert work.done().to_numpy().sum() < 5 * 201
 
 
 def _commands():

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -24,7 +26,10 @@ from rsnape_kit.competition.submission import check_submission
 from rsnape_kit.competition.tables import read_csv
 from rsnape_kit.ensemble.blending import preset_weights
 from rsnape_kit.ensemble.ensemble import Ensemble, default_ensemble, fit_ensemble
+from rsnape_kit.inference import predict_runs
+from rsnape_kit.inference.keras_predictor import infer as infer_keras
 from rsnape_kit.inference.torch_predictor import infer
+from rsnape_kit.kaggle import submitter
 from rsnape_kit.kaggle.submitter import submit
 from rsnape_kit.phantom.generate import make_competition
 from rsnape_kit.store.dicom_source import DicomSource
@@ -141,7 +146,37 @@ def test_a_session_with_fewer_predictions_keeps_the_better_file(world, tmp_path)
     assert out.read_bytes() == before and "unknown origin" in found.summary
     with warm.workers():
         better = submit([world.torch], world.ensemble, competition=world.made, out=out, tta=1, progress=False)
-    assert out.read_bytes() != before and better.views == 1 and world.valid(out)
+    assert out.read_bytes() != before and better.views == {"petaformer": {"done": 2, "wanted": 2}} and world.valid(out)
+
+
+def test_without_time_augmented_views_are_left_out_and_a_later_session_adds_them(world, forked, tmp_path, monkeypatch):
+    "The clock jumps past the deadline when each run has predicted the plain view."
+    ensemble = replace(world.ensemble, views={"efficientnet": 1, "petaformer": 2})
+    runs, out, work = [world.keras, world.torch], tmp_path / "submission.csv", tmp_path / "work"
+    parts, late, real = [], [], predict_runs.run_plan
+
+    def run_plan(part, *args, **how):
+        parts.append({(Path(run).name, view) for run, view in part.folders})
+        took = real(part, *args, **how)
+        late.append(2 * 3600)
+        return took
+
+    monkeypatch.setattr(predict_runs, "run_plan", run_plan)
+    monkeypatch.setattr(submitter, "time", SimpleNamespace(time=lambda: time.time() + sum(late)))
+    state = submit(runs, ensemble, competition=world.made, out=out, work=work, time_budget=3600, progress=False)
+    assert parts == [{(world.keras.name, 0), (world.torch.name, 0)}] and not state.finished and world.valid(out)
+    assert state.studies == {"all": 8, "by every model": 6, "by some": 0, "by the prior": 2}
+    assert json.loads((tmp_path / "submit.json").read_text())["views"] == {
+        "efficientnet": {"done": 1, "wanted": 2}, "petaformer": {"done": 1, "wanted": 3}}
+    assert "views left out: efficientnet 1 of 2, petaformer 1 of 3" in state.summary and "time was up" in state.summary
+    plain = {path: path.stat().st_mtime_ns for path in work.glob("*/view0/*") if path.suffix == ""}
+    state = submit(runs, ensemble, competition=world.made, out=out, work=work, progress=False)
+    assert len(parts) == 2 and state.finished and world.valid(out) and "left out" not in state.summary
+    assert len(plain) == 12 and all(path.stat().st_mtime_ns == when for path, when in plain.items())
+    source = DicomSource(world.made / "test" / world.studies["whole"])
+    alone = {"efficientnet": infer_keras(world.keras, source, tta=1), "petaformer": infer(world.torch, source, tta=2)}
+    ours, label = (table.set_index("id")["label"] for table in (ensemble(alone).to_submission(), read_csv(out)))
+    np.testing.assert_allclose(label[ours.index], ours, atol=1e-5)
 
 
 def test_a_model_that_predicts_nan_is_replaced_by_the_prior(world, forked, tmp_path):
@@ -194,7 +229,7 @@ def test_a_model_that_missed_a_study_falls_back_to_the_other(world, forked, tmp_
     table = pd.read_parquet(work / "slices.parquet")
     done = plan_predictions(runs, table, work)
     study = world.studies["whole"]
-    (done.folders[str(world.torch)] / done.index.keys[study]).unlink()
+    (done.folders[str(world.torch), 0] / done.index.keys[study]).unlink()
     pred, prior = (world.ensemble(preds, world.test).exams.loc[study] for preds in (done.gather(), {}))
     assert (pred == prior).all()  # only PetaFormer predicts exams
     images = done.gather()["efficientnet"].images[study]
@@ -248,7 +283,7 @@ def test_killed_at_random_points_and_resumed_it_is_the_same_to_the_byte(world, t
 def session(world, folder: Path) -> subprocess.Popen:
     "A process that submits with one run, in its own process group."
     folder.mkdir(exist_ok=True)
-    world.ensemble.save(folder / "ensemble.json")
+    replace(world.ensemble, views={"petaformer": 1}).save(folder / "ensemble.json")
     code = SESSION.format(path=[p for p in sys.path if p], runs=[str(world.torch)], made=str(world.made),
                           out=str(folder / "submission.csv"), ensemble=str(folder / "ensemble.json"))
     return warm.popen([sys.executable, "-c", code], start_new_session=True)
@@ -261,8 +296,9 @@ def test_killed_while_results_are_written_and_resumed_it_is_the_same_to_the_byte
     assert session(world, tmp_path / "unbroken").wait(300) == 0
     for turn in range(3):
         folder = tmp_path / f"broken{turn}"
-        broken, wanted = session(world, folder), rng.randint(1, 5)
-        while broken.poll() is None and len(list(folder.glob("submit-work/petaformer-*/" + "[0-9a-f]" * 16))) < wanted:
+        broken, wanted = session(world, folder), rng.randint(1, 11)
+        results = "submit-work/petaformer-*/*/" + "[0-9a-f]" * 16
+        while broken.poll() is None and len(list(folder.glob(results))) < wanted:
             time.sleep(.005)
         time.sleep(rng.uniform(0, .05))
         os.kill(broken.pid, signal.SIGTERM) if turn % 2 else os.killpg(broken.pid, signal.SIGKILL)

@@ -140,3 +140,80 @@ print(json.dumps(curves))
     assert result.returncode == 0, result.stderr[-2000:]
     one, two = json.loads(result.stdout.splitlines()[-1])
     np.testing.assert_allclose(one, two, rtol=1e-4)
+
+
+ACCUMULATED = '''
+import tempfile
+from types import SimpleNamespace
+from rsnape_kit.models.keras_backend import use_precision
+from rsnape_kit.models.registry import compile_model
+from rsnape_kit.training.keras_fit import OutOfTime
+
+if keras_backend() == "tensorflow":
+    import tensorflow as tf
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+
+
+class Parts(Toy):
+    "The same batches in parts."
+
+    def __init__(self, parts):
+        super().__init__()
+        self.parts = parts
+
+    def __len__(self):
+        return 5 * self.parts
+
+    def __getitem__(self, i):
+        batch, part = divmod(i, self.parts)
+        return tuple(np.split(each, self.parts)[part] for each in super().__getitem__(batch))
+
+
+def trained(devices, parts, accumulate, precision="float32", stop=False):
+    "Return the weights and their averages, and all that a checkpoint holds."
+    keras, folder = import_keras(), tempfile.mkdtemp()
+    with all_devices(devices):
+        while True:
+            keras.utils.set_random_seed(0)
+            with use_precision(precision):
+                model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(16, "relu"),
+                                          keras.layers.Dense(1, "sigmoid", dtype="float32")])
+            compile_model(model, SimpleNamespace(optimizer="adamw", phases=PHASES, clip=None, ema=.8, is_volume=False,
+                                                 accumulate=accumulate))
+            ready = lambda batch: (batch[0], pack_targets(batch[1], np.ones_like(batch[1])))
+            steps = iter(range(10**6))  # the clock counts steps: a session ends within the second epoch
+            try:
+                fit_phases(model, Parts(parts), folder, PHASES, validate, ready, deadline=7 if stop else 10**6,
+                           progress=False, clock=lambda: next(steps))
+                assert not stop
+            except OutOfTime:
+                stop = False
+                continue
+            with np.load(folder + "/checkpoint/state.npz") as state:
+                return {name: state[name] for name in state.files}
+'''
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+def test_accumulated_passes_step_like_one_batch(backend):
+    result = run(ACCUMULATED.replace("keras_backend()", repr(backend)) + '''
+def distance(a, b):
+    shared = [name for name in a if name.startswith("model")]
+    return max(np.abs(a[name] - b[name]).max() for name in shared)
+
+def averages(state):
+    "The averages come before the accumulated gradients and after two counters."
+    return [state[f"optimizer{i:05d}"] for i in range(2, 6)]
+
+whole, parts, half = trained(1, 1, 1), trained(2, 2, 2), trained(2, 2, 2, "float16")
+assert distance(whole, parts) < 1e-5
+assert max(np.abs(x - y).max() for x, y in zip(averages(whole), averages(parts))) < 1e-5
+assert distance(whole, half) < 2e-3 and len(half) > len(parts)  # the loss is scaled
+at_once, again = trained(2, 1, 2), trained(2, 1, 2, stop=True)  # five passes an epoch, two a step
+assert distance(whole, at_once) > 3e-2  # another training if batches are not divided
+for name, value in at_once.items():
+    assert np.array_equal(value, again[name]), name
+''', backend, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    assert result.returncode == 0, result.stderr[-2000:]
