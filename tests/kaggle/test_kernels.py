@@ -196,7 +196,8 @@ def run_kernel(kaggle, name="submit", then="import rsnape_kit; print(rsnape_kit.
     """A kernel's cells as one script, /kaggle moved to a folder, then a line of the test.
 
     The process is a fork of this one, which has pandas and numba imported; those that the kernel starts are not."""
-    code = FRESH.format(kaggle=str(kaggle)) + source(name, **dict(values)).replace("/kaggle/", f"{kaggle}/") + "\n" + then
+    code = source(name, **dict(values)).replace("/kaggle/", f"{kaggle}/")
+    code = "\n".join((FRESH.format(kaggle=str(kaggle)), code, then))
     env = {"PATH": "/usr/bin:/bin", "RSNAPE_KAGGLE": str(kaggle), **dict(environ)}
     return warm.run_command([sys.executable, "-c", code], env=env, start=warm._in_a_fork)
 
