@@ -8,7 +8,6 @@ __all__ = ['scores', 'training_batches', 'warm_up_on_slices', 'train_keras']
 # %% ../../nbs/10_training/02_keras_trainer.ipynb #69e15e83
 import math
 import shutil
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,7 +89,6 @@ def warm_up_on_slices(
     single.set_weights(network.get_weights())  # the backbone may have trained weights
     image = keras.Model(single.inputs, single.output["images"])
     image.compile(keras.optimizers.AdamW(warmup.lr, global_clipnorm=5.), weighted_bce(), jit_compile=jit())
-    image.optimizer.build(image.trainable_variables)  # else the first step is traced twice
     batches = ImageBatches(source, truth, batch=warmup.batch, pixels=config.pixels, mask=config.mask or SideMask(),
                            affine=config.affine, balanced=True, weights=True, shuffle=True, seed=config.seed)
     losses = []
@@ -154,7 +152,7 @@ def _train(run, config, source: PixelSource, train_truth, held_out, weights, tta
     warm_up, per_epoch = config.slice_warmup.steps if config.slice_warmup else 0, config.steps or len(batches)
     start_steps(warm_up + config.all_epochs * per_epoch + sum(map(len, final)),
                 epochs_done(run) and warm_up + epochs_done(run) * per_epoch)
-    if config.slice_warmup and not epochs_done(run) and time.time() < deadline:
+    if config.slice_warmup and not epochs_done(run):
         warm_up_on_slices(network, config, source, train_truth, progress)
     views = make_views(config, source, held_out.exams.index, passes=1)
     scale = study_weight(train_truth) if config.is_volume else 1.

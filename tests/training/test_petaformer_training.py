@@ -63,14 +63,9 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", Path(SESSION).read_text(), tmp_path / "two", *calm, "batch=2"]
-    with open(tmp_path / "output", "w") as output:
-        both = [warm.popen(command, env=os.environ | place | {"RANK": rank, "LOCAL_RANK": rank}, stdout=output,
-                           stderr=output, start=warm.server("torch").start) for rank in "01"]
-        codes = [process.wait() for process in both]
-    assert codes == [0, 0], (tmp_path / "output").read_text()[-3000:]
-    (two,) = (tmp_path / "two").iterdir()
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    command = [sys.executable, *launcher, SESSION, str(tmp_path / "two"), *calm, "batch=2"]
+    two = finished(subprocess.run(command, env=ENV, capture_output=True, text=True))
     pd.testing.assert_frame_equal(history(one), history(two), rtol=1e-4)
     a, b = (Predictions.load(run / "oof") for run in (one, two))
     pd.testing.assert_series_equal(a.images, b.align(a).images, rtol=1e-3)
