@@ -2,12 +2,12 @@
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import warm
 from conftest import ROOT
 
 from rsnape_kit.cli import main, parser
@@ -114,7 +114,8 @@ def test_parts_are_prepared_and_trained_on_as_one(tmp_path):
         assert (done == "0") == first, result.stderr
         shutil.rmtree(mounts / part, ignore_errors=True)
         shutil.move(tmp_path / "working", mounts / part)
-    result = run_kernel(tmp_path, "train", values={"FOLDS": 2, "RECIPE": "quick", "TTA": 0})
+    small = ["pixels.size=32", "network.width=.25", "steps=2"]
+    result = run_kernel(tmp_path, "train", values={"FOLDS": 2, "RECIPE": "quick", "TTA": 0, "SETTINGS": small})
     assert result.returncode == 0, result.stderr
     assert "36 slices of 6 studies" in result.stdout
     run = tmp_path / "working" / "runs" / "efficientnet-fold0-seed42"
@@ -183,12 +184,22 @@ def test_every_kernel_begins_with_the_header():
         assert "".join(first["source"]).removeprefix("#| eval: false\n").strip() == HEADER.strip(), path
 
 
+FRESH = """import os, sys
+os.chdir({kaggle!r})
+for name in [name for name in sys.modules if name.partition(".")[0] == "rsnape_kit"]:
+    del sys.modules[name]
+"""  # before a kernel: it must import the attached package, not the one that this process has imported
+
+
 def run_kernel(kaggle, name="submit", then="import rsnape_kit; print(rsnape_kit.__file__)", values=(),
                environ=()):
-    "A kernel's cells as one script, /kaggle moved to a folder, then a line of the test."
+    """A kernel's cells as one script, /kaggle moved to a folder, then a line of the test.
+
+    The process is a fork of this one, which has pandas and numba imported; those that the kernel starts are not."""
     code = source(name, **dict(values)).replace("/kaggle/", f"{kaggle}/")
-    return subprocess.run([sys.executable, "-c", code + "\n" + then], cwd=kaggle, capture_output=True, text=True,
-                          env={"PATH": "/usr/bin:/bin", "RSNAPE_KAGGLE": str(kaggle), **dict(environ)})
+    code = "\n".join((FRESH.format(kaggle=str(kaggle)), code, then))
+    env = {"PATH": "/usr/bin:/bin", "RSNAPE_KAGGLE": str(kaggle), **dict(environ)}
+    return warm.run_command([sys.executable, "-c", code], env=env, start=warm._in_a_fork)
 
 
 def test_the_kernel_that_push_sends_is_there():
