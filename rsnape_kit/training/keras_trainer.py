@@ -109,6 +109,7 @@ def warm_up_on_slices(
     single.set_weights(network.get_weights())  # the backbone may have trained weights
     image = keras.Model(single.inputs, single.output["images"])
     image.compile(keras.optimizers.AdamW(warmup.lr, global_clipnorm=5.), weighted_bce(), jit_compile=jit())
+    image.optimizer.build(image.trainable_variables)  # TensorFlow traces a step that creates variables twice
     batches, losses = _balanced_slices(config, source, truth), []
     for step in tqdm(range(warmup.steps), desc="single slices", leave=False, disable=not progress):
         epoch, i = divmod(step, len(batches))
