@@ -6,6 +6,7 @@ Files that name no framework, or look at `sys.modules`, start from a process wit
     python tests/run.py                                               # all
     python tests/run.py nbs/01_competition/04_metric.ipynb tests/dicom
 """
+import gc
 import importlib
 import json
 import os
@@ -73,6 +74,7 @@ def run(paths: list, imports: tuple, scratch: Path) -> list:
     "Run files from a process that has imported some modules; (name, passed, seconds, CPU-seconds) of each."
     for name in imports:
         importlib.import_module(name)
+    gc.freeze()  # collections in the forks leave out what was imported, and do not copy its pages
     waiting, running, done = list(paths), {}, []
     while waiting or running:
         while waiting and len(running) < AT_ONCE:

@@ -3,6 +3,7 @@
 An import of TensorFlow takes four CPU-seconds, one of PyTorch two; tests that start many processes would pay for each.
 """
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -56,6 +57,7 @@ def serve(requests: int, replies: int, imports: tuple):
     "Fork a process for each job requested, until the requesting process ends."
     for name in imports:
         __import__(name)
+    gc.freeze()  # collections in the forks leave out what was imported, and do not copy its pages
     running, lines = {}, os.fdopen(requests, "rb", buffering=0)
     while True:
         if select.select([lines], [], [], .01 if running else None)[0]:
@@ -253,7 +255,8 @@ def command(*words) -> subprocess.CompletedProcess:
     "Run `rsnape ...` and all processes that it starts with PyTorch and Keras imported; stdout has all output."
     with tempfile.NamedTemporaryFile("r") as output:
         code = COMMAND.format(tests=str(Path(__file__).parent))
-        job = _job([sys.executable, "-c", code, *words], os.environ | {"PYTHONPATH": str(ROOT)}, output.name, output.name)
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        job = _job([sys.executable, "-c", code, *words], env, output.name, output.name)
         status = server("both").start(job).wait()
         return subprocess.CompletedProcess(job["argv"], status, output.read())
 

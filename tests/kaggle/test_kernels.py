@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import KERNEL_ENV, ROOT
 
 from rsnape_kit.cli import main, parser
 from rsnape_kit.competition.folds import make_folds
@@ -188,7 +188,7 @@ def run_kernel(kaggle, name="submit", then="import rsnape_kit; print(rsnape_kit.
     "A kernel's cells as one script, /kaggle moved to a folder, then a line of the test."
     code = source(name, **dict(values)).replace("/kaggle/", f"{kaggle}/")
     return subprocess.run([sys.executable, "-c", code + "\n" + then], cwd=kaggle, capture_output=True, text=True,
-                          env={"PATH": "/usr/bin:/bin", "RSNAPE_KAGGLE": str(kaggle), **dict(environ)})
+                          env=KERNEL_ENV | {"RSNAPE_KAGGLE": str(kaggle), **dict(environ)})
 
 
 def test_the_kernel_that_push_sends_is_there():
