@@ -1,11 +1,12 @@
 """Run every notebook and every test file, each in a process of its own, two at a time, and print what took longest.
 
 Processes are forked from one that has imported what they need: a start of TensorFlow or PyTorch costs four CPU-seconds.
-Files that name no framework, or look at `sys.modules`, start from a process without any.
+Files that name no framework, or need to import it themselves, start from a process without any.
 
     python tests/run.py                                               # all
     python tests/run.py nbs/01_competition/04_metric.ipynb tests/dicom
 """
+import gc
 import importlib
 import json
 import os
@@ -17,9 +18,11 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LIGHT = "matplotlib.pyplot", "numba", "pandas", "pytest", "nbdev.test"
+LIGHT = ("matplotlib.pyplot", "numba.typed", "pandas", "pydicom", "scipy.ndimage", "scipy.optimize", "scipy.stats",
+         "pytest", "nbdev.test")
 FRAMEWORKS = "torch._dynamo", "fastai.callback.all", "keras"  # PyTorch first: after TensorFlow it may crash
 NEED_FRAMEWORKS = re.compile(r"\b(torch|keras|tensorflow|fastai)\b")
+COLD = "03_adapters", "07_registry"  # look at which frameworks are imported
 FIRST = "test_demo", "test_submit", "test_learning", "16_commands", "test_predict", "test_rehearse"  # the longest
 AT_ONCE = 2
 
@@ -73,6 +76,8 @@ def run(paths: list, imports: tuple, scratch: Path) -> list:
     "Run files from a process that has imported some modules; (name, passed, seconds, CPU-seconds) of each."
     for name in imports:
         importlib.import_module(name)
+    importlib.import_module("numba").njit(lambda: 0)()  # the first compiled function loads the rest of numba
+    gc.freeze()  # collections in the forks leave out what was imported, and do not copy its pages
     waiting, running, done = list(paths), {}, []
     while waiting or running:
         while waiting and len(running) < AT_ONCE:
@@ -130,7 +135,7 @@ def files(names: list) -> list:
 
 def main(*names):
     paths = files(list(names))
-    heavy = [path for path in paths if NEED_FRAMEWORKS.search(text_of(path)) and "sys.modules" not in text_of(path)]
+    heavy = [path for path in paths if NEED_FRAMEWORKS.search(text_of(path)) and path.stem not in COLD]
     began, done = time.time(), []
     for group, imports in ((heavy, LIGHT + FRAMEWORKS), ([path for path in paths if path not in heavy], LIGHT)):
         done += in_a_fork(group, imports) if group else []

@@ -89,6 +89,7 @@ def warm_up_on_slices(
     single.set_weights(network.get_weights())  # the backbone may have trained weights
     image = keras.Model(single.inputs, single.output["images"])
     image.compile(keras.optimizers.AdamW(warmup.lr, global_clipnorm=5.), weighted_bce(), jit_compile=jit())
+    image.optimizer.build(image.trainable_variables)  # TensorFlow traces a step that creates variables twice
     batches = ImageBatches(source, truth, batch=warmup.batch, pixels=config.pixels, mask=config.mask or SideMask(),
                            affine=config.affine, balanced=True, weights=True, shuffle=True, seed=config.seed)
     losses = []

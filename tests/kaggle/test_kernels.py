@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import warm
-from conftest import ROOT
+from conftest import KERNEL_ENV, ROOT
 
 from rsnape_kit.cli import main, parser
 from rsnape_kit.competition.folds import make_folds
@@ -198,7 +198,7 @@ def run_kernel(kaggle, name="submit", then="import rsnape_kit; print(rsnape_kit.
     The process is a fork of this one, which has pandas and numba imported; those that the kernel starts are not."""
     code = source(name, **dict(values)).replace("/kaggle/", f"{kaggle}/")
     code = "\n".join((FRESH.format(kaggle=str(kaggle)), code, then))
-    env = {"PATH": "/usr/bin:/bin", "RSNAPE_KAGGLE": str(kaggle), **dict(environ)}
+    env = KERNEL_ENV | {"RSNAPE_KAGGLE": str(kaggle), **dict(environ)}
     return warm.run_command([sys.executable, "-c", code], env=env, start=warm._in_a_fork)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import warm
-from conftest import ROOT
+from conftest import KERNEL_ENV, ROOT
 
 from rsnape_kit.competition.predictions import Predictions
 from rsnape_kit.kaggle.kernels import with_values
@@ -122,5 +122,5 @@ def run_kernel(kaggle, settings, short=False):
         assert old in code
         code = code.replace(old, new)
     (kaggle / "working").mkdir(exist_ok=True)
-    return subprocess.run([sys.executable, "-c", code], cwd=kaggle, capture_output=True, text=True, env={
-        "PATH": "/usr/bin:/bin", "RSNAPE_KAGGLE": str(kaggle), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    return subprocess.run([sys.executable, "-c", code], cwd=kaggle, capture_output=True, text=True,
+                          env=KERNEL_ENV | {"RSNAPE_KAGGLE": str(kaggle)})
