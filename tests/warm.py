@@ -18,9 +18,10 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+# 'both': PyTorch and Keras on TensorFlow
 IMPORTS = {"tensorflow": ("keras", "efficientnet.model"), "jax": ("keras", "efficientnet.model"),
            "torch": ("torch._dynamo", "fastai.callback.all"),
-           "both": ("torch._dynamo", "fastai.callback.all", "keras", "efficientnet.model")}  # PyTorch, Keras on TensorFlow
+           "both": ("torch._dynamo", "fastai.callback.all", "keras", "efficientnet.model")}
 
 
 def _run(job: dict):
@@ -86,7 +87,8 @@ class Server:
         self.replies, replies = os.pipe()
         self.kind, self.folder, self.count, self.lock = kind, tempfile.TemporaryDirectory(), 0, threading.Lock()
         keras = sys.modules.get("keras")
-        if kind in ("both", "tensorflow") and "torch" in sys.modules and keras and keras.backend.backend() == "tensorflow":
+        on_tensorflow = keras and keras.backend.backend() == "tensorflow"
+        if kind in ("both", "tensorflow") and "torch" in sys.modules and on_tensorflow:
             self.pid = os.fork()
             if self.pid == 0:
                 status = 1
