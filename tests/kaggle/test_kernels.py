@@ -114,7 +114,7 @@ def test_parts_are_prepared_and_trained_on_as_one(tmp_path):
         assert (done == "0") == first, result.stderr
         shutil.rmtree(mounts / part, ignore_errors=True)
         shutil.move(tmp_path / "working", mounts / part)
-    result = run_kernel(tmp_path, "train", values={"FOLDS": 2, "RECIPE": "quick", "TTA": 0})
+    result = run_kernel(tmp_path, "train", values={"FOLDS": 2, "RECIPE": "quick"})
     assert result.returncode == 0, result.stderr
     assert "36 slices of 6 studies" in result.stdout
     run = tmp_path / "working" / "runs" / "efficientnet-fold0-seed42"
@@ -203,7 +203,7 @@ def test_the_documented_commands_are_ones_that_the_library_takes(monkeypatch):
     page = (ROOT / "docs" / "howto" / "kaggle.md").read_text().partition("## Resume")[0]
     blocks = re.findall(r"```sh\n(.*?)```", page, re.S)
     commands = [line.split() for line in re.findall(r"\brsnape ([^#&;\n]+)", "".join(blocks))]
-    assert len(commands) == 5 + 9
+    assert len(commands) == 5 + 13
     for command in commands:
         parser().parse_args(command)
     made = []
