@@ -211,8 +211,8 @@ def test_the_documented_commands_are_ones_that_the_library_takes(monkeypatch):
     for command in commands:
         if command[0] == "bundle":
             main(command)
-    assert made == ["build/bundle", "build/bundle-tpu"]
-    assert [["push", out] in commands for out in made] == [True, True]
+    assert list(dict.fromkeys(made)) == ["build/bundle", "build/bundle-tpu"]
+    assert all(["push", out] in commands for out in made)
 
 
 def test_exported_kernels_are_in_step_with_their_notebooks(tmp_path):
