@@ -198,8 +198,9 @@ def run_kernel(kaggle, name="submit", then="import rsnape_kit; print(rsnape_kit.
     The process is a fork of this one, which has pandas and numba imported; those that the kernel starts are not."""
     code = source(name, **dict(values)).replace("/kaggle/", f"{kaggle}/")
     code = "\n".join((FRESH.format(kaggle=str(kaggle)), code, then))
-    env = {"PATH": "/usr/bin:/bin", "RSNAPE_KAGGLE": str(kaggle), **dict(environ)}
-    return warm.run_command([sys.executable, "-c", code], env=env, start=warm._in_a_fork)
+    env = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "RSNAPE_KAGGLE": str(kaggle),
+           "NUMBA_CACHE_DIR": ""}  # unset, `attach` would choose an empty cache; the copied package brings its own
+    return warm.run_command([sys.executable, "-c", code], env=env | dict(environ), start=warm._in_a_fork)
 
 
 def test_the_kernel_that_push_sends_is_there():
