@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # 'both': PyTorch and Keras on TensorFlow
-IMPORTS = {"tensorflow": ("keras", "efficientnet.model"), "jax": ("keras", "efficientnet.model"),
+IMPORTS = {"tensorflow": ("keras", "efficientnet.model"), "jax": ("keras", "tensorflow", "efficientnet.model"),
            "torch": ("torch._dynamo", "fastai.callback.all"),
            "both": ("torch._dynamo", "fastai.callback.all", "keras", "efficientnet.model")}
 

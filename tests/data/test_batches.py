@@ -81,7 +81,7 @@ def test_torch_without_keras():
         x = next(iter(StudyBatches(source, frames=6, pixels=InputConfig(size=32)).torch()))
         assert x.shape == (1, 6, 3, 32, 32)
         assert "keras" not in sys.modules and "tensorflow" not in sys.modules
-    """, blocked=("keras", "tensorflow", "jax"))
+    """, blocked=("keras", "tensorflow", "jax"), KERAS_BACKEND="torch")
 
 
 def test_a_missing_framework_is_named():

@@ -113,7 +113,7 @@ def run_kernel(kaggle, settings, short=False):
     "The kernel's cells as one script, /kaggle moved to a folder, with settings for a small network."
     notebook = json.loads((ROOT / "nbs" / "kernels" / "train.ipynb").read_text())
     code = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code")
-    code = with_values(code, {"MODEL": "petaformer", "FOLDS": 3, "TTA": 1, "SETTINGS": settings})
+    code = with_values(code, {"MODEL": "petaformer", "FOLDS": 3, "SETTINGS": ["tta=1", *settings]})
     changes = {"/kaggle/": f"{kaggle}/"}
     if short:
         (kaggle / "short.py").write_text(SHORT)
