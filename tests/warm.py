@@ -20,12 +20,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 IMPORTS = {"tensorflow": ("keras", "efficientnet.model"), "jax": ("keras", "efficientnet.model"),
            "torch": ("torch._dynamo", "fastai.callback.all"),
-           "both": ("torch._dynamo", "fastai.callback.all", "keras", "efficientnet.model")}  # PyTorch, Keras on TensorFlow
+           "both": ("torch._dynamo", "fastai.callback.all", "keras", "efficientnet.model")}  # Keras on TensorFlow
 
 
 def _run(job: dict):
     "Run a job in this process, which was forked for it, and exit."
     status = 1
+    os.chdir(job["cwd"])
     for name, number in (("stdout", 1), ("stderr", 2)):
         os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
@@ -57,7 +58,7 @@ def serve(requests: int, replies: int, imports: tuple):
     "Fork a process for each job requested, until the requesting process ends."
     for name in imports:
         __import__(name)
-    gc.freeze()  # collections in the forks leave out what was imported, and do not copy its pages
+    gc.freeze()  # collections in the forks pass over what was imported
     running, lines = {}, os.fdopen(requests, "rb", buffering=0)
     while True:
         if select.select([lines], [], [], .01 if running else None)[0]:
@@ -86,7 +87,8 @@ class Server:
         self.replies, replies = os.pipe()
         self.kind, self.folder, self.count, self.lock = kind, tempfile.TemporaryDirectory(), 0, threading.Lock()
         keras = sys.modules.get("keras")
-        if kind in ("both", "tensorflow") and "torch" in sys.modules and keras and keras.backend.backend() == "tensorflow":
+        both = "torch" in sys.modules and keras and keras.backend.backend() == "tensorflow"
+        if both and kind in ("both", "tensorflow"):
             self.pid = os.fork()
             if self.pid == 0:
                 status = 1
@@ -161,7 +163,8 @@ def _job(command: list, env: dict, stdout: str, stderr: str, new_session: bool =
     _, option, text, *argv = map(str, command)
     assert option in ("-c", "-m"), command
     return {"argv": [option, *argv], "code": text if option == "-c" else "", "module": text if option == "-m" else "",
-            "env": dict(env), "stdout": stdout, "stderr": stderr, "new_session": new_session, "parent": parent}
+            "env": dict(env), "cwd": os.getcwd(), "stdout": stdout, "stderr": stderr, "new_session": new_session,
+            "parent": parent}
 
 
 def _in_a_fork(job: dict) -> Process:
