@@ -27,6 +27,7 @@ IMPORTS = {"tensorflow": ("keras", "efficientnet.model"), "jax": ("keras", "tens
 def _run(job: dict):
     "Run a job in this process, which was forked for it, and exit."
     status = 1
+    os.chdir(job["cwd"])
     for name, number in (("stdout", 1), ("stderr", 2)):
         os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
@@ -58,7 +59,7 @@ def serve(requests: int, replies: int, imports: tuple):
     "Fork a process for each job requested, until the requesting process ends."
     for name in imports:
         __import__(name)
-    gc.freeze()  # collections in the forks leave out what was imported, and do not copy its pages
+    gc.freeze()  # collections in the forks pass over what was imported
     running, lines = {}, os.fdopen(requests, "rb", buffering=0)
     while True:
         if select.select([lines], [], [], .01 if running else None)[0]:
@@ -163,7 +164,8 @@ def _job(command: list, env: dict, stdout: str, stderr: str, new_session: bool =
     _, option, text, *argv = map(str, command)
     assert option in ("-c", "-m"), command
     return {"argv": [option, *argv], "code": text if option == "-c" else "", "module": text if option == "-m" else "",
-            "env": dict(env), "stdout": stdout, "stderr": stderr, "new_session": new_session, "parent": parent}
+            "env": dict(env), "cwd": os.getcwd(), "stdout": stdout, "stderr": stderr, "new_session": new_session,
+            "parent": parent}
 
 
 def _in_a_fork(job: dict) -> Process:

@@ -8,6 +8,7 @@ __all__ = ['scores', 'training_batches', 'warm_up_on_slices', 'train_keras']
 # %% ../../nbs/10_training/02_keras_trainer.ipynb #69e15e83
 import math
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -138,6 +139,8 @@ def train_keras(
         resume(config)
         on_device = on_tpu() and config.pixels.jpeg is None if pixels_on_device is None else pixels_on_device
         try:
+            if time.time() > deadline and epochs_done(run) < config.all_epochs:
+                raise OutOfTime("there is no time left")
             _train(run, config, source, truth.select(folds.train(config.fold)), truth.select(folds.valid(config.fold)), weights,
                    deadline, progress is not False, on_device)
         except OutOfTime as stop:

@@ -1,6 +1,5 @@
 "PetaFormer runs, in processes of their own: killed ones, and several at once; none of them loads TensorFlow."
 import json
-import os
 import shutil
 import signal
 import socket
@@ -22,13 +21,12 @@ from rsnape_kit.store.build import build_store
 torch = pytest.importorskip("torch")
 pytest.importorskip("fastai")
 
-SESSION = str(ROOT / "tests" / "petaformer_session.py")
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+SESSION = ROOT / "tests" / "petaformer_session.py"
 
 
-def session(out, *args):
+def session(out, *args, **env):
     "A session in a process that has PyTorch and fastai imported, and nothing else."
-    return warm.run(Path(SESSION).read_text(), out, *args, backend="torch", OMP_NUM_THREADS="1")
+    return warm.run(SESSION.read_text(), out, *args, backend="torch", OMP_NUM_THREADS="1", **env)
 
 
 def finished(result):
@@ -63,9 +61,12 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    command = [sys.executable, *launcher, SESSION, str(tmp_path / "two"), *calm, "batch=2"]
-    two = finished(subprocess.run(command, env=ENV, capture_output=True, text=True))
+    both = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with ThreadPoolExecutor(2) as pool:  # as torch.distributed.run starts them, which the kernel below does
+        ranks = [pool.submit(session, tmp_path / "two", *calm, "batch=2", RANK=str(i), LOCAL_RANK=str(i), **both)
+                 for i in range(2)]
+    assert ranks[1].result().returncode == 0, ranks[1].result().stderr[-3000:]
+    two = finished(ranks[0].result())
     pd.testing.assert_frame_equal(history(one), history(two), rtol=1e-4)
     a, b = (Predictions.load(run / "oof") for run in (one, two))
     pd.testing.assert_series_equal(a.images, b.align(a).images, rtol=1e-3)
