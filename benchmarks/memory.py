@@ -4,8 +4,8 @@
     python benchmarks/memory.py resnet3d --frames 256   # full size
     python benchmarks/memory.py --count                 # costs of a sample, as `runs.machine` has them
 
-Nothing is computed. The share that is kept comes from two numbers of samples, or of frames, so that weights and gradients
-do not count. PetaFormer: what autograd saves at full size beside what follows from two small sizes.
+Nothing is computed. The share comes from two numbers of samples or frames, so that weights and gradients do not
+count. PetaFormer: what autograd saves at full size beside what follows from two small sizes.
 """
 import argparse
 import os

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+# What a kernel finds. The package copied for it brings compiled functions; unset, `attach` would choose an empty cache.
+KERNEL_ENV = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "NUMBA_CACHE_DIR": ""}
 
 
 @pytest.fixture(scope="session")

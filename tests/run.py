@@ -1,11 +1,12 @@
 """Run every notebook and every test file, each in a process of its own, two at a time, and print what took longest.
 
 Processes are forked from one that has imported what they need: a start of TensorFlow or PyTorch costs four CPU-seconds.
-Files that name no framework, or look at `sys.modules`, start from a process without any.
+Files that name no framework, or need to import it themselves, start from a process without any.
 
     python tests/run.py                                               # all
     python tests/run.py nbs/01_competition/04_metric.ipynb tests/dicom
 """
+import gc
 import importlib
 import json
 import os
@@ -14,12 +15,16 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LIGHT = "matplotlib.pyplot", "numba", "pandas", "pytest", "nbdev.test"
+LIGHT = ("matplotlib.pyplot", "numba.typed", "pandas", "pydicom", "scipy.ndimage", "scipy.optimize", "scipy.stats",
+         "pytest", "nbdev.test")
 FRAMEWORKS = "torch._dynamo", "fastai.callback.all", "keras"  # PyTorch first: after TensorFlow it may crash
-NEED_FRAMEWORKS = re.compile(r"\b(torch|keras|tensorflow|fastai)\b")
+NEED_FRAMEWORKS = re.compile(r"\b(torch|keras|tensorflow|fastai|predict_runs)|^import warm$", re.M)
+STARTS_WORKERS = re.compile(r"\b(demo|here|predict|submit|train_all)\(")
+COLD = "03_adapters", "07_registry"  # look at which frameworks are imported
 FIRST = "test_demo", "test_submit", "test_learning", "16_commands", "test_predict", "test_rehearse"  # the longest
 AT_ONCE = 2
 
@@ -35,11 +40,24 @@ class Times:
 
 
 def run_notebook(path: Path) -> bool:
-    "Run a notebook in its folder, as `nbdev_test` does; True if it passed."
+    "Run a notebook in its folder, as `nbdev_test` does, but with forks as worker processes; True if it passed."
     from nbdev.config import get_config
     from nbdev.test import test_nb
     os.chdir(path.parent)
-    return test_nb(path, skip_flags=get_config().tst_flags.split(), basepath=ROOT)[0]
+    with warm_workers() if "keras" in sys.modules and STARTS_WORKERS.search(text_of(path)) else nullcontext():
+        return test_nb(path, skip_flags=get_config().tst_flags.split(), basepath=ROOT)[0]
+
+
+@contextmanager
+def warm_workers():
+    "Make training and prediction fork their worker processes from one with the frameworks imported."
+    import warm
+    warm.server("both")  # before this process uses a framework
+    try:
+        with warm.workers():
+            yield
+    finally:
+        warm.close()
 
 
 def run_tests(path: Path, note: Path) -> bool:
@@ -73,6 +91,8 @@ def run(paths: list, imports: tuple, scratch: Path) -> list:
     "Run files from a process that has imported some modules; (name, passed, seconds, CPU-seconds) of each."
     for name in imports:
         importlib.import_module(name)
+    importlib.import_module("numba").njit(lambda: 0)()  # the first compiled function loads the rest of numba
+    gc.freeze()  # collections in the forks pass over what was imported
     waiting, running, done = list(paths), {}, []
     while waiting or running:
         while waiting and len(running) < AT_ONCE:
@@ -130,7 +150,7 @@ def files(names: list) -> list:
 
 def main(*names):
     paths = files(list(names))
-    heavy = [path for path in paths if NEED_FRAMEWORKS.search(text_of(path)) and "sys.modules" not in text_of(path)]
+    heavy = [path for path in paths if NEED_FRAMEWORKS.search(text_of(path)) and path.stem not in COLD]
     began, done = time.time(), []
     for group, imports in ((heavy, LIGHT + FRAMEWORKS), ([path for path in paths if path not in heavy], LIGHT)):
         done += in_a_fork(group, imports) if group else []

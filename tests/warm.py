@@ -3,6 +3,7 @@
 An import of TensorFlow takes four CPU-seconds, one of PyTorch two; tests that start many processes would pay for each.
 """
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -11,19 +12,22 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-IMPORTS = {"tensorflow": ("keras", "efficientnet.model"), "jax": ("keras", "efficientnet.model"),
+# 'both': PyTorch and Keras on TensorFlow
+IMPORTS = {"tensorflow": ("keras", "efficientnet.model"), "jax": ("keras", "tensorflow", "efficientnet.model"),
            "torch": ("torch._dynamo", "fastai.callback.all"),
-           "both": ("torch._dynamo", "fastai.callback.all", "keras", "efficientnet.model")}  # 'both': with TensorFlow
+           "both": ("torch._dynamo", "fastai.callback.all", "keras", "efficientnet.model")}
 
 
 def _run(job: dict):
     "Run a job in this process, which was forked for it, and exit."
     status = 1
+    os.chdir(job["cwd"])
     for name, number in (("stdout", 1), ("stderr", 2)):
         os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
@@ -55,6 +59,7 @@ def serve(requests: int, replies: int, imports: tuple):
     "Fork a process for each job requested, until the requesting process ends."
     for name in imports:
         __import__(name)
+    gc.freeze()  # collections in the forks pass over what was imported
     running, lines = {}, os.fdopen(requests, "rb", buffering=0)
     while True:
         if select.select([lines], [], [], .01 if running else None)[0]:
@@ -81,9 +86,10 @@ class Server:
     def __init__(self, kind: str):
         requests, self.requests = os.pipe()
         self.replies, replies = os.pipe()
-        self.kind, self.folder, self.count = kind, tempfile.TemporaryDirectory(), 0
+        self.kind, self.folder, self.count, self.lock = kind, tempfile.TemporaryDirectory(), 0, threading.Lock()
         keras = sys.modules.get("keras")
-        if kind == "both" and "torch" in sys.modules and keras and keras.backend.backend() == "tensorflow":
+        on_tensorflow = keras and keras.backend.backend() == "tensorflow"
+        if kind in ("both", "tensorflow") and "torch" in sys.modules and on_tensorflow:
             self.pid = os.fork()
             if self.pid == 0:
                 status = 1
@@ -103,10 +109,11 @@ class Server:
         self.lines = os.fdopen(self.replies, "rb", buffering=0)
 
     def start(self, job: dict) -> "Process":
-        self.count += 1
-        status = Path(self.folder.name, str(self.count))
-        os.write(self.requests, (json.dumps(job | {"status": str(status)}) + "\n").encode())
-        return Process(job["argv"], int(self.lines.readline()), status)
+        with self.lock:
+            self.count += 1
+            status = Path(self.folder.name, str(self.count))
+            os.write(self.requests, (json.dumps(job | {"status": str(status)}) + "\n").encode())
+            return Process(job["argv"], int(self.lines.readline()), status)
 
     def close(self):
         os.close(self.requests)
@@ -157,7 +164,8 @@ def _job(command: list, env: dict, stdout: str, stderr: str, new_session: bool =
     _, option, text, *argv = map(str, command)
     assert option in ("-c", "-m"), command
     return {"argv": [option, *argv], "code": text if option == "-c" else "", "module": text if option == "-m" else "",
-            "env": dict(env), "stdout": stdout, "stderr": stderr, "new_session": new_session, "parent": parent}
+            "env": dict(env), "cwd": os.getcwd(), "stdout": stdout, "stderr": stderr, "new_session": new_session,
+            "parent": parent}
 
 
 def _in_a_fork(job: dict) -> Process:
@@ -177,8 +185,12 @@ def popen(command: list, *, env=None, stdin=None, stdout=None, stderr=None, star
     return (start or server("both").start)(job)
 
 
-def run_command(command: list, *, env=None, timeout=None, capture_output=True, text=True, start=None):
+def run_command(command: list, *, env=None, timeout=None, capture_output=True, text=True, stdout=None, stderr=None,
+                start=None):
     "Run a Python process as subprocess.run does, with PyTorch and Keras imported."
+    if stdout:
+        process = popen(command, env=env, stdout=stdout, stderr=stderr, start=start)
+        return subprocess.CompletedProcess(command, process.wait(timeout))
     with tempfile.TemporaryDirectory() as folder:
         with open(f"{folder}/stdout", "w") as stdout, open(f"{folder}/stderr", "w") as stderr:
             process = popen(command, env=env, stdout=stdout, stderr=stderr, start=start)
@@ -210,19 +222,47 @@ class _Subprocess:
 
 @contextlib.contextmanager
 def workers(start=None):
-    "Make prediction and submission start their processes warm."
+    "Make training, prediction and submission start their processes warm."
     from rsnape_kit.inference import supervisor
     from rsnape_kit.kaggle import submitter
-    supervisor.subprocess = submitter.subprocess = _Subprocess(start)
+    from rsnape_kit.training import cross_validation
+    modules = supervisor, submitter, cross_validation
+    for module in modules:
+        module.subprocess = _Subprocess(start)
     try:
         yield
     finally:
-        supervisor.subprocess = submitter.subprocess = subprocess
+        for module in modules:
+            module.subprocess = subprocess
 
 
 def workers_in_forks():
     "The same within a warm process: the workers are its child processes and end with its process group."
     return workers(_in_a_fork)
+
+
+COMMAND = """
+import runpy, sys
+sys.path.insert(0, {tests!r})
+import warm
+warm.servers.clear()  # those of the process that this one was forked from
+warm.server("both")  # before there are threads
+try:
+    with warm.workers():
+        runpy.run_module("rsnape_kit.cli", run_name="__main__", alter_sys=True)
+finally:
+    warm.close()
+"""
+
+
+def command(*words) -> subprocess.CompletedProcess:
+    "Run `rsnape ...` and all processes that it starts with PyTorch and Keras imported; stdout has all output."
+    with tempfile.NamedTemporaryFile("r") as output:
+        code = COMMAND.format(tests=str(Path(__file__).parent))
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        job = _job([sys.executable, "-c", code, *words], env, output.name, output.name)
+        status = server("both").start(job).wait()
+        return subprocess.CompletedProcess(job["argv"], status, output.read())
 
 
 def run(code: str, *argv, backend: str, **env) -> subprocess.CompletedProcess:

@@ -86,7 +86,7 @@ def count_predictions(work, test: pd.DataFrame) -> dict:  # work: PredictionPlan
 
 def _count_views(results, predictions: int, runs: int) -> dict:  # results: bool, studies x (run, view)
     "Return how many views a prediction of a model is the mean of, the plain one included, and how many are wanted."
-    return {"done": round(results.sum() / max(predictions, 1), 3), "wanted": round(results.shape[1] / runs, 3)}
+    return {"done": round(int(results.sum()) / max(predictions, 1), 3), "wanted": round(results.shape[1] / runs, 3)}
 
 
 def rank_of(report: dict) -> tuple:  # report: models, studies, views, as in submit.json

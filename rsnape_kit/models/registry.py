@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ..competition.labels import EXAM_LABELS
 from ..competition.predictions import Predictions
 from ..competition.priors import best_constants
 from .keras_backend import import_keras, jit, resolve_precision
-from .losses import weighted_bce
+from .losses import pack_targets, weighted_bce
 from ..utils.files import validate_name
 
 # %% ../../nbs/07_models/07_registry.ipynb #0b5ebecf
@@ -245,4 +246,7 @@ def compile_model(model, config):  # keras.Model from build_model, KerasConfig o
     optimizer = kind(config.phases[0].lr, **settings)
     loss = {"exams": weighted_bce(), "images": weighted_bce()} if config.is_volume else weighted_bce()
     model.compile(optimizer, loss, jit_compile=jit())
+    if config.is_volume:  # creates the losses' variables: TensorFlow traces a step that creates some twice
+        p = {"images": np.full((1, config.frames), .5, "float32"), "exams": np.full((1, len(EXAM_LABELS)), .5, "float32")}
+        model.compute_loss(y=pack_targets(p, p), y_pred=p)
     return model

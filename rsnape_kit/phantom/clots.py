@@ -49,8 +49,8 @@ def regions(tree: Tree) -> np.ndarray:  # int [n], index into REGIONS
 def successors(tree: Tree) -> dict:
     "Return parent row -> rows of its branches"
     out = {}
-    for k, up in enumerate(tree.parent):
-        out.setdefault(int(up), []).append(k)
+    for k, up in enumerate(tree.parent.tolist()):
+        out.setdefault(up, []).append(k)
     return out
 
 
@@ -157,6 +157,19 @@ def _bounds(tubes, margin=0.):  # two float64 [n, 3], mm
     return np.minimum(tubes[:, :3], tubes[:, 4:7]) - reach, np.maximum(tubes[:, :3], tubes[:, 4:7]) + reach
 
 
+@compiled(plain=False)
+def _overlap(low, high, first, last):  # float64 [n, 3] corners of boxes; [m, 3] those of others -> bool [m]
+    "Return which of the second boxes overlap any of the first"
+    found = np.zeros(len(first), np.bool_)
+    for k in range(len(first)):
+        for i in range(len(low)):
+            if first[k, 2] < high[i, 2] and low[i, 2] < last[k, 2] and first[k, 0] < high[i, 0] and low[i, 0] < last[k, 0] \
+                    and first[k, 1] < high[i, 1] and low[i, 1] < last[k, 1]:
+                found[k] = True
+                break
+    return found
+
+
 def clot_areas(
     clots: Clots, tree: Tree, views: list, size: int,  # one view (six numbers) per slice; pixels a side
 ) -> np.ndarray:  # float64 [slices, 1 + regions] mm2: all thrombus, then that of each region
@@ -166,11 +179,10 @@ def clot_areas(
         return out
     cover, lumen, box = ClotCover(size), np.zeros((size, size), np.float32), empty_box()
     parts = [clots] + [clots.only(k) for k in range(len(REGIONS))]
-    (low, high), (first, last) = _bounds(np.concatenate([clots.solid, clots.mural]), 8.), _bounds(tree.caps)
-    low, high = low.min(0), high.max(0)
-    nearby = tree.caps[((first < high) & (low < last)).all(1)]
+    low, high = _bounds(np.concatenate([clots.solid, clots.mural]), 8.)
+    nearby = tree.caps[_overlap(low, high, *_bounds(tree.caps))]
     for k, view in enumerate(np.asarray(views, float)):
-        if low[2] < view[3] < high[2]:
+        if ((low[:, 2] < view[3]) & (view[3] < high[:, 2])).any():
             cover_capsules(lumen, box, view, nearby, 0.)
             for i, c in enumerate(parts):
                 if (i == 0 or out[k, 0] > 0) and cover.cover(c, view, lumen):

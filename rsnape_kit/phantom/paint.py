@@ -191,10 +191,13 @@ class Canvas:
     def tubes(self, caps, value, ident, grain=0., keep=0, grow=0., tex=None, below=255):
         "Paint capsules [n, 8] with a value and texture"
         cover_capsules(self.cov, self.box, self.view, caps, grow)
-        fill(self.hu, self.tissue, self.cov, self.box, self.fine if tex is None else tex, value, grain, ident, keep, below)
+        self._fill(value, grain, ident, keep, below, tex)
 
     def solids(self, items, value, ident, grain=0., keep=0, grow=0., power=2., tex=None):
         "Paint ellipsoids, pairs of centre [3] and axes [3, 3], with a value and texture"
         for centre, axes in items:
             cover_ellipsoid(self.cov, self.box, self.view, centre, axes, power, grow)
-        fill(self.hu, self.tissue, self.cov, self.box, self.fine if tex is None else tex, value, grain, ident, keep, 255)
+        self._fill(value, grain, ident, keep, 255, tex)
+
+    def _fill(self, value, grain, ident, keep, below, tex):  # plain integers: numba looks at every member of an enumeration
+        fill(self.hu, self.tissue, self.cov, self.box, self.fine if tex is None else tex, value, grain, int(ident), int(keep), int(below))

@@ -115,16 +115,22 @@ ROOTS = {   # root of the tree of each part: artery, fraction of its length, rad
 @compiled(plain=False)
 def _split(leaves, idx, lo, hi, c):
     "Sort idx[lo:hi] into two halves along the largest spread around c; returns the first row of the second"
-    rows, m, w = idx[lo:hi].copy(), np.zeros((3, 3)), np.array([1., .7, .4])
-    d = leaves[rows] - c
-    for a in range(3):
-        m[a] = (d[:, a:a + 1] * d).sum(0)
+    rows, mid, end = idx[lo:hi].copy(), lo, hi
+    xx = xy = xz = yy = yz = zz = 0.
+    for k in rows:
+        x, y, z = leaves[k, 0] - c[0], leaves[k, 1] - c[1], leaves[k, 2] - c[2]
+        xx, xy, xz, yy, yz, zz = xx + x * x, xy + x * y, xz + x * z, yy + y * y, yz + y * z, zz + z * z
+    u, v, w = 1., .7, .4
     for _ in range(8):
-        v = (m * w).sum(1)
-        w = v / (np.sqrt((v * v).sum()) + 1e-12)
-    first = (d * w).sum(1) > 0
-    idx[lo:hi] = np.concatenate((rows[first], rows[~first][::-1]))
-    mid = lo + first.sum()
+        u, v, w = xx * u + xy * v + xz * w, xy * u + yy * v + yz * w, xz * u + yz * v + zz * w
+        norm = np.sqrt(u * u + v * v + w * w) + 1e-12
+        u, v, w = u / norm, v / norm, w / norm
+    for k in rows:
+        if (leaves[k, 0] - c[0]) * u + (leaves[k, 1] - c[1]) * v + (leaves[k, 2] - c[2]) * w > 0:
+            idx[mid], mid = k, mid + 1
+        else:
+            end -= 1
+            idx[end] = k
     return mid if lo < mid < hi else (lo + hi) // 2
 
 # %% ../../nbs/05_phantom/04_vessels.ipynb #f2986e28
@@ -143,7 +149,10 @@ def grow_branches(
         sp -= 1
         lo, hi, up = todo[sp]
         a, d = at[sp].copy(), way[sp].copy()
-        c = (leaves[idx[lo:hi]] / (hi - lo)).sum(0)
+        c = np.zeros(3)
+        for k in idx[lo:hi]:
+            for axis in range(3):
+                c[axis] += leaves[k, axis] / (hi - lo)
         f = 1. if hi - lo == 1 else .34 + .2 * ((lo * 7 + hi * 13) % 10) / 10
         e = a + f * (c - a) + (.12 * f * np.sqrt(((c - a)**2).sum()) if hi - lo > 1 else 0.) * d
         length = np.sqrt(((e - a)**2).sum()) + 1e-6

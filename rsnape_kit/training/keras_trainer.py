@@ -8,6 +8,7 @@ __all__ = ['scores', 'training_batches', 'warm_up_on_slices', 'train_keras']
 # %% ../../nbs/10_training/02_keras_trainer.ipynb #69e15e83
 import math
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,6 +90,7 @@ def warm_up_on_slices(
     single.set_weights(network.get_weights())  # the backbone may have trained weights
     image = keras.Model(single.inputs, single.output["images"])
     image.compile(keras.optimizers.AdamW(warmup.lr, global_clipnorm=5.), weighted_bce(), jit_compile=jit())
+    image.optimizer.build(image.trainable_variables)  # TensorFlow traces a step that creates variables twice
     batches = ImageBatches(source, truth, batch=warmup.batch, pixels=config.pixels, mask=config.mask or SideMask(),
                            affine=config.affine, balanced=True, weights=True, shuffle=True, seed=config.seed)
     losses = []
@@ -137,6 +139,8 @@ def train_keras(
         resume(config)
         on_device = on_tpu() and config.pixels.jpeg is None if pixels_on_device is None else pixels_on_device
         try:
+            if time.time() > deadline and epochs_done(run) < config.all_epochs:
+                raise OutOfTime("there is no time left")
             _train(run, config, source, truth.select(folds.train(config.fold)), truth.select(folds.valid(config.fold)), weights,
                    deadline, progress is not False, on_device)
         except OutOfTime as stop:

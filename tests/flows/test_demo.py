@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pydicom
 import pytest
+import warm
 from conftest import ROOT
 
 from rsnape_kit.competition.labels import EXAM_LABELS, SERIES, SLICE, STUDY
@@ -25,22 +26,27 @@ SERIES_OF = {"lidc1": "lidc_small/LIDC-IDRI-0001", "lidc2": "lidc_small/LIDC-IDR
              "lidc3": "lidc_small/LIDC-IDRI-0003", "small": "cip_ct64_series/dcm"}  # the last of 64 x 64 pixels
 
 
-def rsnape(*words, **options):
+def rsnape(*words):
     "The command, in a process of its own."
     command = [sys.executable, "-m", "rsnape_kit.cli", *map(str, words)]
     return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, start_new_session=True, **options)
+                            stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
-def output_of(process) -> str:
-    text = process.communicate()[0]
-    assert process.returncode == 0, text[-3000:]
-    return text
+def output_of(*words) -> str:
+    "What the command prints."
+    done = warm.command(*words)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
 
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    "The folder of a finished quick demo, and its output; it was killed when its first training was done."
+    """The folder of a finished quick demo, and its output; it was killed when its first training was done.
+
+    The first processes start as a user's do, those of the second call as forks with the frameworks imported.
+    """
+    warm.server("both")
     folder = tmp_path_factory.mktemp("demo")
     first = rsnape("demo", "--size", "quick", "--folder", folder)
     while not any(complete_folder(run / "oof") for run in folder.glob("runs/*")):
@@ -49,7 +55,7 @@ def demo(tmp_path_factory):
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
     kept = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.suffix in (".dcm", ".slices")}
-    text = output_of(rsnape("demo", "--size", "quick", "--folder", folder))
+    text = output_of("demo", "--size", "quick", "--folder", folder)
     assert len(kept) > 500 and all(path.stat().st_mtime_ns == when for path, when in kept.items())
     return folder, text
 
@@ -93,8 +99,8 @@ def real(tmp_path):
 
 def test_the_demos_models_predict_real_ct(demo, real):
     folder, _ = demo
-    text = output_of(rsnape("predict", *folder.glob("runs/*"), "--competition", real,
-                            "--ensemble", folder / "ensemble.json", "--out", real / "out"))
+    text = output_of("predict", *folder.glob("runs/*"), "--competition", real, "--ensemble", folder / "ensemble.json",
+                     "--out", real / "out")
     test = read_csv(real / "test.csv")
     assert check_submission(real / "out" / "submission.csv", real / "sample_submission.csv", test) == [], text
     done = json.loads((real / "out" / "submit.json").read_text())
@@ -103,8 +109,8 @@ def test_the_demos_models_predict_real_ct(demo, real):
 
 def test_one_study_is_read_out_with_a_warning_that_this_is_not_a_medical_device(demo, real):
     folder, _ = demo
-    text = output_of(rsnape("predict", *folder.glob("runs/efficientnet3d*"), "--dicom", real / "test" / "lidc1",
-                            "--out", real / "out"))
+    text = output_of("predict", *folder.glob("runs/efficientnet3d*"), "--dicom", real / "test" / "lidc1",
+                     "--out", real / "out")
     assert all(label in text for label in EXAM_LABELS) and "not a medical device" in text
     page = (real / "out" / "report.html").read_text()
     assert "not a medical device" in page and page.count("<img") >= 3

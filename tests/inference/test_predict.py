@@ -48,7 +48,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def forked():
-    "Workers start in forks of a process with all frameworks imported; other tests start them as users do."
+    "Workers start in forks of a process with all frameworks imported; the test of killed parents starts them anew."
     with warm.workers():
         yield
 
@@ -92,7 +92,7 @@ def test_all_at_once_equals_infer_run_by_run_and_both_frameworks_read_a_study_on
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_same_predictions_and_share_the_decoded_studies(world, tmp_path):
+def test_two_processes_give_the_same_predictions_and_share_the_decoded_studies(world, forked, tmp_path):
     "As with two GPUs; the names used here have no effect on the frameworks."
     folder, table, runs, single = world
     both = [runs["resnet3d"][0], runs["petaformer"][0]]

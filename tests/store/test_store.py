@@ -110,10 +110,12 @@ def test_same_bytes_on_any_executor_from_any_order(tmp_path, monkeypatch):
     expected = shards(build_store(root, tmp_path / "here"))
     assert len(expected) == 3
     shuffled = scan(root).sample(frac=1, random_state=1)
-    with ThreadPoolExecutor(3) as threads, ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
+    server = get_context("forkserver")  # a new process, in which strings have other hashes
+    server.set_forkserver_preload(["rsnape_kit.store.build"])
+    with ThreadPoolExecutor(3) as threads, ProcessPoolExecutor(2, server) as processes:
         assert shards(build_store(shuffled, tmp_path / "threads", executor=threads)) == expected
         assert shards(build_store(root, tmp_path / "processes", executor=processes)) == expected
-    monkeypatch.setattr(build, "executor_for", lambda *_: ProcessPoolExecutor(1, mp_context=get_context("spawn")))
+    monkeypatch.setattr(build, "executor_for", lambda *_: ProcessPoolExecutor(1, server))
     assert shards(build_store(root, tmp_path / "own")) == expected
 
 
@@ -160,17 +162,6 @@ def test_parts_on_many_mounts(tmp_path, monkeypatch):
         SliceStore(*halves)
 
 
-BUILD_SCRIPT = """
-import sys
-import ct_files
-from rsnape_kit.store import build
-ct_files.quiet()
-build.STUDIES_PER_SHARD = 1
-if __name__ == "__main__":
-    build.build_store(sys.argv[1], sys.argv[2], size=64)
-"""
-
-
 def test_kill_9_at_any_moment(tmp_path, monkeypatch):
     "A process is killed repeatedly while it builds; it leaves only complete shards, and the build resumes."
     monkeypatch.setattr(build, "STUDIES_PER_SHARD", 1)
@@ -178,24 +169,22 @@ def test_kill_9_at_any_moment(tmp_path, monkeypatch):
     expected = shards(build_store(root, tmp_path / "expected", size=64))
     assert len(expected) == 40
     out, rng, kills, kept = tmp_path / "out", np.random.default_rng(0), 0, {}
-    (tmp_path / "build_script.py").write_text(BUILD_SCRIPT)
-    path = os.pathsep.join([os.path.dirname(ct_files.__file__), *sys.path])
     while not (out / build.INDEX).exists():
         before = len(list(out.glob("*.slices"))) if out.exists() else 0
-        process = subprocess.Popen([sys.executable, tmp_path / "build_script.py", root, out], start_new_session=True,
-                                   stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path})
+        process = get_context("fork").Process(target=build_store, args=(root, out, 64))
+        process.start()
         try:
             until = before + rng.integers(2, 12)
-            while process.poll() is None and (len(list(out.glob("*.slices"))) if out.exists() else 0) < until:
+            while process.is_alive() and (len(list(out.glob("*.slices"))) if out.exists() else 0) < until:
                 time.sleep(.002)
             time.sleep(rng.random() * .02)
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+            if process.is_alive():
+                process.kill()
                 kills += 1
-            process.wait()
-        if process.returncode != -signal.SIGKILL:
-            assert process.returncode == 0
+            process.join()
+        if process.exitcode != -signal.SIGKILL:
+            assert process.exitcode == 0
         for shard in out.glob("*.slices"):
             assert shard.read_bytes() == expected[shard.name]
             assert kept.setdefault(shard.name, shard.stat().st_mtime_ns) == shard.stat().st_mtime_ns, "written twice"
@@ -374,11 +363,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def test_memory_is_flat(tmp_path):
-    "1,900 slices hold 249 MB as images and some 110 MB compressed; a build needs a few MB for any number of slices."
+    "950 slices hold 125 MB as images and some 55 MB compressed; a build needs a few MB for any number of slices."
     (tmp_path / "in").mkdir()
     ct_file(tmp_path / "in/1.dcm", stored_values((512, 512), bits=12))
     path = os.pathsep.join(sys.path)
-    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path / "in", tmp_path, "1900"], capture_output=True,
+    done = subprocess.run([sys.executable, "-c", MEMORY, tmp_path / "in", tmp_path, "950"], capture_output=True,
                           text=True, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 40 * 1024, f"{int(done.stdout) / 1024:.0f} MB more"

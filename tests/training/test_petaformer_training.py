@@ -1,6 +1,5 @@
 "PetaFormer runs, in processes of their own: killed ones, and several at once; none of them loads TensorFlow."
 import json
-import os
 import shutil
 import signal
 import socket
@@ -12,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import warm
-from conftest import ROOT
+from conftest import KERNEL_ENV, ROOT
 
 from rsnape_kit.competition.predictions import Predictions
 from rsnape_kit.kaggle.kernels import with_values
@@ -22,13 +21,12 @@ from rsnape_kit.store.build import build_store
 torch = pytest.importorskip("torch")
 pytest.importorskip("fastai")
 
-SESSION = str(ROOT / "tests" / "petaformer_session.py")
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+SESSION = ROOT / "tests" / "petaformer_session.py"
 
 
-def session(out, *args):
+def session(out, *args, **env):
     "A session in a process that has PyTorch and fastai imported, and nothing else."
-    return warm.run(Path(SESSION).read_text(), out, *args, backend="torch", OMP_NUM_THREADS="1")
+    return warm.run(SESSION.read_text(), out, *args, backend="torch", OMP_NUM_THREADS="1", **env)
 
 
 def finished(result):
@@ -63,9 +61,12 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    command = [sys.executable, *launcher, SESSION, str(tmp_path / "two"), *calm, "batch=2"]
-    two = finished(subprocess.run(command, env=ENV, capture_output=True, text=True))
+    both = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with ThreadPoolExecutor(2) as pool:  # as torch.distributed.run starts them, which the kernel below does
+        ranks = [pool.submit(session, tmp_path / "two", *calm, "batch=2", RANK=str(i), LOCAL_RANK=str(i), **both)
+                 for i in range(2)]
+    assert ranks[1].result().returncode == 0, ranks[1].result().stderr[-3000:]
+    two = finished(ranks[0].result())
     pd.testing.assert_frame_equal(history(one), history(two), rtol=1e-4)
     a, b = (Predictions.load(run / "oof") for run in (one, two))
     pd.testing.assert_series_equal(a.images, b.align(a).images, rtol=1e-3)
@@ -113,7 +114,7 @@ def run_kernel(kaggle, settings, short=False):
     "The kernel's cells as one script, /kaggle moved to a folder, with settings for a small network."
     notebook = json.loads((ROOT / "nbs" / "kernels" / "train.ipynb").read_text())
     code = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code")
-    code = with_values(code, {"MODEL": "petaformer", "FOLDS": 3, "TTA": 1, "SETTINGS": settings})
+    code = with_values(code, {"MODEL": "petaformer", "FOLDS": 3, "SETTINGS": ["tta=1", *settings]})
     changes = {"/kaggle/": f"{kaggle}/"}
     if short:
         (kaggle / "short.py").write_text(SHORT)
@@ -122,5 +123,5 @@ def run_kernel(kaggle, settings, short=False):
         assert old in code
         code = code.replace(old, new)
     (kaggle / "working").mkdir(exist_ok=True)
-    return subprocess.run([sys.executable, "-c", code], cwd=kaggle, capture_output=True, text=True, env={
-        "PATH": "/usr/bin:/bin", "RSNAPE_KAGGLE": str(kaggle), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    return subprocess.run([sys.executable, "-c", code], cwd=kaggle, capture_output=True, text=True,
+                          env=KERNEL_ENV | {"RSNAPE_KAGGLE": str(kaggle)})

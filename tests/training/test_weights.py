@@ -102,7 +102,8 @@ def test_efficientnet3d_starts_from_the_same_folds_image_run_or_from_published_w
     image = replace(FULL["efficientnet"], fold=1, split="s")
     b0 = replace(image, network={"variant": "b0"})
     others = (replace(b0, seed=1, fold=0), replace(b0, seed=2, split="t"), replace(image, seed=3),
-              replace(b0, seed=4, network={"variant": "b0", "width": .5}))
+              replace(b0, seed=4, network={"variant": "b0", "width": .5}),
+              replace(b0, seed=7, network={"variant": "b0", "scale": "unit"}))
     for other in others:
         finished(other, tmp_path / "runs")
     unfinished = finished(replace(b0, seed=5), tmp_path / "runs")
