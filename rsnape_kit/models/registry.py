@@ -246,7 +246,7 @@ def compile_model(model, config):  # keras.Model from build_model, KerasConfig o
     optimizer = kind(config.phases[0].lr, **settings)
     loss = {"exams": weighted_bce(), "images": weighted_bce()} if config.is_volume else weighted_bce()
     model.compile(optimizer, loss, jit_compile=jit())
-    if config.is_volume:  # creates the losses' variables: TensorFlow traces a step that creates some twice
+    if config.entry.kind == "volume":  # creates the losses' variables: TensorFlow traces a step that creates some twice
         p = {"images": np.full((1, config.frames), .5, "float32"), "exams": np.full((1, len(EXAM_LABELS)), .5, "float32")}
         model.compute_loss(y=pack_targets(p, p), y_pred=p)
     return model
