@@ -24,7 +24,7 @@ LIGHT = ("matplotlib.pyplot", "numba.typed", "pandas", "pydicom", "scipy.ndimage
 FRAMEWORKS = "torch._dynamo", "fastai.callback.all", "keras"  # PyTorch first: after TensorFlow it may crash
 NEED_FRAMEWORKS = re.compile(r"\b(torch|keras|tensorflow|fastai|predict_runs)|^import warm$", re.M)
 STARTS_WORKERS = re.compile(r"\b(demo|here|predict|submit|train_all)\(")
-COLD = "03_adapters", "07_registry"  # look at which frameworks are imported
+COLD = "03_adapters", "08_registry"  # look at which frameworks are imported
 FIRST = "test_demo", "test_submit", "test_learning", "16_commands", "test_predict", "test_rehearse"  # the longest
 AT_ONCE = 2
 
