@@ -147,9 +147,9 @@ print(json.dumps(curves))
 
 ACCUMULATED = '''
 import tempfile
-from types import SimpleNamespace
 from rsnape_kit.models.keras_backend import use_precision
 from rsnape_kit.models.registry import compile_model
+from rsnape_kit.runs.config import KerasConfig
 from rsnape_kit.training.keras_fit import OutOfTime
 
 if keras_backend() == "tensorflow":
@@ -182,8 +182,8 @@ def trained(devices, parts, accumulate, precision="float32", stop=False):
             with use_precision(precision):
                 model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(16, "relu"),
                                           keras.layers.Dense(1, "sigmoid", dtype="float32")])
-            compile_model(model, SimpleNamespace(optimizer="adamw", phases=PHASES, clip=None, ema=.8, is_volume=False,
-                                                 accumulate=accumulate))
+            compile_model(model, KerasConfig(model="efficientnet", optimizer="adamw", phases=PHASES, ema=.8,
+                                             accumulate=accumulate))
             ready = lambda batch: (batch[0], pack_targets(batch[1], np.ones_like(batch[1])))
             steps = iter(range(10**6))  # the clock counts steps: a session ends within the second epoch
             try:
