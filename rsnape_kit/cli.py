@@ -48,7 +48,10 @@ def recipes(*, recipe: str = "full", machine: Literal["t4x2", "v5e-8", "cpu", "h
     """
     from rsnape_kit.kaggle.runtime import find_machine
 
-    print(rk.recipe_table(recipe, find_machine(machine)).to_string(index=False, max_colwidth=None))
+    table = rk.recipe_table(recipe, find_machine(machine))
+    print(table.drop(columns="differs").to_string(index=False))
+    notes = [f"  {name}: {texts}" for name, texts in zip(table.model, table.differs) if texts]
+    print(*["\ndiffers from the original, or does not fit:", *notes] if notes else [], sep="\n")
 
 
 def features(image_run: Path, *, store: list[Path], out: Path = Path("features"), views: Count = 1):

@@ -133,13 +133,22 @@ def api_packages() -> list[str]:
 
 
 def with_recipes(text: str) -> str:
-    "Return a page with the tables of recipes in place of their comments: <!-- recipes: RECIPE MACHINE -->."
-    def table(match):
-        rows = recipe_table(match[1], MACHINES[match[2]]).drop(columns="recipe")
-        lines = [rows.columns, ["---"] * rows.shape[1], *rows.itertuples(index=False)]
-        return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    """Return a page with the tables of recipes, and where they differ from the original, in place of their comments.
 
-    return re.sub(r"<!-- recipes: (\S+) (\S+) -->", table, text)
+    <!-- recipes: RECIPE MACHINE --> becomes a table, <!-- differs: RECIPE --> a list."""
+    def table(match):
+        rows = recipe_table(match[1], MACHINES[match[2]])
+        why = [f"\n`{row.model}`: {row.differs}" for row in rows[rows["batch x passes"] == "-"].itertuples()]
+        rows = rows.drop(columns=["recipe", "differs"])
+        lines = [rows.columns, ["---"] * rows.shape[1], *rows.itertuples(index=False)]
+        return "\n".join([*(f"| {' | '.join(map(str, line))} |" for line in lines), *why])
+
+    def differences(match):
+        rows = recipe_table(match[1], MACHINES["t4x2"])
+        return "\n".join(f"- `{row.model}`: {row.differs}" for row in rows.itertuples())
+
+    text = re.sub(r"<!-- recipes: (\S+) (\S+) -->", table, text)
+    return re.sub(r"<!-- differs: (\S+) -->", differences, text)
 
 
 class Page(File):
