@@ -21,6 +21,11 @@ class MetricWeights:
     exams: pd.DataFrame  # studies x EXAM_LABELS
     images: pd.Series  # by (study, slice): IMAGE_WEIGHT times the positive share of its study
 
+    @property
+    def per_study(self) -> float:
+        "Mean weight of a study, with all its labels and images."
+        return float((self.exams.to_numpy().sum() + self.images.sum()) / len(self.exams))
+
 
 def metric_weights(truth: Predictions) -> MetricWeights:
     "Return the metric's weights for a truth, in its order."

@@ -179,7 +179,7 @@ class _Targets:
 
     def __init__(self, truth: Predictions, inner, nets: int, scale: float | None):
         weights = metric_weights(truth)
-        self.scale = scale or (weights.exams.to_numpy().sum() + weights.images.sum()) / len(truth.exams)
+        self.scale = scale or weights.per_study
         self.exams = np.stack([truth.exams[list(EXAM_LABELS)], weights.exams], -1).astype(np.float32)
         self.rows, self.at = truth.exams.index, truth.images.groupby(level=0, sort=False).indices
         self.names, self.images = truth.images.index.get_level_values(1), np.stack([truth.images, weights.images], -1).astype(np.float32)

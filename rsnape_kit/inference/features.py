@@ -7,7 +7,6 @@ __all__ = ['INDEX', 'META', 'FeatureExtractor', 'describe_image_run', 'FeatureSt
            'image_runs_of', 'sequence_predictor']
 
 # %% ../../nbs/09_inference/08_features.ipynb #af44c268
-import hashlib
 import json
 import math
 import time
@@ -31,7 +30,7 @@ from ..models.registry import find_model
 from ..runs.config import SequenceConfig
 from ..runs.folder import run_settings, run_weights
 from ..store.dicom_source import PixelSource
-from ..utils.files import atomic_file, atomic_write
+from ..utils.files import atomic_file, atomic_write, file_digest
 from ..utils.processes import exclusive
 
 # %% ../../nbs/09_inference/08_features.ipynb #11716f6c
@@ -98,8 +97,7 @@ _repair = "call compute_features again with the same folder, which computes dama
 def describe_image_run(run: Path | str) -> str:  # e.g. 'efficientnet-fold0-seed0 0123456789ab'
     "Return the name of a run and the beginning of the SHA-256 of its best weights."
     settings = run_settings(run)
-    digest = hashlib.sha256(run_weights(run).read_bytes()).hexdigest()[:12]
-    return f"{settings['model']}-fold{settings.get('fold', 0)}-seed{settings.get('seed', 0)} {digest}"
+    return f"{settings['model']}-fold{settings.get('fold', 0)}-seed{settings.get('seed', 0)} {file_digest(run_weights(run))[:12]}"
 
 
 class FeatureStore:
@@ -196,11 +194,12 @@ def compute_features(run: Path | str, source: PixelSource, out: Path | str, stud
         raise ValueError(f"study {missing[0]!r} is not in the source; the same holds for {len(missing)} of the studies asked for")
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out):
-        kept = _finished(out, describe_image_run(run), views, index.keys)
+        described = describe_image_run(run)
+        kept = _finished(out, described, views, index.keys)
         todo = [study for study in index.rows if study not in set(kept["study"])]
         if todo or not (out / META).exists():
             extractor = FeatureExtractor(run, batch, devices)
-            atomic_write(out / META, json.dumps({"run": describe_image_run(run), "size": extractor.size, "views": views}))
+            atomic_write(out / META, json.dumps({"run": described, "size": extractor.size, "views": views}))
         _write_index(out, kept)
         with tqdm(total=len(index.rows), initial=len(index.rows) - len(todo), unit="study", desc="features",
                   disable=progress if progress is None else not progress) as bar:

@@ -15,10 +15,10 @@ from pathlib import Path
 import rsnape_kit
 from .dataset import BUNDLES, METADATA, OWNER, check_dataset
 from .kernels import ROOT
-from .runtime import MANIFEST, sha256
+from .runtime import MANIFEST
 from .wheels import image, missing, resolve, unpack
 from ..models.published import FULL_RECIPE, verify_weights
-from ..utils.files import atomic_folder
+from ..utils.files import atomic_folder, file_digest
 
 # %% ../../nbs/13_kaggle/08_bundle.ipynb #392f303f
 def copy_package(out: Path):  # a folder for sys.path
@@ -74,13 +74,13 @@ def write_manifest(
     wheels,  # unpacked Wheels
 ):
     "Write the manifest: what the bundle is, and a checksum for every file."
-    files = {path.relative_to(out).as_posix(): sha256(path) for path in sorted(out.rglob("*")) if path.is_file()}
+    files = {path.relative_to(out).as_posix(): file_digest(path) for path in sorted(out.rglob("*")) if path.is_file()}
     files.pop(METADATA, None)
     manifest = {
         "package": BUNDLES["gpu"], "version": rsnape_kit.__version__, "commit": commit(),
         "made": datetime.now(UTC).isoformat(timespec="seconds"), "python": there.python, "target": there.target,
         "image": there.source, "wheels": [{"name": wheel.name, "version": wheel.version, "licence": wheel.licence,
-                                           "file": wheel.path.name, "sha256": sha256(wheel.path)} for wheel in wheels],
+                                           "file": wheel.path.name, "sha256": file_digest(wheel.path)} for wheel in wheels],
         "files": files,
     }
     (out / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")

@@ -13,8 +13,9 @@ import re
 from datetime import datetime
 from pathlib import Path
 
-from .runtime import MANIFEST, sha256
+from .runtime import MANIFEST
 from .wheels import ARCHIVES
+from ..utils.files import file_digest
 
 # %% ../../nbs/13_kaggle/03_dataset.ipynb #27995ded
 METADATA = "dataset-metadata.json"
@@ -103,7 +104,7 @@ def _manifest_faults(folder: Path) -> list:
     files = manifest.get("files", {})
     if found or not isinstance(files, dict):
         return found or [f"{folder / MANIFEST} has no checksums by file, as \"files\": make the bundle again"]
-    wrong = [name for name, digest in files.items() if not (folder / name).is_file() or sha256(folder / name) != digest]
+    wrong = [name for name, digest in files.items() if not (folder / name).is_file() or file_digest(folder / name) != digest]
     known = {*files, MANIFEST, METADATA}
     extra = [path for path in _walk(folder) if path.is_file() and path.relative_to(folder).as_posix() not in known]
     found += [f"{folder / name} is not the file that the manifest names: make the bundle again" for name in wrong[:5]]

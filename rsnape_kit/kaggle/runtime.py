@@ -4,11 +4,9 @@
 
 # %% auto #0
 __all__ = ['PYTHON', 'COMPETITION', 'KAGGLE', 'LAYOUTS', 'PUBLIC_TEST_SLICES', 'HOUR', 'LIMITS', 'MANIFEST', 'HEADER', 'mounts',
-           'mount_names', 'competition_dir', 'is_rerun', 'Session', 'session', 'find_machine', 'sha256', 'verify',
-           'attach']
+           'mount_names', 'competition_dir', 'is_rerun', 'Session', 'session', 'find_machine', 'verify', 'attach']
 
 # %% ../../nbs/13_kaggle/01_runtime.ipynb #d07738fb
-import hashlib
 import json
 import os
 import sys
@@ -18,6 +16,8 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+
+from ..utils.files import file_digest
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
@@ -141,12 +141,6 @@ def find_machine(name: str, torch: bool = False):  # a name of MACHINES, 'here',
 MANIFEST = "manifest.json"
 
 
-def sha256(path) -> str:
-    "Return the SHA-256 checksum of a file as 64 hexadecimal digits."
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def verify(bundle: Path, accelerator: str = ""):  # accelerator: of the session; TPU sessions have an image of their own
     "Raise ImportError if files of the bundle are missing, or if it is for another Python or image; warn without a manifest."
     if not (bundle / MANIFEST).exists():
@@ -159,7 +153,7 @@ def verify(bundle: Path, accelerator: str = ""):  # accelerator: of the session;
     if accelerator in ("cpu", "gpu") and manifest.get("target") == "tpu":
         warnings.warn(f"the bundle {bundle} is for the image of TPU sessions, this session has no TPU", stacklevel=2)
     wrong = [name for name, digest in manifest["files"].items()
-             if not (bundle / name).is_file() or sha256(bundle / name) != digest]
+             if not (bundle / name).is_file() or file_digest(bundle / name) != digest]
     if wrong:
         raise ImportError(f"{len(wrong)} of {len(manifest['files'])} files of the bundle {bundle} are missing or changed, "
                           f"the first is {wrong[0]}; upload it again")

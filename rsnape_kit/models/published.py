@@ -19,7 +19,8 @@ from urllib.request import Request, urlopen
 
 from tqdm.auto import tqdm
 
-from .weight_files import PYTORCH, check_file, file_digest, file_kind, read_torch
+from .weight_files import PYTORCH, check_file, file_kind, read_torch
+from ..utils.files import file_digest
 
 # %% ../../nbs/07_models/09_published.ipynb #3a29167d
 @dataclass(frozen=True)

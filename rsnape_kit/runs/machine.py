@@ -254,10 +254,10 @@ def _row(recipe: str, config, machine: Machine) -> dict:
     frames = f"{frames} x {config.slices}" if config.entry.kind == "groups" else frames
     full = config.network.get("width", 1) == config.network.get("depth", 1) == 1
     fold = config.model in recipes.BACKBONE_FROM and "the fold's EfficientNet"
-    differs = getattr(recipes, "DIFFERS", {}).get(recipe, {}).get(config.model, ())
+    differs = recipes.DIFFERS.get(recipe, {}).get(config.model, ())
     row = {"recipe": recipe, "starts from": (full and STARTS.get(config.model)) or fold or "random weights",
            "input": f"{len(config.pixels.windows)} window{'s'[:len(config.pixels.windows) - 1]}, {config.pixels.size} px" + (f", {frames} frames" if frames else ""),
-           "views": str(1 + getattr(config, "tta", 0))}
+           "views": str(1 + config.tta)}
     try:
         config = fit_to_machine(config, machine)
     except ValueError as error:

@@ -17,13 +17,13 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..competition.labels import EXAM_LABELS, EXAM_WEIGHTS, IMAGE_LABEL, IMAGE_WEIGHT
-from ..competition.metric import log_loss, loss_table
+from ..competition.metric import log_loss, loss_table, metric_weights
 from ..competition.predictions import Predictions
 from ..data.batches import ImageBatches, StudyBatches
 from ..inference.keras_predictor import make_views, predict_batches
 from ..models.input_layer import on_tpu, with_pixels
 from ..models.keras_backend import all_devices, import_keras, jit, resolve_precision, zero_weights
-from ..models.losses import pack_targets, study_weight, weight_targets, weighted_bce
+from ..models.losses import pack_targets, weight_targets, weighted_bce
 from ..models.registry import build_model, compile_model
 from ..runs.config import KerasConfig, check_config
 from ..runs.folder import epochs_done, load_checkpoint
@@ -158,7 +158,7 @@ def _train(run, config, source: PixelSource, train_truth, held_out, weights, dea
     if config.slice_warmup and not epochs_done(run):
         warm_up_on_slices(network, config, source, train_truth, progress)
     views = make_views(config, source, held_out.exams.index, passes=1)
-    scale = study_weight(train_truth) if config.is_volume else 1.
+    scale = metric_weights(train_truth).per_study if config.is_volume else 1.
     fit_phases(fitted, batches, run, config.phases,
                validate=lambda _: scores(held_out, predict_batches(network, views), config.loss),
                ready=lambda batch: weight_targets(config.loss, batch, scale, config.smoothing, config.emphasis),

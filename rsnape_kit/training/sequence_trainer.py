@@ -15,12 +15,12 @@ import pandas as pd
 
 from ..competition.folds import make_folds
 from ..competition.labels import EXAM_LABELS, STUDY
+from ..competition.metric import metric_weights
 from ..competition.predictions import Predictions
 from ..data.sequences import SequenceBatches, join_features
 from ..inference.averaging import ProbabilityAverager
 from ..inference.features import compute_features, predict_sequences
 from ..models.keras_backend import all_devices, import_keras, resolve_precision
-from ..models.losses import study_weight
 from ..models.registry import build_model, compile_model
 from ..runs.config import SequenceConfig, check_config
 from ..runs.folder import epochs_done, load_checkpoint, run_weights
@@ -122,7 +122,7 @@ def fit_sequences(
     "Fit a bag of networks to the features of some studies."
     model = compile_model(build_model(config, expected), config)
     batches = SequenceBatches(features, truth.exams.index, truth, inner=inner, nets=config.inner, batch=config.batch, seed=config.seed,
-                              shuffle=True, reverse=config.reverse, views=config.views, scale=study_weight(expected))
+                              shuffle=True, reverse=config.reverse, views=config.views, scale=metric_weights(expected).per_study)
     per_epoch = config.steps or len(batches)
     start_steps(config.all_epochs * per_epoch, epochs_done(run) * per_epoch)
     fit_phases(model, batches, run, config.phases, validate, seed=config.seed, steps=config.steps,

@@ -18,11 +18,12 @@ from rsnape_kit.competition.priors import constant_prior
 from rsnape_kit.competition.tables import sample_submission, slice_index
 from rsnape_kit.ensemble.ensemble import Ensemble, fit_ensemble
 from rsnape_kit.kaggle.kernels import KERNELS, copies, export_kernels, pushed
-from rsnape_kit.kaggle.runtime import HEADER, PYTHON, sha256
+from rsnape_kit.kaggle.runtime import HEADER, PYTHON
 from rsnape_kit.phantom.generate import make_competition
 from rsnape_kit.runs.config import RunConfig
 from rsnape_kit.runs.folder import open_run
 from rsnape_kit.testing import simulate_model, simulate_truth
+from rsnape_kit.utils.files import file_digest
 
 COMPETITION = "rsna-str-pulmonary-embolism-detection"
 
@@ -146,7 +147,7 @@ def test_child_processes_can_import_from_the_bundle(tmp_path):
 def bundled(folder, target):
     "The package with a manifest that lists one file; a bundle's lists all."
     shutil.copytree(ROOT / "rsnape_kit", folder / "rsnape_kit")
-    files = {"rsnape_kit/__init__.py": sha256(folder / "rsnape_kit" / "__init__.py")}
+    files = {"rsnape_kit/__init__.py": file_digest(folder / "rsnape_kit" / "__init__.py")}
     (folder / "manifest.json").write_text(json.dumps({"python": PYTHON, "target": target, "files": files}))
     return folder
 

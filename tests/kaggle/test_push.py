@@ -10,7 +10,8 @@ from kaggle_stub import Stub, serving
 
 from rsnape_kit.kaggle.client import KaggleError, push, push_bundle, submit_kernel
 from rsnape_kit.kaggle.kernels import export_kernels
-from rsnape_kit.kaggle.runtime import COMPETITION, MANIFEST, sha256
+from rsnape_kit.kaggle.runtime import COMPETITION, MANIFEST
+from rsnape_kit.utils.files import file_digest
 
 extended = pytest.importorskip("kaggle.api.kaggle_api_extended", reason="pip install kaggle==2.2.4 six")
 
@@ -42,7 +43,7 @@ def bundle(tmp_path):
     (folder / "rsnape_kit" / "models" / "image.py").write_text("x = 1")
     (folder / "site").mkdir()
     (folder / "site" / "six.py").write_text("x = 2")
-    files = {path.relative_to(folder).as_posix(): sha256(path) for path in folder.rglob("*.py")}
+    files = {path.relative_to(folder).as_posix(): file_digest(path) for path in folder.rglob("*.py")}
     (folder / MANIFEST).write_text(json.dumps({"version": "1.2", "commit": "abc", "files": files}))
     meta = {"id": "test/rsnape-kit", "title": "rsnape_kit", "licenses": [{"name": "apache-2.0"}]}
     (folder / "dataset-metadata.json").write_text(json.dumps(meta))
