@@ -211,6 +211,7 @@ class Batches(_BatchAccess):
     """
 
     channels = False  # whether the last axis of rows becomes the channels
+    sample = "slices"  # what an item is, for errors
 
     def __init__(self, source: PixelSource, truth: Predictions | None = None, studies: Iterable[str] | None = None, *,
                  batch: int = 32, pixels: InputConfig | None = None, mask: SideMask | None = None,
@@ -235,7 +236,7 @@ class Batches(_BatchAccess):
         self.crops = None if self.pixels.crop is None else crop_matrices(source.table, self.pixels.crop, self.labelled.study >= 0)
         self.set_epoch(0)
         if shuffle and not len(self):
-            raise ValueError(f"{len(self.order)} items do not fill a batch of {batch}: give more studies or a smaller batch")
+            raise ValueError(f"{len(self.order)} {self.sample} do not fill a batch of {batch}: give more studies or a smaller batch")
 
     def set_epoch(self, epoch: int):  # from 0; also the number of a TTA view
         "Set the epoch, which determines order, augmentation and frames."

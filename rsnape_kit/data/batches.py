@@ -89,6 +89,8 @@ class ImageBatches(Batches):
 class _StudyLevelBatches(Batches):
     "What StudyBatches and GroupBatches share: a study has one item or more, whose slices `_pick(study, part)` chooses."
 
+    sample = "studies"
+
     def __init__(self, source: PixelSource, truth: Predictions | None = None, studies: Iterable[str] | None = None, *,
                  labels: Sequence[str] = EXAM_LABELS, batch: int = 1, balanced: bool = False, **settings: Any):
         self.labels, unknown = list(labels), [label for label in labels if label not in EXAM_LABELS + AUX_LABELS]

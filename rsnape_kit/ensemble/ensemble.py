@@ -181,7 +181,7 @@ def _rows_of(slices: pd.DataFrame, index: pd.MultiIndex) -> pd.DataFrame:
     return slices.iloc[at].reset_index(drop=True)
 
 
-def fit_preset(name: str, oofs: dict[str, Predictions], truth: Predictions, folds=None,
+def fit_preset(name: str, oofs: dict[str, Predictions], truth: Predictions, folds: Folds | pd.Series | None = None,
                slices: pd.DataFrame | None = None) -> Ensemble:
     """Return an ensemble with the weights of a preset, and fit its prior and positive-share model.
 

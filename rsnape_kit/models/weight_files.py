@@ -52,7 +52,8 @@ def check_file(
 ):
     "Raise an error that says what a file is, if it is of another kind or cannot be opened."
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist: give the path of a file with weights")
+        found = "is a folder" if Path(path).is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} {found}: give the path of a file with weights")
     kind = file_kind(path)
     if kind == TAR:
         raise ValueError(f"{path} is in {TAR}, like torchvision's old resnet34-333f7ec4.pth, and is not loaded: "

@@ -10,6 +10,7 @@ __all__ = ['MACHINES', 'KEPT', 'FUSED', 'STUDIES', 'SLICES', 'SHARE', 'STARTS', 
 # %% ../../nbs/08_runs/04_machine.ipynb #8470cca0
 import os
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -146,7 +147,7 @@ def step_gib(config: TrainConfig, machine: Machine) -> float:
     return (4 * arrays * costs.parameters + kept) / 2**30
 
 
-def fit_to_machine(config: TrainConfig, machine: Machine, fixed=()) -> TrainConfig:
+def fit_to_machine(config: TrainConfig, machine: Machine, fixed: Iterable[str] = ()) -> TrainConfig:
     """Choose batch, accumulation, precision and recomputation, so that a step of the optimiser fits and keeps its batch.
 
     Activations are kept where a device holds one sample with them, and recomputed otherwise; then the fewest passes are taken.
@@ -219,7 +220,7 @@ def describe_fit(config: TrainConfig, machine: Machine) -> str:
             f"activations {kept}: about {step_gib(config, machine):.1f} of {machine.memory:.0f} GiB a device")
 
 
-def fit_and_tell(config: TrainConfig, machine: Machine, fixed=()) -> TrainConfig:
+def fit_and_tell(config: TrainConfig, machine: Machine, fixed: Iterable[str] = ()) -> TrainConfig:
     "Return settings that fit a machine, as `fit_to_machine`; print what was chosen, once in a run of several processes."
     if config.entry.kind == "sequence":  # small anywhere
         return config

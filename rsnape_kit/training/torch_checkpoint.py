@@ -71,7 +71,7 @@ class Checkpoint(Hook):
         if self.learn.epoch < self.done_before:
             raise CancelEpochException
         self.stop_in_time()
-        self.began, self.losses = time.monotonic(), []
+        self.began, self.cpu, self.losses = time.monotonic(), time.process_time(), []
 
     def before_train(self):
         if self.writes:
@@ -102,7 +102,8 @@ class Checkpoint(Hook):
         loss = np.array([sum(self.losses), len(self.losses)], float)
         add_over_processes(loss, device=self.learn.dls.device)
         row = {"epoch": self.learn.epoch, "lr": rates(self.learn.schedule.config, self.learn.pct_train)[1],
-               "loss": loss[0] / loss[1], **self.learn.score.values, "seconds": time.monotonic() - self.began}
+               "loss": loss[0] / loss[1], **self.learn.score.values, "seconds": round(time.monotonic() - self.began, 2),
+               "cpu_seconds": round(time.process_time() - self.cpu, 2)}
         self.history.append(row)
         best = row["val_loss"] < self.state.get("best", math.inf)
         self.state = {"epoch": self.learn.epoch + 1, "best": row["val_loss"] if best else self.state["best"]}

@@ -12,6 +12,7 @@ import math
 import os
 import time
 import warnings
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -158,7 +159,7 @@ def _either(entries: list) -> str:
 
 # %% ../../nbs/10_training/07_trainer.ipynb #b54f6b63
 def train(model: str, source: PixelSource, fold: int, config: FitConfig | None = None, *, truth: Predictions, folds: Folds,
-          out: Path | str = "runs", earlier=("/kaggle/input",), weights: Path | str | None = None, tta: int | None = None,
+          out: Path | str = "runs", earlier: Iterable[Path | str] = ("/kaggle/input",), weights: Path | str | None = None, tta: int | None = None,
           hours: float | None = None, progress: bool | None = None, **options) -> Path:
     """Train one fold, resuming from its last checkpoint if there is one, and predict its held-out studies.
 

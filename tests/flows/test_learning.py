@@ -21,7 +21,7 @@ from rsnape_kit.store.build import build_store  # noqa: E402
 from rsnape_kit.store.slice_store import SliceStore  # noqa: E402
 from rsnape_kit.training.trainer import train  # noqa: E402
 
-SMALLER = {"efficientnet": ["pixels.size=64", "steps=25"],
+SMALLER = {"efficientnet": ["pixels.size=64", "steps=14"],
            "petaformer": ["groups=20", "slice_warmup.steps=250", "slice_warmup.batch=48", "phases.0.epochs=6"]}
 PLACES = {"train": "train", "test": "test", "twins": "truth/twins"}
 

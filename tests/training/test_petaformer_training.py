@@ -35,7 +35,7 @@ def finished(result):
 
 
 def history(run):
-    return pd.read_csv(run / "history.csv", float_precision="round_trip").drop(columns="seconds")
+    return pd.read_csv(run / "history.csv", float_precision="round_trip").drop(columns=["seconds", "cpu_seconds"])
 
 
 def test_killed_and_resumed_equals_unbroken(tmp_path):
