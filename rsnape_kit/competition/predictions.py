@@ -139,11 +139,17 @@ class Predictions:
 
     @classmethod
     def load(cls, folder: Path | str) -> "Predictions":
-        """Read a folder written by `save`."""
+        """Read a folder written by `save`; raise ValueError with its path if it is damaged or holds something else."""
         folder = complete_folder(folder) or Path(folder)
         check_manifest(folder, "predictions")
-        exams, images = (tables.read_parquet(folder / f"{name}.parquet") for name in ("exams", "images"))
-        return cls(exams.set_index(STUDY), pd.Series(images[IMAGE_LABEL].to_numpy(), tables.slice_index(images)))
+        try:
+            exams, images = (tables.read_parquet(folder / name) for name in _FILES)
+            return cls(exams.set_index(STUDY), pd.Series(images[IMAGE_LABEL].to_numpy(), tables.slice_index(images)))
+        except FileNotFoundError:
+            raise
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder} holds no predictions ({type(error).__name__}: {' '.join(str(error).split())[:200]}): copy it again, "
+                             "or give a folder that Predictions.save wrote") from error
 
     def __repr__(self):
         labels = [label for label in self.exams if self.exams[label].notna().any()]

@@ -18,7 +18,7 @@ from .kernels import ROOT
 from .wheels import image, missing, resolve, unpack
 from ..models.published import FULL_RECIPE, verify_weights
 from ..utils.files import file_digest
-from ..utils.manifest import atomic_folder, list_files, refuse_foreign, write_manifest
+from ..utils.manifest import atomic_folder, list_files, refuse_foreign, refuse_links, write_manifest
 
 # %% ../../nbs/13_kaggle/08_bundle.ipynb #392f303f
 def copy_package(out: Path):  # a folder for sys.path
@@ -40,6 +40,7 @@ def copy_runs(runs, out: Path):  # runs: folders of trained runs, or single file
         if target.exists():
             raise FileExistsError(f"two runs are called {run.name}: rename one, the bundle needs different names")
         target.parent.mkdir(parents=True, exist_ok=True)
+        refuse_links(run)
         (shutil.copytree if run.is_dir() else shutil.copyfile)(run, target)
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGE', 'MANIFEST', 'MARK', 'FORMAT', 'COPY', 'file_entry', 'list_files', 'write_manifest', 'read_manifest',
-           'has_marker', 'check_manifest', 'file_faults', 'refuse_foreign', 'atomic_folder']
+           'has_marker', 'check_manifest', 'file_faults', 'refuse_foreign', 'refuse_links', 'atomic_folder']
 
 # %% ../../nbs/00_utils/04_manifest.ipynb #ff21aeb9
 import hashlib
@@ -157,6 +157,14 @@ def refuse_foreign(
     if foreign is not None:
         raise FileExistsError(f"{folder} holds {foreign} and was not written by rsnape_kit as a folder of kind {kind!r}: nothing was "
                               "deleted; name another folder, or move this one away")
+
+
+def refuse_links(folder: Path | str):
+    "Raise ValueError if a folder to be copied has links, which may lead to any file of this machine, or device files in it."
+    for path in Path(folder).rglob("*"):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            kind = f"a link to {os.readlink(path)}" if path.is_symlink() else "neither a file nor a folder"
+            raise ValueError(f"{path} is {kind}: only plain files are copied; replace it by the file itself, or remove it")
 
 
 @contextmanager
