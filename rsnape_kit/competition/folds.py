@@ -18,9 +18,17 @@ import pandas as pd
 
 from .labels import STUDY
 from .predictions import Predictions
-from ..utils.files import atomic_write
+from ..utils.files import atomic_write, read_json
+from ..utils.schema import Natural, convert
 
 # %% ../../nbs/01_competition/06_folds.ipynb #935f0739
+@dataclass(frozen=True)
+class _Saved:
+    "The content of a file of folds."
+    fingerprint: str
+    folds: dict[str, Natural]
+
+
 @dataclass(frozen=True, eq=False)
 class Folds:
     """A fold number for each study.
@@ -58,10 +66,10 @@ class Folds:
     @classmethod
     def load(cls, path: Path | str) -> "Folds":
         """Read a file written by `save`; raise ValueError if it was changed."""
-        saved = json.loads(Path(path).read_text())
-        found = cls(pd.Series(saved["folds"], dtype=np.int64).rename_axis(STUDY).rename("fold"))
-        if found.fingerprint != saved["fingerprint"]:
-            raise ValueError(f"{path}: the folds have fingerprint {found.fingerprint}, expected {saved['fingerprint']}; the "
+        saved = convert(_Saved, read_json(path), f"{path}:")
+        found = cls(pd.Series(saved.folds, dtype=np.int64).rename_axis(STUDY).rename("fold"))
+        if found.fingerprint != saved.fingerprint:
+            raise ValueError(f"{path}: the folds have fingerprint {found.fingerprint}, expected {saved.fingerprint}; the "
                              "file was edited or truncated: make the folds again")
         return found
 

@@ -14,7 +14,8 @@ import pandas as pd
 
 from . import tables
 from .labels import AUX_LABELS, EXAM_LABELS, IMAGE_LABEL, SLICE, STUDY
-from ..utils.files import atomic_folder, complete_folder
+from ..utils.files import complete_folder
+from ..utils.manifest import atomic_folder, check_manifest
 
 # %% ../../nbs/01_competition/03_predictions.ipynb #19cb1fed
 def _checked_exams(exams: pd.DataFrame) -> pd.DataFrame:
@@ -63,6 +64,9 @@ def _check_same_studies(exams: pd.DataFrame, images: pd.Series):
                              "use NaN where a model predicts only one of the two")
 
 # %% ../../nbs/01_competition/03_predictions.ipynb #2991c0b2
+_FILES = "exams.parquet", "images.parquet"
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Predictions:
     """Exam and image probabilities of a set of studies, or their truth (0 or 1).
@@ -129,16 +133,23 @@ class Predictions:
 
     def save(self, folder: Path | str):
         """Write exams.parquet and images.parquet to a folder, replacing it atomically."""
-        with atomic_folder(folder) as fresh:
+        with atomic_folder(folder, "predictions", _FILES) as fresh:
             self.exams.reset_index().to_parquet(fresh / "exams.parquet", index=False)
             self.images.reset_index().to_parquet(fresh / "images.parquet", index=False)
 
     @classmethod
     def load(cls, folder: Path | str) -> "Predictions":
-        """Read a folder written by `save`."""
+        """Read a folder written by `save`; raise ValueError with its path if it is damaged or holds something else."""
         folder = complete_folder(folder) or Path(folder)
-        exams, images = (tables.read_parquet(folder / f"{name}.parquet") for name in ("exams", "images"))
-        return cls(exams.set_index(STUDY), pd.Series(images[IMAGE_LABEL].to_numpy(), tables.slice_index(images)))
+        check_manifest(folder, "predictions")
+        try:
+            exams, images = (tables.read_parquet(folder / name) for name in _FILES)
+            return cls(exams.set_index(STUDY), pd.Series(images[IMAGE_LABEL].to_numpy(), tables.slice_index(images)))
+        except FileNotFoundError:
+            raise
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder} holds no predictions ({type(error).__name__}: {' '.join(str(error).split())[:200]}): copy it again, "
+                             "or give a folder that Predictions.save wrote") from error
 
     def __repr__(self):
         labels = [label for label in self.exams if self.exams[label].notna().any()]

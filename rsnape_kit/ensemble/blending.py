@@ -18,14 +18,15 @@ from ..competition.labels import EXAM_LABELS, IMAGE_LABEL
 from ..competition.predictions import Predictions
 from ..competition.priors import at_position
 from ..competition.tables import locate, slice_index
-from ..utils.files import JSONFile
+from ..utils.files import validate_name
+from ..utils.schema import Checked, JSONFile, Measured, Share
 
 # %% ../../nbs/11_ensemble/03_blending.ipynb #e7d4f144
 LABELS = (*EXAM_LABELS, IMAGE_LABEL)
 
 
 @dataclass(frozen=True)
-class BlendWeights(JSONFile):
+class BlendWeights(JSONFile, Checked):
     """Weight of each model for each label, with the prior for values that no model predicts.
 
     Attributes:
@@ -43,30 +44,26 @@ class BlendWeights(JSONFile):
     """
     models: tuple[str, ...]
     blend_weights: Mapping[str, Sequence[float]]
-    prior: Mapping[str, float]
+    prior: Mapping[str, Share]
     space: str = "probability"
-    losses: dict = field(default_factory=dict)
-    position: tuple[float, ...] = ()
+    losses: dict[str, dict[str, dict[str, Measured] | Measured]] = field(default_factory=dict)
+    position: tuple[Share, ...] = ()
     preset: str = ""
 
     def __post_init__(self):
+        super().__post_init__()
+        if self.space not in ("probability", "logit"):
+            raise ValueError(f"unknown space {self.space!r}; choose 'probability' or 'logit'")
+        for name in self.models:
+            validate_name(name, "models: a name")
         missing = [label for label in LABELS if label not in self.blend_weights or label not in self.prior]
         if missing:
             raise ValueError(f"blend weights or prior lack {', '.join(missing)}; expected all of {', '.join(LABELS)}")
-        object.__setattr__(self, "models", tuple(self.models))
-        values = {label: tuple(map(float, self.blend_weights[label])) for label in LABELS}
-        object.__setattr__(self, "blend_weights", values)
-        object.__setattr__(self, "position", tuple(map(float, self.position)))
-        if not all(0 <= p <= 1 for p in self.position):
-            raise ValueError(f"the prior by position is {self.position}; expected probabilities from 0 to 1")
-        if self.space not in ("probability", "logit"):
-            raise ValueError(f"unknown space {self.space!r}; choose 'probability' or 'logit'")
+        object.__setattr__(self, "blend_weights", {label: tuple(map(float, self.blend_weights[label])) for label in LABELS})
         for label, w in self.blend_weights.items():
             if len(w) != len(self.models) or min(w, default=0) < 0 or not (np.isclose(sum(w), 1) or sum(w) == 0):
                 raise ValueError(f"blend weights of {label} are {w}; expected {len(self.models)} that are at least 0 and "
                                  f"sum to 1, one for each of {', '.join(self.models)}")
-            if not (isinstance(self.prior[label], int | float) and 0 <= self.prior[label] <= 1):
-                raise ValueError(f"the prior of {label} is {self.prior[label]!r}; expected a probability from 0 to 1")
 
     def table(self) -> pd.DataFrame:
         "Return the weights as a table, labels x models."

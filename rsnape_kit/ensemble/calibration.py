@@ -13,23 +13,28 @@ import pandas as pd
 from scipy.optimize import minimize
 from scipy.special import expit, logit
 
-from ..competition.labels import IMAGE_LABEL
+from ..competition.labels import AUX_LABELS, EXAM_LABELS, IMAGE_LABEL
 from ..competition.metric import loss_table
 from ..competition.predictions import Predictions
 from .cross_fit import LabelArrays, arrays_by_label, cross_fit
-from ..utils.files import JSONFile
+from ..utils.schema import Checked, JSONFile, Measured, NonNegative
 
 # %% ../../nbs/11_ensemble/02_calibration.ipynb #b0c7bb68
 @dataclass(frozen=True)
-class Calibration(JSONFile):
+class Calibration(JSONFile, Checked):
     """Slope and offset of each label's calibration on the logit scale.
 
     Attributes:
         coefficients: label -> (slope, offset). Labels left out are not changed.
         losses: label -> {"before", "after"}: log loss of the label on folds that were not fitted on; empty if not measured.
     """
-    coefficients: dict[str, tuple[float, float]]
-    losses: dict[str, dict[str, float]] = field(default_factory=dict)
+    coefficients: dict[str, tuple[NonNegative, float]]
+    losses: dict[str, dict[str, Measured]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if unknown := sorted(self.coefficients.keys() - {*EXAM_LABELS, *AUX_LABELS, IMAGE_LABEL}):
+            raise ValueError(f"coefficients has the unknown label {unknown[0]!r}: expected labels of the competition")
 
 
 def calibrate(pred: Predictions, calibration: Calibration) -> Predictions:  # NaN stays NaN

@@ -18,7 +18,7 @@ from ..competition.labels import EXAM_LABELS, EXAM_WEIGHTS, IMAGE_WEIGHT, NOT_PO
 from ..competition.metric import log_loss
 from ..competition.predictions import Predictions
 from ..competition.submission import PE_LABELS, complete_arrays
-from ..utils.files import JSONFile
+from ..utils.schema import Checked, JSONFile, Natural, NonNegative
 
 # %% ../../nbs/11_ensemble/05_consistency.ipynb #541ff855
 MARGIN = 1e-6  # distance from 0.5 of a probability that had to cross it
@@ -119,12 +119,12 @@ def share_inputs(pred: Predictions) -> tuple:  # image mean and probability of a
 
 
 @dataclass(frozen=True)
-class PositiveShareModel(JSONFile):
+class PositiveShareModel(JSONFile, Checked):
     "q = P(positive) ** power * expit(offset + slope * logit(image mean)); increases with both."
     offset: float
-    slope: float  # at least 0
-    power: float  # at least 0
-    studies: int = 0  # number of studies it was fitted on
+    slope: NonNegative
+    power: NonNegative
+    studies: Natural = 0  # number of studies it was fitted on
 
     def __call__(self, pred: Predictions) -> pd.Series:  # by study
         "Return the expected share of positive slices of each study."

@@ -6,7 +6,6 @@
 __all__ = ['Ensemble', 'default_ensemble', 'nested_blend', 'fit_ensemble', 'fit_prior', 'fit_preset', 'oof_blend', 'as_ensemble']
 
 # %% ../../nbs/11_ensemble/06_ensemble.ipynb #7ad53ad8
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,11 +24,12 @@ from .calibration import Calibration, calibrate, cross_calibrate, fit_calibratio
 from .consistency import UNFITTED, PositiveShareModel, fit_positive_share, make_consistent
 from .cross_fit import common_folds, cross_fit
 from .weight_fitting import best_weights, blend_oof, fit_weights, measure_weights
-from ..utils.files import JSONFile, from_json
+from ..utils.files import read_json, validate_name
+from ..utils.schema import Checked, JSONFile, Measured, Views, convert
 
 # %% ../../nbs/11_ensemble/06_ensemble.ipynb #623e2df0
 @dataclass(frozen=True)
-class Ensemble(JSONFile):
+class Ensemble(JSONFile, Checked):
     """Calibrations, blend weights and positive-share model: predictions of models in, consistent predictions out.
 
     `ensemble(preds, slices)` returns complete predictions that obey the label rules; `ensemble.blend(preds, slices)`
@@ -45,24 +45,18 @@ class Ensemble(JSONFile):
             those to blend; for a model without an entry, as many as each of its runs has.
 
     Raises:
-        ValueError: if a field has another type, as in a JSON file of something else.
+        ValueError: if a value has another type or is out of range, as in a JSON file of something else.
     """
     blend_weights: BlendWeights
     q: PositiveShareModel = UNFITTED
     calibrations: dict[str, Calibration] = field(default_factory=dict)
-    losses: dict = field(default_factory=dict)
-    views: dict[str, int] = field(default_factory=dict)
+    losses: dict[str, Measured | str] = field(default_factory=dict)
+    views: dict[str, Views] = field(default_factory=dict)
 
     def __post_init__(self):
-        fields = [(self.blend_weights, BlendWeights), (self.q, PositiveShareModel), (self.calibrations, dict),
-                  (self.losses, dict), *((each, Calibration) for each in dict(self.calibrations).values()),
-                  (self.views, dict), *((each, int) for each in dict(self.views).values())]
-        for value, kind in fields:
-            if not isinstance(value, kind):
-                raise ValueError(f"an ensemble needs a {kind.__name__}, found {value!r:.60}; expected a file written by "
-                                 "fit_ensemble(...).save")
-        if min(self.views.values(), default=0) < 0:
-            raise ValueError(f"views are {self.views}, expected numbers of augmented views, 0 or more")
+        super().__post_init__()
+        for name in (*self.calibrations, *self.views):
+            validate_name(name, "the name of a model")
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -137,7 +131,7 @@ def fit_ensemble(oofs: dict[str, Predictions], truth: Predictions,
     best = min(nested_losses, key=lambda name: nested_losses[name])
     members, blended = nested[best]
     q = fit_positive_share(blended, truth)
-    losses = nested_losses | {
+    losses: dict = nested_losses | {
         "chosen": best, "best constants": competition_loss(truth, constant_prior(truth)),
         "consistent": competition_loss(truth, make_consistent(blended, q)),
         "consistent, q from the mean of images": competition_loss(truth, make_consistent(blended))}
@@ -204,7 +198,7 @@ def fit_preset(name: str, oofs: dict[str, Predictions], truth: Predictions, fold
     weights = replace(preset_weights(name, list(oofs)), **fit_prior(truth, rows))
     members, blended = oof_blend(Ensemble(weights), oofs, truth, folds, slices)
     q = fit_positive_share(blended, truth)
-    losses = {"chosen": f"preset {name}", "blend": competition_loss(truth, blended),
+    losses: dict = {"chosen": f"preset {name}", "blend": competition_loss(truth, blended),
               "best constants": competition_loss(truth, constant_prior(truth)),
               "consistent": competition_loss(truth, make_consistent(blended, q))}
     return Ensemble(measure_weights(weights, members, truth, blended), q, losses=losses)
@@ -226,7 +220,7 @@ def as_ensemble(source: Ensemble | BlendWeights | Path | str) -> Ensemble:  # or
     "Return an ensemble from an ensemble, blend weights, or the JSON file of either."
     if isinstance(source, Ensemble | BlendWeights):
         return source if isinstance(source, Ensemble) else Ensemble(source)
-    content = json.loads(Path(source).read_text())
-    if not isinstance(content, dict) or "blend_weights" not in content:
+    content = read_json(source)
+    if "blend_weights" not in content:
         raise ValueError(f"{source} holds {content!r:.60}; expected an ensemble, as fit_ensemble(...).save writes it")
-    return Ensemble(from_json(BlendWeights, content)) if "models" in content else from_json(Ensemble, content)
+    return Ensemble(convert(BlendWeights, content, f"{source}:")) if "models" in content else convert(Ensemble, content, f"{source}:")

@@ -29,7 +29,8 @@ from rsnape_kit.inference.results import (
 )
 from .supervisor import Worker, assign_gpus, run_workers, visible_gpus
 from .worker import Job, framework_of, networks_of
-from ..runs.folder import join_oof, run_settings, run_views
+from ..runs.folder import run_settings, run_views
+from ..runs.oof import join_oof
 from ..store.dicom_source import DicomSource, PixelSource
 from ..utils import processes as pool
 

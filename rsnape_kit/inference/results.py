@@ -10,6 +10,7 @@ __all__ = ['RESERVE', 'LABELS', 'LoadedStudy', 'read_study', 'fetch_study', 'Stu
 import hashlib
 import json
 import shutil
+import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,16 +158,20 @@ def save_result(
     values = np.concatenate([pred.exams.reindex(columns=LABELS).to_numpy()[0], images]).astype("<f8")
     if np.isnan(values).all():
         raise ValueError("the model predicts nothing but NaN; check its weights")
-    atomic_write(Path(folder) / key, values.tobytes(), unique=True)
+    raw = values.tobytes()
+    atomic_write(Path(folder) / key, raw + zlib.crc32(raw).to_bytes(4, "little"), unique=True)
 
 
-def load_result(folder, key: str, n: int) -> np.ndarray | None:  # float [13 + n]; None: missing, damaged or all NaN
+def load_result(folder, key: str, n: int) -> np.ndarray | None:  # float [13 + n]; None: missing or damaged
     "Load a run's predictions for one study, which has `n` slices."
     try:
-        values = np.fromfile(Path(folder) / key, "<f8")
+        raw = (Path(folder) / key).read_bytes()
     except FileNotFoundError:
         return None
-    return values if len(values) == len(LABELS) + n and not np.isnan(values).all() else None
+    if len(raw) % 8 != 4 or zlib.crc32(raw[:-4]) != int.from_bytes(raw[-4:], "little"):
+        return None
+    values = np.frombuffer(raw[:-4], "<f8")
+    return values if len(values) == len(LABELS) + n else None
 
 
 def save_failure(folder, key: str, why: str):

@@ -16,7 +16,8 @@ from tempfile import TemporaryDirectory
 
 from .dataset import METADATA, check_dataset, name_faults, read_json
 from .preflight import KERNEL, check_kernel
-from .runtime import COMPETITION, MANIFEST
+from .runtime import COMPETITION
+from ..utils.manifest import MANIFEST
 
 # %% ../../nbs/13_kaggle/07_client.ipynb #810976ff
 class KaggleError(RuntimeError):

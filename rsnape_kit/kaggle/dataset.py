@@ -11,11 +11,11 @@ import json
 import os
 import re
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 
-from .runtime import MANIFEST
 from .wheels import ARCHIVES
-from ..utils.files import file_digest
+from ..utils.manifest import MANIFEST, file_faults, read_manifest
 
 # %% ../../nbs/13_kaggle/03_dataset.ipynb #27995ded
 METADATA = "dataset-metadata.json"
@@ -98,16 +98,16 @@ def _path_fault(path: Path) -> str:
 
 def _manifest_faults(folder: Path) -> list:
     "Return differences between the files and the manifest, if there is one."
-    if not (folder / MANIFEST).is_file():
+    try:
+        manifest = read_manifest(folder)
+    except ValueError as error:
+        return [str(error)]
+    if manifest is None:
         return []
-    manifest, found = read_json(folder / MANIFEST)
-    files = manifest.get("files", {})
-    if found or not isinstance(files, dict):
-        return found or [f"{folder / MANIFEST} has no checksums by file, as \"files\": make the bundle again"]
-    wrong = [name for name, digest in files.items() if not (folder / name).is_file() or file_digest(folder / name) != digest]
+    files = manifest["files"] or {}
     known = {*files, MANIFEST, METADATA}
     extra = [path for path in _walk(folder) if path.is_file() and path.relative_to(folder).as_posix() not in known]
-    found += [f"{folder / name} is not the file that the manifest names: make the bundle again" for name in wrong[:5]]
+    found = [f"{fault}: it is not the file that the manifest names, make the bundle again" for fault in islice(file_faults(folder, files), 5)]
     return found + [f"{path} is not in the manifest: make the bundle again or remove it" for path in extra[:5]]
 
 

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import rsnape_kit
 from .dataset import BUNDLES, METADATA, OWNER, PREFIXES, name_faults, read_json
-from .runtime import MANIFEST, PYTHON
+from .runtime import PYTHON
 from .static_check import imports, magics, network, parse, reached, read_code
 from .wheels import brings, image, missing
+from ..utils.manifest import MANIFEST
 
 # %% ../../nbs/13_kaggle/05_preflight.ipynb #c72ec22a
 KERNEL = "kernel-metadata.json"

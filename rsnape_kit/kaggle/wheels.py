@@ -10,6 +10,7 @@ __all__ = ['IMAGES', 'MODULES', 'NEEDED', 'NOT_NEEDED', 'NEVER', 'COPYLEFT', 'LE
 # %% ../../nbs/13_kaggle/02_wheels.ipynb #447626e8
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from packaging.tags import compatible_tags, cpython_tags
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 import rsnape_kit
+from ..utils.archives import check_archive
 
 # %% ../../nbs/13_kaggle/02_wheels.ipynb #c6d9ca2a
 IMAGES = ("gpu", "tpu")
@@ -108,9 +110,12 @@ class Wheel:
     @classmethod
     def read(cls, path: Path):
         "Read a wheel's METADATA."
+        check_archive(path, "remove it, so that it is downloaded again")
         with zipfile.ZipFile(path) as archive:
-            member = next(name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name))
-            meta = HeaderParser().parsestr(archive.read(member).decode("utf-8"))
+            member = next((name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name)), "")
+            meta = HeaderParser().parsestr(archive.read(member).decode("utf-8", "replace") if member else "")
+        if not (meta.get("Name") and meta.get("Version")):
+            raise ValueError(f"{path} has no METADATA with name and version: it is no wheel, remove it")
         licence = "; ".join([meta.get("License-Expression") or (meta.get("License") or "").partition("\n")[0],
                              *(c.split(" :: ")[-1] for c in meta.get_all("Classifier", []) if c.startswith("License"))])
         return cls(Path(path), canonicalize_name(meta["Name"]), meta["Version"], licence.strip("; "))
@@ -203,10 +208,12 @@ UNWANTED = {"tests", "test", "test_files", "__pycache__"}
 
 
 def _place(member: str) -> str | None:
-    "Return where a wheel's member goes below the folder of packages; None if it is left out."
+    "Return where a wheel's member goes below the folder of packages; None if it is left out. Raise ValueError if it would leave it."
     parts = PurePosixPath(member).parts
+    if not parts or parts[0] == "/" or ".." in parts or "\\" in member or "\0" in member or ":" in parts[0]:
+        raise ValueError(f"the member {member!r:.100} would leave the folder of packages: take the wheel from its publisher again")
     if parts[0].endswith(".data"):
-        if parts[1] not in ("purelib", "platlib"):
+        if len(parts) < 3 or parts[1] not in ("purelib", "platlib"):
             return None
         parts = parts[2:]
     if UNWANTED.intersection(parts[:-1]) or parts[-1].lower().endswith(ARCHIVES):
@@ -218,8 +225,10 @@ def unpack(wheels, site: Path):  # site: a folder for sys.path
     "Unpack wheels into a folder of importable packages."
     for wheel in wheels:
         with zipfile.ZipFile(wheel.path) as archive:
-            for member in archive.infolist():
-                place = None if member.is_dir() else _place(member.filename)
+            places = {member: _place(member.filename) for member in archive.infolist() if not member.is_dir()}
+            if links := [member.filename for member in places if stat.S_ISLNK(member.external_attr >> 16)]:
+                raise ValueError(f"{wheel.path.name} contains the link {links[0]}: take the wheel from its publisher again")
+            for member, place in places.items():
                 if place is None:
                     continue
                 path = Path(site, place)

@@ -14,8 +14,10 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from .keras_backend import import_keras, read_arrays, use_precision
+from .keras_backend import import_keras, use_precision
 from .weight_files import HDF5, PYTORCH, check_file, file_kind, read_keras2, read_torch
+from ..utils.archives import read_arrays
+from ..utils.schema import Factor, OpenShare, Rate, Share
 
 # %% ../../nbs/07_models/05_efficientnet.ipynb #7b0ae173
 VARIANTS = {"b0": (1., 1.), "b1": (1., 1.1), "b2": (1.1, 1.2), "b3": (1.2, 1.4),  # width and depth
@@ -185,12 +187,12 @@ def efficientnet(
     channels: int = 3,  # windows
     pool: str = "max",  # 'max', 'avg' or 'gem'
     weights: Path | str | None = None,  # published weights or a run's best.npz, for the backbone
-    width: float = 1.,  # multiplies the variant's width
-    depth: float = 1.,  # multiplies the variant's depth
-    dropout: float = 0.,  # before the head
-    drop_connect: float = .2,  # see backbone
-    momentum: float = .99,  # of batch normalisation
-    expect: float = .5,  # probability that the untrained head gives
+    width: Factor = 1.,  # multiplies the variant's width
+    depth: Factor = 1.,  # multiplies the variant's depth
+    dropout: Rate = 0.,  # before the head
+    drop_connect: Rate = .2,  # see backbone
+    momentum: Share = .99,  # of batch normalisation
+    expect: OpenShare = .5,  # probability that the untrained head gives
     scale: str = "imagenet",  # of the input, or 'unit'; see normalised
     precision: str = "float32",  # or 'bfloat16', 'float16'
 ):  # keras.Model: uint8 [n, size, size, channels] -> float32 [n, 1], probability of an embolus on the slice

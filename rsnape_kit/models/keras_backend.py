@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FRAMEWORKS', 'PRECISIONS', 'import_keras', 'use_precision', 'usable', 'resolve_precision', 'jit', 'save_weights',
-           'read_arrays', 'load_weights', 'zero_weights', 'count_devices', 'all_devices', 'profile']
+           'load_weights', 'zero_weights', 'count_devices', 'all_devices', 'profile']
 
 # %% ../../nbs/07_models/01_keras_backend.ipynb #20af199f
 import math
@@ -13,9 +13,10 @@ import sys
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
+
+from ..utils.archives import read_arrays
 
 # %% ../../nbs/07_models/01_keras_backend.ipynb #d3883703
 FRAMEWORKS = ("tensorflow", "jax", "torch")  # in order of preference
@@ -102,21 +103,12 @@ def save_weights(model, path: Path | str):
     np.savez(path, **{f"{i:05d}": np.asarray(weight) for i, weight in enumerate(model.weights)})
 
 
-def read_arrays(path: Path | str) -> dict:  # name -> array
-    "Read an npz file; raise ValueError if it is damaged."
-    try:
-        with np.load(path) as file:
-            return {name: file[name] for name in file.files}
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read ({error!r}): the file is damaged, copy it again") from error
-
-
 def load_weights(model, path: Path | str):
     "Load weights from `save_weights` into a Keras model of the same settings."
     arrays = [array for _, array in sorted(read_arrays(path).items())]
     want, have = [tuple(weight.shape) for weight in model.weights], [array.shape for array in arrays]
+    if any(array.dtype.kind == "U" for array in arrays):
+        raise ValueError(f"{path} holds text, not weights: give a file that save_weights wrote")
     if want != have:
         where = next((i for i, shapes in enumerate(zip(want, have)) if shapes[0] != shapes[1]), "the end")
         raise ValueError(f"{path} holds {len(have)} weights and the model has {len(want)}; they differ at {where}: build the "

@@ -18,6 +18,7 @@ except ImportError:  # need_torch raises it when a model is built; the library m
     torch, nn = None, SimpleNamespace(Module=object)
 from ..data.batches import EXAM_OUTPUTS
 from .weight_files import PYTORCH, SAFETENSORS, check_file, file_kind, read_torch
+from ..utils.schema import Count, Factor, OpenShare, Rate
 
 # %% ../../nbs/07_models/07_petaformer.ipynb #7a590124
 def need_torch():
@@ -182,20 +183,20 @@ class PetaFormer(nn.Module):
     def __init__(
         self,
         slices: int = 5,  # neighbouring slices in a group
-        width: float = 1.,  # multiplies the backbone's channels
-        depth: float = 1.,  # multiplies its blocks
-        pool: tuple = (1, 3),  # rows and columns to which a group's feature map is pooled
-        dim: int = 128,  # features of a token
-        layers: int = 6,
-        heads: int = 8,
+        width: Factor = 1.,  # multiplies the backbone's channels
+        depth: Factor = 1.,  # multiplies its blocks
+        pool: tuple[Count, Count] = (1, 3),  # rows and columns to which a group's feature map is pooled
+        dim: Count = 128,  # features of a token
+        layers: Count = 6,
+        heads: Count = 8,
         attention: str = "reformer",  # one of ATTENTION
-        dropout: float = .25,  # in the heads
-        attention_dropout: float = .1,
+        dropout: Rate = .25,  # in the heads
+        attention_dropout: Rate = .1,
         token_norm: bool = False,  # batch norm on pooled features, before the position encoding is added
         normalise: bool = True,  # grey values by ImageNet's mean and standard deviation; False: in [0, 1], as the original
         frozen_norm: bool = False,  # keep the statistics of the backbone's batch norms in training, e.g. ImageNet's
         weights: Path | str | None = None,  # torchvision's resnet34 weights, for the backbone
-        expect_image: float | None = None,  # probability that the untrained image head gives; default: random biases
+        expect_image: OpenShare | None = None,  # probability that the untrained image head gives; default: random biases
         expect_exam=None,  # likewise, one for each of EXAM_OUTPUTS
     ):
         need_torch()

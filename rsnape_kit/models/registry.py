@@ -22,6 +22,7 @@ from ..competition.priors import best_constants
 from .keras_backend import import_keras, jit, resolve_precision
 from .losses import pack_targets, weighted_bce
 from ..utils.files import validate_name
+from ..utils.schema import convert
 
 # %% ../../nbs/07_models/08_registry.ipynb #0b5ebecf
 FRAMEWORKS = {"image": "keras", "volume": "keras", "groups": "torch", "sequence": "keras"}  # kind of a model -> framework that trains it
@@ -54,6 +55,15 @@ class ModelEntry:
     def accepts(self, name: str) -> bool:
         "Whether the factory takes an argument of this name."
         return name in self.settings or any(each.kind is each.VAR_KEYWORD for each in self.settings.values())
+
+    def check_network(self, network: dict):  # arguments for the factory
+        "Raise ValueError for an argument that the factory does not take, or of another kind than its annotation allows."
+        for name, value in network.items():
+            if not self.accepts(name):
+                raise ValueError(f"{self.name} takes no {name!r}; its settings are {', '.join(self.settings)}")
+            kind = self.settings[name].annotation if name in self.settings else str
+            if kind is not inspect.Parameter.empty and not isinstance(kind, str) and name in self.settings:
+                convert(kind, value, f"network.{name}")
 
 
 _MODELS = {name: ModelEntry(name, f"rsnape_kit.models.{factory}", kind) for name, factory, kind in (
@@ -148,10 +158,10 @@ def build_model(config, truth: Predictions | None = None, weights: Path | str | 
     else:
         import_keras().utils.set_random_seed(config.seed)
         arguments, offered = _keras_arguments(config), offered | {"precision": resolve_precision(config.precision)}
+    if given := sorted((arguments.keys() | {"weights"}) & config.network.keys()):
+        raise ValueError(f"network.{given[0]} is given by the kit's own settings: leave it out of network")
     arguments |= ({} if weights is None else {"weights": weights}) | config.network
-    unknown = sorted(name for name in arguments if not entry.accepts(name))
-    if unknown:
-        raise ValueError(f"{entry.name} takes no {unknown[0]!r}; its settings are {', '.join(entry.settings)}")
+    entry.check_network(arguments)
     arguments = {name: value for name, value in offered.items() if entry.accepts(name)} | arguments
     if entry.kind == "sequence":
         model = bag([entry.build(**arguments) for _ in range(config.inner)], config.features)

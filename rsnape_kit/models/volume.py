@@ -8,10 +8,12 @@ __all__ = ['NORM_AXES', 'bottleneck', 'fold_frames', 'add_heads', 'resnet3d', 'e
 # %% ../../nbs/07_models/06_volume.ipynb #58453de1
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from ..competition.labels import EXAM_LABELS
 from .efficientnet import backbone, log_odds, normalised
 from .keras_backend import import_keras, use_precision
+from ..utils.schema import Factor, OpenShare, Rate, Share
 
 # %% ../../nbs/07_models/06_volume.ipynb #9ec173d1
 NORM_AXES = {"channels": -1, "columns": 3}  # of [b, frames, rows, columns, channels]
@@ -158,14 +160,14 @@ def resnet3d(
     frames: int | None = 256,  # slices; None for any number
     size: int = 256,  # pixels
     channels: int = 3,  # windows
-    width: float = 1.,  # multiplies the channels
-    depth: float = 1.,  # multiplies the blocks
-    momentum: float = .99,  # of batch normalisation
-    expect_image: float = .5,  # see add_heads
+    width: Factor = 1.,  # multiplies the channels
+    depth: Factor = 1.,  # multiplies the blocks
+    momentum: Share = .99,  # of batch normalisation
+    expect_image: OpenShare = .5,  # see add_heads
     expect_exam=.5,
-    pool: str = "max",  # within a slice: 'max' or 'avg'
+    pool: Literal["max", "avg"] = "max",  # within a slice
     scale: str = "imagenet",  # of the input, or 'unit'; see normalised
-    norm_axis: str = "channels",  # normalised in the blocks; 'columns': each image column over all channels, as the original
+    norm_axis: Literal["channels", "columns"] = "channels",  # normalised in the blocks; 'columns': each image column over all channels, as the original
     last_gamma: float = 0.,  # with which each block's last normalisation starts; 1 in the original
     recompute: bool = False,  # keep only the blocks' inputs for the backward pass
     precision: str = "float32",  # or 'bfloat16', 'float16'
@@ -193,15 +195,15 @@ def efficientnet3d(
     size: int = 256,  # pixels
     channels: int = 3,  # windows
     weights: Path | str | None = None,  # published weights or a run's best.npz, for the backbone
-    width: float = 1.,  # multiplies the channels
-    depth: float = 1.,  # multiplies the blocks
-    drop_connect: float = .2,
-    momentum: float = .99,  # of batch normalisation
-    expect_image: float = .5,  # see add_heads
+    width: Factor = 1.,  # multiplies the channels
+    depth: Factor = 1.,  # multiplies the blocks
+    drop_connect: Rate = .2,
+    momentum: Share = .99,  # of batch normalisation
+    expect_image: OpenShare = .5,  # see add_heads
     expect_exam=.5,
-    pool: str = "max",  # within a slice: 'max' or 'avg'
+    pool: Literal["max", "avg"] = "max",  # within a slice
     scale: str = "imagenet",  # see resnet3d
-    norm_axis: str = "channels",
+    norm_axis: Literal["channels", "columns"] = "channels",
     last_gamma: float = 0.,
     recompute: bool = False,  # keep only the inputs of blocks (3-D and backbone) for the backward pass
     precision: str = "float32",  # or 'bfloat16', 'float16'

@@ -12,8 +12,9 @@ from ..utils import lazy_exports
 
 if TYPE_CHECKING:
     from rsnape_kit.runs.config import KerasConfig, PetaFormerConfig, Phase, SequenceConfig
-    from rsnape_kit.runs.folder import find_runs, join_oof, load_config
+    from rsnape_kit.runs.folder import find_runs, load_config
     from rsnape_kit.runs.machine import MACHINES, fit_to_machine, recipe_table
+    from rsnape_kit.runs.oof import join_oof
     from rsnape_kit.runs.recipes import RECIPES
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__)

@@ -30,7 +30,7 @@ def parse_value(
     "Return the value that a text stands for, read as a Python literal."
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
 # %% ../../nbs/08_runs/02_recipes.ipynb #1f060cc8
@@ -45,7 +45,7 @@ def override_settings(config, pairs):
         A copy; `config` stays as it is.
 
     Raises:
-        ValueError: for an unallowed name, or text where another kind of value is expected.
+        ValueError: for an unallowed name, or a value that the setting's annotation does not allow.
     """
     for pair in pairs:
         name, equals, text = pair.partition("=")
@@ -67,10 +67,11 @@ def _put(holder, names: list, value, pair: str):
     now = items.get(name) if isinstance(items, dict) else getattr(holder, name)
     if len(names) > 1:
         value = _put(now, names[1:], value, pair)
-    elif isinstance(value, str) and now is not None and not isinstance(now, str):
-        raise ValueError(f"{pair!r}: expected a value like {now!r}")
     if not isinstance(items, dict):
-        return replace(holder, **{name: value})
+        try:
+            return replace(holder, **{name: value})
+        except ValueError as error:
+            raise ValueError(f"{pair!r}: {error}") from error
     changed = items | {name: value}
     return tuple(changed.values()) if isinstance(holder, tuple) else changed
 

@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..models.keras_backend import import_keras, load_weights, read_arrays, save_weights
+from ..models.keras_backend import import_keras, load_weights, save_weights
 from ..runs.config import phase_of
 from ..runs.folder import load_checkpoint, saving_checkpoint
+from ..utils.archives import read_arrays
 from ..utils.processes import advance
 
 # %% ../../nbs/10_training/01_keras_fit.ipynb #93b86985
@@ -246,7 +247,7 @@ def fit_phases(
     "Train from the last checkpoint to the end of the last phase."
     model.optimizer.build(model.trainable_variables)
     fresh = [np.array(v) for v in model.optimizer.variables]
-    folder, state, history = load_checkpoint(run)
+    folder, state, history = load_checkpoint(run, whole=True)
     done, epochs = state.get("epoch", 0), sum(phase.epochs for phase in phases)
     if folder is not None:
         write_variables(model, read_arrays(folder / "state.npz"))

@@ -27,7 +27,7 @@ from ..runs.folder import epochs_done, load_checkpoint, run_weights
 from ..store.dicom_source import PixelSource
 from .keras_fit import OutOfTime, fit_phases
 from .keras_trainer import scores
-from ..utils.files import atomic_folder
+from ..utils.manifest import atomic_folder
 from ..utils.processes import start_steps
 
 # %% ../../nbs/10_training/03_sequence_trainer.ipynb #5e910007
@@ -84,7 +84,7 @@ def train_sequence(
 def _copy_image_runs(run: Path, image_runs, config: SequenceConfig):
     "Copy settings and weights of image runs into a sequence run, so that it can be moved."
     for image, text in zip(image_runs, config.image_runs):
-        with atomic_folder(run / "images" / text.split()[0]) as fresh:
+        with atomic_folder(run / "images" / text.split()[0], "run", ("config.json", "best.npz")) as fresh:
             shutil.copyfile(Path(image) / "config.json", fresh / "config.json")
             shutil.copyfile(run_weights(image), fresh / "best.npz")
 

@@ -8,13 +8,14 @@ __all__ = ['Score', 'Checkpoint', 'optimizer_state', 'load_optimizer']
 # %% ../../nbs/10_training/05_torch_checkpoint.ipynb #cc567c63
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from ..inference.averaging import ProbabilityAverager
-from ..inference.torch_predictor import CLIP, load_saved
+from ..inference.torch_predictor import CLIP, load_saved, load_state
 from ..runs.folder import load_checkpoint, saving_checkpoint
 from .keras_trainer import scores
 from .torch_learner import Hook, add_over_processes, rates, unwrapped
@@ -57,14 +58,16 @@ class Checkpoint(Hook):
         self.run, self.deadline, self.writes, self.progress, self.bar = run, deadline, writes, progress, None
 
     def before_fit(self):
-        folder, self.state, self.history = load_checkpoint(self.run)
+        folder, self.state, self.history = load_checkpoint(self.run, whole=True)
         self.done_before = self.state.get("epoch", 0)
         if folder is not None:
-            saved = load_saved(folder / "state.pt", self.learn.dls.device)
-            unwrapped(self.learn.model).load_state_dict(saved["model"])
-            load_optimizer(self.learn.opt, saved["optimizer"])
+            saved = load_saved(path := folder / "state.pt", self.learn.dls.device)
+            if not isinstance(saved, dict) or not {"model", "optimizer", "scaler"} <= set(saved):
+                raise ValueError(f"{path} holds no checkpoint: take another copy of the run, or remove {folder} to start again")
+            load_state(unwrapped(self.learn.model).load_state_dict, saved["model"], f"{path}: model")
+            load_state(partial(load_optimizer, self.learn.opt), saved["optimizer"], f"{path}: optimizer")
             if saved["scaler"] and getattr(self.learn, "scaler", None) is not None:  # empty where gradients were not scaled
-                self.learn.scaler.load_state_dict(saved["scaler"])
+                load_state(self.learn.scaler.load_state_dict, saved["scaler"], f"{path}: scaler")
 
     def before_epoch(self):
         from fastai.callback.core import CancelEpochException

@@ -31,7 +31,7 @@ from rsnape_kit.models.published import (
 )
 from ..models.registry import find_model
 from ..runs.config import FitConfig, TrainConfig, default_config
-from ..runs.folder import epochs_done, find_runs, has_begun, load_config, resume_from, run_settings
+from ..runs.folder import epochs_done, find_runs, has_begun, load_config, resume_from, run_settings, seal_run
 from ..runs.recipes import BACKBONE_FROM
 from ..store.dicom_source import PixelSource
 from ..utils.files import complete_folder, file_digest
@@ -214,4 +214,6 @@ def train(model: str, source: PixelSource, fold: int, config: FitConfig | None =
     deadline = math.inf if hours is None else started + 3600 * hours
     train_model(run, config, lambda final: resume_from(run, final, *earlier), source, truth, folds, weights=weights,
                 deadline=deadline, progress=progress, **options)
+    if complete_folder(run / "oof") is not None and os.environ.get("RANK", "0") == "0":
+        seal_run(run)
     return run

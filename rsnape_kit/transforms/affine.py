@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..utils.schema import Checked, NonNegative
+
 # %% ../../nbs/04_transforms/03_affine.ipynb #71da8fe2
 def affine_matrix(rotation: ArrayLike = 0., shear: ArrayLike = 0., zoom: Sequence | np.ndarray = (1., 1.),
                   shift: Sequence | np.ndarray = (0., 0.)) -> np.ndarray:
@@ -39,7 +41,7 @@ def affine_matrix(rotation: ArrayLike = 0., shear: ArrayLike = 0., zoom: Sequenc
 
 # %% ../../nbs/04_transforms/03_affine.ipynb #74695e3c
 @dataclass(frozen=True)
-class AffineRange:
+class AffineRange(Checked):
     """Normal distributions of a random affine transform.
 
     Args:
@@ -51,10 +53,10 @@ class AffineRange:
 
     Source: the other defaults are those of the 30th-place solution.
     """
-    rotation: float = 10
-    shear: float = 3
-    zoom: float = 1 / 20
-    shift: float = 16 / 256
+    rotation: NonNegative = 10
+    shear: NonNegative = 3
+    zoom: NonNegative = 1 / 20
+    shift: NonNegative = 16 / 256
     offset: float = 0.
 
     def matrices(self, normals: np.ndarray) -> np.ndarray:

@@ -7,8 +7,11 @@ __all__ = ['WIDTH', 'MAX_WIDTH', 'AIR', 'FILLS', 'check_width', 'hidden_columns'
 
 # %% ../../nbs/04_transforms/02_masks.ipynb #e9a43bc4
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+
+from ..utils.schema import Checked, Limits, Share
 
 # %% ../../nbs/04_transforms/02_masks.ipynb #923d1f16
 WIDTH = 90 / 256  # fraction of the image hidden on each side, as in the 30th place's notebook
@@ -51,7 +54,7 @@ def side_mask(
 
 # %% ../../nbs/04_transforms/02_masks.ipynb #df9f0528
 @dataclass(frozen=True)
-class SideMask:
+class SideMask(Checked):
     """Random masking of the sides of the chest that contain no embolus.
 
     Args:
@@ -63,13 +66,8 @@ class SideMask:
 
     Source: width 90/256 and p 1/2 are those of the 30th-place solution.
     """
-    width: float = WIDTH
-    p: float = .5
-
-    def __post_init__(self):
-        check_width(self.width)
-        if not 0 <= self.p <= 1:
-            raise ValueError(f"{self}: expected a probability p in [0, 1]")
+    width: Annotated[float, Limits(0, MAX_WIDTH)] = WIDTH
+    p: Share = .5
 
     def choose(self, uniforms: np.ndarray, left_pe: np.ndarray, right_pe: np.ndarray) -> np.ndarray:
         """Choose the hidden sides of many slices.

@@ -8,6 +8,7 @@ __all__ = ['RENDER_PARAMS', 'InputConfig', 'make_render_params', 'render_referen
 # %% ../../nbs/04_transforms/04_render.ipynb #ecd1cefa
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Annotated
 
 import numpy as np
 
@@ -23,10 +24,11 @@ from rsnape_kit.transforms.windows import (
     scale_factors,
 )
 from ..utils.native import compiled, numba, warn_once
+from ..utils.schema import Checked, Limits, Positive
 
 # %% ../../nbs/04_transforms/04_render.ipynb #bede3d79
 @dataclass(frozen=True)
-class InputConfig:
+class InputConfig(Checked):
     """How slices become network input.
 
     Args:
@@ -42,28 +44,25 @@ class InputConfig:
     Raises:
         ValueError: a value is not as described.
     """
-    windows: tuple = PE_WINDOWS
+    windows: tuple[Window, ...] = PE_WINDOWS
     scale: str = "image"
-    size: int = 256
+    size: Annotated[int, Limits(2, 4096)] = 256
     mode: str = "nearest"
-    crop: float | None = None
+    crop: Positive | None = None
     fill: str = "air"
     jpeg: tuple[int, int] | None = None
 
     def __post_init__(self):
-        if not isinstance(self.windows, tuple | list) or not self.windows:
-            raise ValueError(f"windows {self.windows!r}: expected a tuple of at least one Window, e.g. (PE,)")
-        windows = tuple(window if isinstance(window, Window) else Window(**window) for window in self.windows)
-        object.__setattr__(self, "windows", windows)
+        super().__post_init__()
+        if not self.windows:
+            raise ValueError("windows is empty: expected at least one Window, e.g. (PE,)")
         for name, allowed in (("scale", SCALES), ("mode", MODES), ("fill", FILLS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
-        if not isinstance(self.size, int | np.integer) or self.size % 2 or self.size < 2:
-            raise ValueError(f"size {self.size!r}: expected an even integer number of pixels")
-        if self.crop is not None and not 0 < self.crop < np.inf:
-            raise ValueError(f"crop {self.crop!r}: expected millimetres above 0, or None for the whole field")
+        if self.size % 2:
+            raise ValueError(f"size is {self.size}: expected an even number of pixels")
         if self.jpeg is not None:
-            object.__setattr__(self, "jpeg", check_jpeg(self.jpeg, len(windows)))
+            check_jpeg(self.jpeg, len(self.windows))
 
     @cached_property
     def ends(self) -> np.ndarray:

@@ -9,17 +9,19 @@ __all__ = ['HU_SCALE', 'LUNG', 'PE', 'MEDIASTINAL', 'PE_WINDOWS', 'SCALES', 'Win
 # %% ../../nbs/04_transforms/01_windows.ipynb #1070485d
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 
 from ..utils import require_module
+from ..utils.schema import Checked, Limits
 
 # %% ../../nbs/04_transforms/01_windows.ipynb #15ec1e88
 HU_SCALE = 4  # stored units per HU: a store's pixel is the sum of four, i.e. four times their mean
 
 
 @dataclass(frozen=True)
-class Window:
+class Window(Checked):
     """A range of Hounsfield units that is mapped to one channel.
 
     Args:
@@ -29,12 +31,8 @@ class Window:
     Raises:
         ValueError: the width is out of range.
     """
-    level: float
-    width: float
-
-    def __post_init__(self):
-        if not 0 < self.width < 8192:
-            raise ValueError(f"window width {self.width} HU: expected more than 0 and less than 8192")
+    level: Annotated[float, Limits(-32768, 32767)]
+    width: Annotated[float, Limits(0, 8192, above=True, below=True)]
 
     @property
     def limits(self) -> tuple[int, int]:

@@ -48,7 +48,8 @@ def require_module(module: str, install: str):
 
 # %% ../../nbs/00_utils/00_utils.ipynb #2061b971
 if TYPE_CHECKING:
-    from rsnape_kit.utils.files import atomic_folder, atomic_write
+    from rsnape_kit.utils.files import atomic_write
+    from rsnape_kit.utils.manifest import atomic_folder, check_manifest
     from rsnape_kit.utils.processes import exclusive
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__)

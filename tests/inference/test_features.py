@@ -80,7 +80,7 @@ def test_vectors_and_logits_are_those_of_the_networks_own_layers(world, whole):
 
 def test_an_interrupted_call_is_resumed_and_gives_the_same_files(world, whole, tmp_path, counted, monkeypatch):
     source, run = world
-    real, calls = module._write_shard, []
+    real, calls = module.write_shard, []
 
     def fail(*args):
         calls.append(args)
@@ -88,11 +88,11 @@ def test_an_interrupted_call_is_resumed_and_gives_the_same_files(world, whole, t
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(module, "_write_shard", fail)
+    monkeypatch.setattr(module, "write_shard", fail)
     with pytest.raises(KeyboardInterrupt):
         compute_features(run, source, tmp_path / "f", views=2, shard=3, progress=False)
     assert len(FeatureStore(tmp_path / "f").studies) == 3
-    monkeypatch.setattr(module, "_write_shard", real)
+    monkeypatch.setattr(module, "write_shard", real)
     counted.clear()
     found = compute_features(run, source, tmp_path / "f", views=2, shard=3, progress=False)
     assert counted == list(index_studies(source).rows)[3:]

@@ -1,5 +1,4 @@
 "Predictions with many runs of two frameworks equal those of single runs, with damaged studies, deadlines and kills."
-import json
 import shutil
 import signal
 import subprocess
@@ -29,6 +28,7 @@ from rsnape_kit.store.build import build_store
 from rsnape_kit.store.dicom_source import DicomSource
 from rsnape_kit.store.slice_store import SliceStore
 from rsnape_kit.training.torch_trainer import predict_held_out
+from rsnape_kit.utils.files import read_json, write_json
 from rsnape_kit.utils.processes import worker_environ
 
 
@@ -126,9 +126,9 @@ def test_augmented_views_do_not_depend_on_the_other_studies_and_are_kept_one_by_
 def with_views(run: Path, folder: Path, tta: int) -> Path:
     "A copy of a run whose settings have another number of augmented views."
     copy = Path(shutil.copytree(run, folder / run.name, dirs_exist_ok=True))
-    content = json.loads((copy / "config.json").read_text())
+    content = read_json(copy / "config.json")
     content["settings"]["tta"] = tta
-    (copy / "config.json").write_text(json.dumps(content))
+    write_json(copy / "config.json", content)
     return copy
 
 

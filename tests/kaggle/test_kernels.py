@@ -23,7 +23,7 @@ from rsnape_kit.phantom.generate import make_competition
 from rsnape_kit.runs.config import RunConfig
 from rsnape_kit.runs.folder import open_run
 from rsnape_kit.testing import simulate_model, simulate_truth
-from rsnape_kit.utils.files import file_digest
+from rsnape_kit.utils.manifest import write_manifest
 
 COMPETITION = "rsna-str-pulmonary-embolism-detection"
 
@@ -147,8 +147,7 @@ def test_child_processes_can_import_from_the_bundle(tmp_path):
 def bundled(folder, target):
     "The package with a manifest that lists one file; a bundle's lists all."
     shutil.copytree(ROOT / "rsnape_kit", folder / "rsnape_kit")
-    files = {"rsnape_kit/__init__.py": file_digest(folder / "rsnape_kit" / "__init__.py")}
-    (folder / "manifest.json").write_text(json.dumps({"python": PYTHON, "target": target, "files": files}))
+    write_manifest(folder, "bundle", ["rsnape_kit/__init__.py"], python=PYTHON, target=target)
     return folder
 
 
@@ -165,9 +164,8 @@ def test_the_bundle_that_is_imported_is_the_one_that_is_checked_and_passed_on(tm
         if kit != passed_on:
             (kit / "rsnape_kit" / "__init__.py").write_text("raise ImportError('another')")
     assert run_kernel(tmp_path).returncode == 0
+    write_manifest(passed_on, "bundle", ["rsnape_kit/competition/priors.py"], python=PYTHON, target="gpu")
     (passed_on / "rsnape_kit" / "competition" / "priors.py").unlink()
-    manifest = (passed_on / "manifest.json")
-    manifest.write_text(manifest.read_text().replace("__init__", "competition/priors"))
     assert "rsnape_kit/competition/priors.py" in run_kernel(tmp_path).stderr
 
 

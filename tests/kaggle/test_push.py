@@ -10,8 +10,8 @@ from kaggle_stub import Stub, serving
 
 from rsnape_kit.kaggle.client import KaggleError, push, push_bundle, submit_kernel
 from rsnape_kit.kaggle.kernels import export_kernels
-from rsnape_kit.kaggle.runtime import COMPETITION, MANIFEST
-from rsnape_kit.utils.files import file_digest
+from rsnape_kit.kaggle.runtime import COMPETITION
+from rsnape_kit.utils.manifest import MANIFEST, write_manifest
 
 extended = pytest.importorskip("kaggle.api.kaggle_api_extended", reason="pip install kaggle==2.2.4 six")
 
@@ -35,6 +35,11 @@ def stub(monkeypatch, tmp_path):
         yield stub
 
 
+def describe(folder, commit="abc"):
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*.py")]
+    write_manifest(folder, "bundle", files, version="1.2", commit=commit)
+
+
 @pytest.fixture
 def bundle(tmp_path):
     folder = tmp_path / "bundle"
@@ -43,8 +48,7 @@ def bundle(tmp_path):
     (folder / "rsnape_kit" / "models" / "image.py").write_text("x = 1")
     (folder / "site").mkdir()
     (folder / "site" / "six.py").write_text("x = 2")
-    files = {path.relative_to(folder).as_posix(): file_digest(path) for path in folder.rglob("*.py")}
-    (folder / MANIFEST).write_text(json.dumps({"version": "1.2", "commit": "abc", "files": files}))
+    describe(folder)
     meta = {"id": "test/rsnape-kit", "title": "rsnape_kit", "licenses": [{"name": "apache-2.0"}]}
     (folder / "dataset-metadata.json").write_text(json.dumps(meta))
     return folder
@@ -93,7 +97,8 @@ def test_a_file_that_changed_after_a_failed_upload_is_sent_again(stub, bundle):
     with pytest.raises(KaggleError, match="not uploaded"):
         push_bundle(bundle, poll=.01)
     before = manifest.stat()
-    manifest.write_text(manifest.read_text().replace('"abc"', '"xyz"'))
+    describe(bundle, "xyz")
+    assert manifest.stat().st_size == before.st_size
     os.utime(manifest, ns=(before.st_atime_ns, before.st_mtime_ns))
     stub.faults.clear()
     push_bundle(bundle, poll=.01)

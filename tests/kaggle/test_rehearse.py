@@ -17,6 +17,7 @@ from rsnape_kit.kaggle.runtime import HEADER
 from rsnape_kit.kaggle.static_check import imports, parse, reached, read_code
 from rsnape_kit.kaggle.wheels import IMAGES, NEVER, image
 from rsnape_kit.phantom.generate import make_competition
+from rsnape_kit.utils.files import read_json, write_json
 
 NEEDED_BY_WHEELS = ("numpy", "six")  # which both images have
 
@@ -127,9 +128,9 @@ def test_a_file_that_the_upload_lost_is_named(bundles, python, contest, tmp_path
 def test_a_module_that_was_never_bundled_is_named(bundles, python, contest, tmp_path):
     bundle = shutil.copytree(bundles["gpu"], tmp_path / "bundle")
     shutil.rmtree(bundle / "site" / "imagecodecs")
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest["files"] = {name: digest for name, digest in manifest["files"].items() if "site/imagecodecs/" not in name}
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    manifest = read_json(bundle / "manifest.json")
+    manifest["files"] = {name: entry for name, entry in manifest["files"].items() if "site/imagecodecs/" not in name}
+    write_json(bundle / "manifest.json", manifest)
     went = rehearse(bundle, contest, code(tmp_path / "kernel", "import imagecodecs"), python)
     assert not went.ok and "No module named 'imagecodecs'" in went.problem
 
