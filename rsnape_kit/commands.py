@@ -78,7 +78,7 @@ def scan(folder: Path, *, out: Path = Path("slices.parquet")):
     print(f"{len(odd)} slices with a problem:\n{odd.value_counts().to_string()}" if len(odd) else "no problems")
 
 
-def store(source: list[Path], out: Path, *, size: Literal[256, 512] = 256, part: Part = (0, 1)):
+def store(source: list[Path], out: Path, *, size: Literal[256, 512] = 256, part: Part = (0, 1), max_unreadable: float = .5):
     """Build a slice store from DICOM or the organisers' TFRecords; run again to resume.
 
     Args:
@@ -86,10 +86,11 @@ def store(source: list[Path], out: Path, *, size: Literal[256, 512] = 256, part:
         out: store to make, the last of the paths
         size: pixels per side
         part: part i of n, counted from 0, written i/n (default 0/1: all)
+        max_unreadable: largest share of a study's slices that may be unreadable and are filled; 1 allows studies of air
     """
     if out.is_file():
         raise ValueError(f"{out} is a file; the last path is the folder of the store to make")
-    rk.build_store(source, out, size=size, part=part)
+    rk.build_store(source, out, size=size, part=part, max_unreadable=max_unreadable)
     print(rk.SliceStore(out))
 
 # %% ../nbs/16_commands.ipynb #1ae7ac71

@@ -73,6 +73,15 @@ class Folds:
                              "file was edited or truncated: make the folds again")
         return found
 
+# %% ../../nbs/01_competition/06_folds.ipynb #7e126908
+def _checked_folds(folds) -> dict:  # study -> fold
+    "Return folds read from JSON; raise ValueError unless each of the numbers from 0 up is the fold of a study."
+    if not isinstance(folds, dict) or not all(type(fold) is int for fold in folds.values()):
+        raise ValueError("expected an object of study and fold number")
+    if set(folds.values()) != set(range(len(set(folds.values())))) or not folds:
+        raise ValueError(f"folds {sorted(set(folds.values()))}, expected all from 0 up")
+    return folds
+
 # %% ../../nbs/01_competition/06_folds.ipynb #bbc92810
 def strata(exams: pd.DataFrame, least: int) -> np.ndarray:  # least: minimum size of a stratum; str [n]
     "Return the stratum of each study."

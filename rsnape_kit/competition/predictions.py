@@ -91,8 +91,15 @@ class Predictions:
 
     @classmethod
     def from_train_csv(cls, source: Path | str | pd.DataFrame) -> "Predictions":
-        """Return the truth, auxiliary labels included, of the competition's train.csv (a path, or the table read from it)."""
-        return cls(*tables.split_train(tables.read_train(source)))
+        """Return the truth, auxiliary labels included, of the competition's train.csv (a path, or the table read from it).
+
+        An id that is no text, a label that is not 0 or 1, and a slice that is there twice raise ValueError with row and column.
+        """
+        table = tables.read_train(source)
+        try:
+            return cls(*tables.split_train(table))
+        except ValueError as error:
+            raise ValueError(f"{'the table' if isinstance(source, pd.DataFrame) else source}: {error}") from None
 
     @classmethod
     def from_submission(cls, table: pd.DataFrame, slices: pd.DataFrame) -> "Predictions":
@@ -139,17 +146,15 @@ class Predictions:
 
     @classmethod
     def load(cls, folder: Path | str) -> "Predictions":
-        """Read a folder written by `save`; raise ValueError with its path if it is damaged or holds something else."""
+        """Read a folder written by `save`; raise ValueError if a table in it is damaged or another one."""
         folder = complete_folder(folder) or Path(folder)
         check_manifest(folder, "predictions")
+        exams, images = (schema.check(tables.read_parquet(folder / name), folder / name) for name, schema in
+                         (("exams.parquet", tables.EXAMS), ("images.parquet", tables.IMAGES)))
         try:
-            exams, images = (tables.read_parquet(folder / name) for name in _FILES)
             return cls(exams.set_index(STUDY), pd.Series(images[IMAGE_LABEL].to_numpy(), tables.slice_index(images)))
-        except FileNotFoundError:
-            raise
-        except (ValueError, OSError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder} holds no predictions ({type(error).__name__}: {' '.join(str(error).split())[:200]}): copy it again, "
-                             "or give a folder that Predictions.save wrote") from error
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
 
     def __repr__(self):
         labels = [label for label in self.exams if self.exams[label].notna().any()]

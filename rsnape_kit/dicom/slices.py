@@ -182,7 +182,7 @@ def scan(root: str | os.PathLike | list[str], executor: Executor | None = None, 
     Returns:
         The slices table, one row per slice:
 
-        - StudyInstanceUID, SeriesInstanceUID, SOPInstanceUID, path, transfer_syntax: text
+        - StudyInstanceUID, SeriesInstanceUID, SOPInstanceUID, transfer_syntax: text; path: text, absolute
         - rows, columns: int, pixels; 0 for a file without a readable header
         - spacing_y, spacing_x, thickness: mm, NaN if missing; instance: InstanceNumber, NaN if missing
         - slope, intercept: HU = stored * slope + intercept; signed: bool; bits: BitsStored; file_bytes: size of the file
@@ -194,7 +194,7 @@ def scan(root: str | os.PathLike | list[str], executor: Executor | None = None, 
     Raises:
         FileNotFoundError: no DICOM file below `root`.
     """
-    paths = sorted(root) if isinstance(root, list) else list_files(root)
+    paths = sorted(map(os.path.abspath, root)) if isinstance(root, list) else list_files(os.path.abspath(root))
     place = "in a list" if isinstance(root, list) else f"below {os.fspath(root)!r}"
     if not paths:
         raise FileNotFoundError(f"no files {place}; give a folder of DICOM series")

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..competition.labels import STUDY
 from ..competition.predictions import Predictions
 from ..ensemble.ensemble import Ensemble, as_ensemble, default_ensemble
-from .draft import ENSEMBLE, SubmissionState, one_line, seconds_of
+from .draft import ENSEMBLE, ONE_SLICE, SubmissionState, one_line, seconds_of
 from .runtime import KAGGLE, mount_names, mounts
 from ..runs.folder import find_runs, run_settings
 from ..store.slice_store import INDEX, slices_in
@@ -81,7 +81,7 @@ def find_ensemble(
 
 def _tested(ensemble: Ensemble, test) -> Ensemble:
     "Return the ensemble if it can blend predictions."
-    slices = test[test[STUDY] == test[STUDY].iloc[0]]
+    slices = test[test[STUDY] == test[STUDY].iloc[0]] if len(test) else ONE_SLICE
     half = default_ensemble(truth=dict.fromkeys(ensemble.blend_weights.prior, .5)).blend({}, slices)
     for preds in ({}, dict.fromkeys(ensemble.models, half)):
         ensemble(preds, slices)

@@ -42,6 +42,7 @@ def competition_dir(kaggle: Path = KAGGLE) -> Path:
     "Return the competition's folder: train.csv, test.csv, sample_submission.csv, train/ and test/."
     holds = ("sample_submission.csv", "test.csv")
     found = [mount for mount in mounts(kaggle) if all((mount / name).exists() for name in holds)]
+    found = found or [mount for mount in mounts(kaggle) if mount.name == COMPETITION and any((mount / name).exists() for name in holds)]
     if not found:
         raise FileNotFoundError(f"the competition {COMPETITION} is not attached: no folder below {Path(kaggle, 'input')} "
                                 f"holds {' and '.join(holds)}. Add it with 'Add input' or in kernel-metadata.json; "

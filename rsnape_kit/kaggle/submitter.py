@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 
 from ..competition.labels import SLICE, STUDY
-from ..competition.tables import locate, read_csv, read_parquet, slice_index
+from ..competition.tables import locate, read_parquet, slice_index
+from ..competition.test_set import match_test_set, read_test_set
 from ..ensemble.blending import BlendWeights
 from ..ensemble.ensemble import Ensemble
 from .draft import SubmissionState, one_line, stages
@@ -67,7 +68,8 @@ def submit(runs: Iterable[Path | str] | Mapping[str, Iterable[Path | str]] | Non
             weights.
         source: folder of DICOM, slices table or pixel source; default: test/ of the competition.
         time_budget: seconds from now; default: on Kaggle until 8.5 h after the session's start, elsewhere no limit.
-        competition: folder with test.csv and sample_submission.csv; default: the one among Kaggle's inputs.
+        competition: folder with test.csv and sample_submission.csv, of which one may be missing; default: the one among Kaggle's
+            inputs.
         out: file to write; submit.json is written beside it.
         work: folder for predictions and scratch files; default: /kaggle/temp/submit, else submit-work beside `out`.
         tta: augmented views of all models besides the plain one; default: those that the ensemble was fitted on, else each run's own.
@@ -79,7 +81,8 @@ def submit(runs: Iterable[Path | str] | Mapping[str, Iterable[Path | str]] | Non
         The state: numbers of studies predicted by every model, by some and by the prior, problems, seconds per stage.
 
     Raises:
-        FileNotFoundError: if the competition is not found; all later errors are noted in `problems`.
+        FileNotFoundError, ValueError: if neither test.csv nor sample_submission.csv can be read; all other errors are noted in
+            `problems`, and every id of the sample gets at least the prior.
         OSError: if `out` cannot be written.
     """
     began = time.time()
@@ -111,13 +114,19 @@ def _end(time_budget, began: float) -> float:
 
 def _first_version(competition: Path, ensemble, out: Path) -> SubmissionState:
     "Write the prior's submission, unless an earlier session's file ranks higher."
-    test, sample = (read_csv(competition / f"{name}.csv") for name in ("test", "sample_submission"))
-    test, problems = test.drop_duplicates([STUDY, SLICE]), {}
+    problems: dict = {}
+    test, sample = read_test_set(competition, problems)
     ensemble = find_ensemble(ensemble, test, competition / "train.csv", problems)
     state = SubmissionState(ensemble, test, sample, out, problems=problems)
     out.parent.mkdir(parents=True, exist_ok=True)
     state.load_previous()
-    state.write({})
+    try:
+        state.write({})
+    except OSError:  # the file cannot be written
+        raise
+    except Exception as error:
+        problems["first version"] = f"the prior is written for all ids: {one_line(error)}"
+        state.write_prior()
     return state
 
 # %% ../../nbs/13_kaggle/12_submitter.ipynb #23aba178
@@ -130,7 +139,10 @@ def _improve(state: SubmissionState, models: dict, source, end: float, work: Pat
             began = time.time()
             source = scan_in_time(source, work / "slices.parquet", end)
             state.seconds["scan"] = time.time() - began
-        all_runs = plan_predictions(models, source, work, tta, state.test[STUDY].unique())
+        all_runs = plan_predictions(models, source, work, tta, state.test[STUDY].unique() if len(state.test) else None)
+        if not len(state.test):  # test.csv is missing or unreadable
+            state.test = match_test_set(all_runs.source.table, state.sample)
+            all_runs = plan_predictions(models, all_runs.source, work, tta, state.test[STUDY].unique())
         for study in set(state.test[STUDY]) - set(all_runs.index.rows):
             state.problems[study] = "has no slices in the source"
         state.test = _with_order(state.test, all_runs.source.table)

@@ -97,6 +97,8 @@ def write_tfrecords(table: pd.DataFrame, out: str | os.PathLike, per_file: int =
 def _places(path):
     "[(offset, bytes)] of the examples in a TFRecord file."
     places, size = [], os.path.getsize(path)
+    if not size:
+        raise DicomError(path, "an empty file; copy it again")
     with open(path, "rb") as file:
         pos = 0
         while pos < size:
@@ -113,7 +115,7 @@ def _places(path):
     return places
 
 def _parse(path, start, count):
-    "The features of one record, verified by its checksum: dict of bytes and ints."
+    "The features of one record, verified by its checksum: dict of bytes and numbers."
     Example = _tensorflow().train.Example
     try:
         with open(path, "rb") as file:
@@ -126,7 +128,7 @@ def _parse(path, start, count):
         feature = Example.FromString(raw[:count]).features.feature
     except Exception as error:  # protobuf's DecodeError, whose module differs between versions
         raise DicomError(path, f"the record at byte {start:,} is not a tf.train.Example: {error}") from error
-    return {k: (v.bytes_list.value or v.int64_list.value or [b""])[0] for k, v in feature.items()}
+    return {k: (v.bytes_list.value or v.int64_list.value or v.float_list.value or [b""])[0] for k, v in feature.items()}
 
 # %% ../../nbs/03_store/05_tfrecords.ipynb #8179edf6
 _IDS = "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"
@@ -141,27 +143,51 @@ def _check_features(path, start, features):
     if lacking:
         raise DicomError(path, f"the record at byte {start:,} has no {', '.join(lacking)}, only {', '.join(sorted(features))}; "
                                "expected one slice per record, with the organisers' features")
+    where = f"feature {{}} of the record at byte {start:,} is {{!r:.60}}; expected {{}}, as the organisers write it"
+    for name in _IDS:
+        if not _is_id(features[name]):
+            raise DicomError(path, where.format(name, features[name], "text that is not empty"))
+    if not isinstance(features["image"], bytes):
+        raise DicomError(path, where.format("image", features["image"], "bytes"))
+    for name in set(LABELS) & set(features):
+        if features[name] not in (0, 1):
+            raise DicomError(path, where.format(name, features[name], "0 or 1"))
+
+def _is_id(value):
+    "Whether this is text in UTF-8, not empty."
+    try:
+        return isinstance(value, bytes) and bool(value.decode().strip())
+    except UnicodeDecodeError:
+        return False
+
+def _numbers(value, n):
+    "The n numbers in a tag's value, NaN unless there are exactly n; values that are not finite are NaN."
+    text = value if isinstance(value, bytes) else str(value).encode()
+    found = np.array([float(x) for x in _number.findall(text)])
+    return np.where(np.isfinite(found), found, np.nan) if len(found) == n else np.full(n, np.nan)
 
 def _row(path, start, count):
     "One record as a row of the slices table."
     features = _parse(path, start, count)
     _check_features(path, start, features)
-    def get(tag, n=1):  # the numbers in a tag's string, NaN unless there are exactly n
-        found = [float(x) for x in _number.findall(features.get(tag, b""))]
-        return found if len(found) == n else [np.nan] * n
+    def get(tag, n=1):
+        return _numbers(features.get(tag, b""), n)
     ids = {k: features[k].decode() for k in _IDS}
     (rows,), (columns,), (slope,), (intercept,) = map(get, ("Rows", "Columns", "RescaleSlope", "RescaleIntercept"))
-    complete = rows * columns * 2 == len(features["image"]) > 0
+    bits = np.nan_to_num(get("BitsStored")[0], nan=16)
+    complete = all(side in range(1, 65536) for side in (rows, columns)) and rows * columns * 2 == len(features["image"])
     problem = "" if complete else f"{len(features['image'])} bytes of pixels for {rows:g}x{columns:g}"
+    if bits not in range(1, 17):
+        complete, problem = False, f"BitsStored {bits:g}, expected 1 to 16"
     if complete and np.isnan(slope) != np.isnan(intercept):
         problem = "only one of RescaleSlope and RescaleIntercept"
     return {
-        **ids, "transfer_syntax": "tfrecord", "path": os.fspath(path), "record_start": start, "record_bytes": count,
+        **ids, "transfer_syntax": "tfrecord", "path": os.path.abspath(path), "record_start": start, "record_bytes": count,
         "rows": int(rows) if complete else 0, "columns": int(columns) if complete else 0,
         **dict(zip(("spacing_y", "spacing_x"), get("PixelSpacing", 2))), "thickness": get("SliceThickness")[0],
         "instance": get("InstanceNumber")[0], "slope": 1.0 if np.isnan(slope) else slope,
         "intercept": 0.0 if np.isnan(intercept) else intercept, "signed": get("PixelRepresentation")[0] == 1,
-        "bits": int(np.nan_to_num(get("BitsStored")[0], nan=16)), "problem": problem,
+        "bits": int(bits) if complete else 16, "problem": problem,
         **dict(zip(CORNER, get("ImagePositionPatient", 3))), **dict(zip(ORIENTATION, get("ImageOrientationPatient", 6))),
         **{label: features[label] for label in LABELS if label in features},
     }
@@ -180,13 +206,15 @@ def is_tfrecord(path: str | os.PathLike) -> bool:
     "Whether a file's name is that of TFRecords."
     return os.fspath(path).lower().endswith((".tfrec", ".tfrecord", ".tfrecords"))
 
-def read_tfrecords(path: str | os.PathLike | list[str], size: int = 256, keep_padding: bool = False) -> DicomSource:
+def read_tfrecords(path: str | os.PathLike | list[str], size: int = 256, keep_padding: bool = False,
+                   max_unreadable: float = .5) -> DicomSource:
     """Open the organisers' image-level TFRecords as a pixel source.
 
     Args:
         path: a .tfrec file, a folder of them at any depth, or a list of files.
         size: pixels along each side of the source. 256 is exact for 512x512 slices.
         keep_padding: keep values below -1024 HU, down to -8192.
+        max_unreadable: largest share of a study's slices that are filled, see `DicomSource`.
 
     Returns:
         A source that reads a record each time its slice is requested. Its table has the columns of `scan` except
@@ -194,8 +222,8 @@ def read_tfrecords(path: str | os.PathLike | list[str], size: int = 256, keep_pa
 
     Raises:
         FileNotFoundError: no .tfrec file at `path`.
-        DicomError: a file is truncated, compressed or damaged, or its records are not of slices; names the file and the
-            record.
+        DicomError: a file is empty, truncated, compressed or damaged, or its records are not of slices; names the file, the
+            record and the feature.
         ImportError: TensorFlow or google-crc32c is not installed.
     """
     if isinstance(path, (str, os.PathLike)):
@@ -206,4 +234,5 @@ def read_tfrecords(path: str | os.PathLike | list[str], size: int = 256, keep_pa
         raise FileNotFoundError(f"no .tfrec files: {path}")
     rows = [_row(p, start, count) for p in tqdm(files, desc="tfrecords", unit=" files", disable=len(files) < 4)
             for start, count in _places(p)]
-    return DicomSource(arrange(pd.DataFrame(rows)), size, lowest=-8192 if keep_padding else -1024, reader=read_record)
+    return DicomSource(arrange(pd.DataFrame(rows)), size, lowest=-8192 if keep_padding else -1024, reader=read_record,
+                       max_unreadable=max_unreadable)
