@@ -119,8 +119,10 @@ def check_slices(table: pd.DataFrame) -> pd.DataFrame:
 
 def check_files(paths: pd.Series) -> None:
     "Raise FileNotFoundError if the first file of a slices table is gone, and so are all of a few others."
+    if not len(paths) or os.path.exists(paths.iloc[0]):
+        return
     some = paths.iloc[np.linspace(0, len(paths) - 1, min(len(paths), 16)).astype(int)]
-    if len(paths) and not any(map(os.path.exists, some)):
+    if not any(map(os.path.exists, some)):
         raise FileNotFoundError(f"{os.path.dirname(some.iloc[0])} has no {os.path.basename(some.iloc[0])!r} any more, and {len(some)} of "
                                 f"{len(paths)} files that were looked for are gone: attach the folder again, or scan where it is now")
 
@@ -156,16 +158,19 @@ class DicomSource(RowIndexing):
             raise ValueError(f"lowest={lowest}: expected HU in [-8192, 0], four times which fits in int16")
         if not 0 <= max_unreadable <= 1:
             raise ValueError(f"max_unreadable={max_unreadable}: expected a share from 0 to 1")
-        table = scan(table) if isinstance(table, str | os.PathLike) else check_slices(table)
+        self.size, self.on_error, self.lowest, self.reader, self.max_unreadable = size, on_error, lowest, reader, max_unreadable
+        self._use(scan(table) if isinstance(table, str | os.PathLike) else check_slices(table))
+
+    def _use(self, table):
+        "Read from the files of a table that is checked already."
         check_files(table["path"])
         own = ~table["problem"].str.contains(FILLED, regex=False).astype(bool)
-        self.table = table.assign(exact=is_exact(table["rows"], table["columns"], size) & own)
-        self.size, self.on_error, self.lowest, self.reader, self.max_unreadable = size, on_error, lowest, reader, max_unreadable
+        self.table = table.assign(exact=is_exact(table["rows"], table["columns"], self.size) & own)
         self._rows: list | None = None
         self._bad: dict[int, str] = {}
         self._warned: set[tuple] = set()
         self._lock = threading.Lock()
-        plain = (table["rows"] > 0) & ~(table["flip_rows"] | table["flip_columns"]) & (reader is read_slice)
+        plain = (table["rows"] > 0) & ~(table["flip_rows"] | table["flip_columns"]) & (self.reader is read_slice)
         names = [path if "\0" not in path else "" for path in table["path"]]
         self._paths = raw_paths([*names, ""])  # the last one does not exist: rows that `read_many` must skip point to it
         self._place = np.where(plain, np.arange(len(names)), len(names))
@@ -231,7 +236,10 @@ class DicomSource(RowIndexing):
 
     def take(self, rows) -> "DicomSource":
         "Return a source of some rows (ints [n]) only; a build passes these to its workers."
-        return DicomSource(self.table.iloc[rows], self.size, self.on_error, self.lowest, self.reader, self.max_unreadable)
+        some = object.__new__(DicomSource)  # `copy` would check the whole table again
+        some.__dict__ |= self.__dict__
+        some._use(self.table.iloc[rows].reset_index(drop=True))
+        return some
 
     def __reduce__(self):
         return DicomSource, (self.table, self.size, self.on_error, self.lowest, self.reader, self.max_unreadable)

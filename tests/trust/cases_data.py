@@ -69,7 +69,7 @@ FILES = {  # what the file is -> (content, words of the error)
     "without qa_motion": (without("qa_motion"), ("no column 'qa_motion'",)),
     "a column in capitals": (TRAIN.replace("qa_motion", "QA_Motion", 1), ("no column 'qa_motion'", "rename 'QA_Motion'")),
     "a column with a space": (TRAIN.replace("qa_motion", " qa_motion", 1), ("rename ' qa_motion'",)),
-    "a column twice": (TRAIN.replace("qa_motion", "qa_contrast", 1), ("'qa_contrast' twice",)),
+    "a column twice": ("\n".join(line + (",0" if k else ",qa_motion") for k, line in enumerate(TRAIN.splitlines())), ("'qa_motion' twice",)),
     "a row twice": (TRAIN + ROWS[5] + "\n", ("slice '100000000002'", "twice")),
     "a slice in two studies": (TRAIN + ROWS[5].replace("1e2400000000", "001200000012").replace(POSITIVE, NEGATIVE) + "\n",
                                ("slice '100000000002'", "1e2400000000, 001200000012")),
