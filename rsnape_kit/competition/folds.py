@@ -18,6 +18,7 @@ import pandas as pd
 
 from .labels import STUDY
 from .predictions import Predictions
+from .tables import check_ids
 from ..utils.files import atomic_write, read_json
 from ..utils.schema import Natural, convert
 
@@ -73,15 +74,6 @@ class Folds:
                              "file was edited or truncated: make the folds again")
         return found
 
-# %% ../../nbs/01_competition/06_folds.ipynb #7e126908
-def _checked_folds(folds) -> dict:  # study -> fold
-    "Return folds read from JSON; raise ValueError unless each of the numbers from 0 up is the fold of a study."
-    if not isinstance(folds, dict) or not all(type(fold) is int for fold in folds.values()):
-        raise ValueError("expected an object of study and fold number")
-    if set(folds.values()) != set(range(len(set(folds.values())))) or not folds:
-        raise ValueError(f"folds {sorted(set(folds.values()))}, expected all from 0 up")
-    return folds
-
 # %% ../../nbs/01_competition/06_folds.ipynb #bbc92810
 def strata(exams: pd.DataFrame, least: int) -> np.ndarray:  # least: minimum size of a stratum; str [n]
     "Return the stratum of each study."
@@ -110,6 +102,7 @@ def make_folds(studies: Iterable[str], truth: Predictions | None = None, n: int 
     """
     from sklearn.model_selection import KFold, StratifiedKFold
 
+    check_ids(studies := list(studies), STUDY)
     ids = pd.Index(sorted(set(studies)), name=STUDY)
     if not 2 <= n <= len(ids):
         raise ValueError(f"{n} folds of {len(ids)} studies: expected at least 2 folds and at least one study per fold")

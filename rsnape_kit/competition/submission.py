@@ -14,7 +14,7 @@ import pandas as pd
 
 from .labels import EXAM_LABELS, IMAGE_LABEL, NOT_POSITIVE, RULES, STUDY
 from .predictions import Predictions
-from .tables import read_csv
+from .tables import SAMPLE, read_csv
 from ..utils.files import atomic_file
 
 # %% ../../nbs/01_competition/07_submission.ipynb #b601bc7f
@@ -124,7 +124,7 @@ def write_submission(pred: Predictions, sample: Path | str | pd.DataFrame, out: 
     Raises:
         SubmissionError: the submission would be invalid; `problems` lists all faults, and `out` is unchanged.
     """
-    sample = sample if isinstance(sample, pd.DataFrame) else read_csv(sample)
+    sample = SAMPLE.check(sample, "the sample") if isinstance(sample, pd.DataFrame) else read_csv(sample, SAMPLE)
     table = pred.to_submission() if fill is None else _fill_ids(pred.to_submission(), sample["id"], fill)
     problems = check_submission(table, sample)
     if not table["label"].isna().any():

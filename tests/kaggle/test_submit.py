@@ -191,18 +191,20 @@ def test_a_model_that_predicts_nan_is_replaced_by_the_prior(world, forked, tmp_p
 
 def test_a_test_set_and_a_sample_that_disagree_still_get_a_submission(world, forked, tmp_path):
     for name, change in {"more": lambda s: pd.concat([s, s[:1].assign(id="abcdef012345")]), "less": lambda s: s[1:],
-                         "twice": None}.items():
+                         "twice": None, "no test.csv": lambda s: s}.items():
         made = tmp_path / name
         made.mkdir()
         test = pd.concat([world.test, world.test[:1]]) if change is None else world.test
         sample = world.sample if change is None else change(world.sample)
-        test.to_csv(made / "test.csv", index=False)
+        if name != "no test.csv":  # the slices are then those of the images that the sample names
+            test.to_csv(made / "test.csv", index=False)
         sample.to_csv(made / "sample_submission.csv", index=False)
         for seconds in (0, None):
             state = submit([world.torch], world.ensemble, world.made / "test", seconds, competition=made,
                            out=made / "s.csv", work=tmp_path / "work", progress=False)
             assert check_submission(state.out, sample) == []
         assert state.studies["by every model"] == 6 and ("sample_submission.csv" in state.problems) == (name != "twice")
+        assert ("test.csv" in state.problems) == (name in ("twice", "no test.csv"))
 
 
 def test_whatever_is_wrong_with_an_ensemble_or_with_the_folders_there_is_a_submission(world, tmp_path):

@@ -1,18 +1,34 @@
 "Tables, slices, stores and test sets as strangers have them: what is wrong with each, and what the kit does."
+
 import io
 import os
+import random
 import zipfile
 from functools import partial
 from pathlib import Path
 
-from matrix import Case, either, error, fallback, flips, sound, survives, unchanged
+from matrix import FULL, Case, either, error, fallback, flips, sound, survives, unchanged
 
-LABELS = ("negative_exam_for_pe", "qa_motion", "qa_contrast", "flow_artifact", "rv_lv_ratio_gte_1", "rv_lv_ratio_lt_1", "leftsided_pe",
-          "chronic_pe", "true_filling_defect_not_pe", "rightsided_pe", "acute_and_chronic_pe", "central_pe", "indeterminate")
+LABELS = (
+    "negative_exam_for_pe",
+    "qa_motion",
+    "qa_contrast",
+    "flow_artifact",
+    "rv_lv_ratio_gte_1",
+    "rv_lv_ratio_lt_1",
+    "leftsided_pe",
+    "chronic_pe",
+    "true_filling_defect_not_pe",
+    "rightsided_pe",
+    "acute_and_chronic_pe",
+    "central_pe",
+    "indeterminate",
+)
 HEADER = ",".join(("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "pe_present_on_image", *LABELS))
 NEGATIVE, POSITIVE = "1" + ",0" * 12, "0,0,0,0,0,1,1,0,0,0,0,0,0"
-ROWS = [f"001200000012,5e01,00000000000{k},0,{NEGATIVE}" for k in range(3)] + [f"1e2400000000,5e02,10000000000{k},{k % 2},{POSITIVE}"
-                                                                          for k in range(3)]
+ROWS = [f"001200000012,5e01,00000000000{k},0,{NEGATIVE}" for k in range(3)] + [
+    f"1e2400000000,5e02,10000000000{k},{k % 2},{POSITIVE}" for k in range(3)
+]
 TRAIN = "\n".join([HEADER, *ROWS]) + "\n"
 
 
@@ -37,7 +53,7 @@ def with_value(column: str, value: str, row: int = 3) -> str:
     lines, at = TRAIN.splitlines(), HEADER.split(",").index(column)
     cells = lines[row + 1].split(",")
     cells[at] = value
-    return "\n".join([*lines[:row + 1], ",".join(cells), *lines[row + 2:]]) + "\n"
+    return "\n".join([*lines[: row + 1], ",".join(cells), *lines[row + 2 :]]) + "\n"
 
 
 def zipped(text: str) -> bytes:
@@ -53,41 +69,88 @@ def without(column: str) -> str:
 
 
 FILES = {  # what the file is -> (content, words of the error)
-    "a zip archive": (zipped(TRAIN), ("zip archive", "unpack it")), "a gzip archive": (b"\x1f\x8b\x08" + bytes(99), ("gzip archive",)),
-    "a web page": ("<!DOCTYPE html>\n<html>Sign in</html>", ("web page", "download")), "a web page behind a blank line": ("\n <html>", ("web page",)),
-    "empty": ("", ("is empty",)), "blanks": (" \n\n", ("is empty",)), "in UTF-16": (TRAIN.encode("utf-16"), ("UTF-16", "UTF-8")),
-    "JSON": ('{"id": 1}', ("JSON",)), "a parquet file": (b"PAR1" + bytes(99), ("parquet",)), "a pointer of Git LFS": (
-        "version https://git-lfs.github.com/spec/v1\noid 1\n", ("Git LFS",)), "an old spreadsheet": (b"\xd0\xcf\x11\xe0" + bytes(99), ("spreadsheet",)),
-    "zeros": (bytes(999), ("binary",)), "in Latin-1": (TRAIN.replace("5e02", "s\u00e9rie").encode("latin-1"), ("UTF8",)),
+    "a zip archive": (zipped(TRAIN), ("zip archive", "unpack it")),
+    "a gzip archive": (b"\x1f\x8b\x08" + bytes(99), ("gzip archive",)),
+    "a web page": ("<!DOCTYPE html>\n<html>Sign in</html>", ("web page", "download")),
+    "a web page behind a blank line": ("\n <html>", ("web page",)),
+    "empty": ("", ("is empty",)),
+    "blanks": (" \n\n", ("is empty",)),
+    "in UTF-16": (TRAIN.encode("utf-16"), ("UTF-16", "UTF-8")),
+    "JSON": ('{"id": 1}', ("JSON",)),
+    "a parquet file": (b"PAR1" + bytes(99), ("parquet",)),
+    "a pointer of Git LFS": ("version https://git-lfs.github.com/spec/v1\noid 1\n", ("Git LFS",)),
+    "an old spreadsheet": (b"\xd0\xcf\x11\xe0" + bytes(99), ("spreadsheet",)),
+    "zeros": (bytes(999), ("binary",)),
+    "in Latin-1": (TRAIN.replace("5e02", "s\u00e9rie").encode("latin-1"), ("UTF8",)),
     "separated by semicolons": (TRAIN.replace(",", ";"), ("StudyInstanceUID", "';'", "commas")),
     "separated by tabs": (TRAIN.replace(",", "\t"), ("StudyInstanceUID", "'\\t'", "commas")),
-    "cut in a row": (TRAIN[:-20], ("17",)), "a row with one cell more": (TRAIN + ROWS[0] + ",1\n", ("17", "18")),
-    "the header alone": (HEADER + "\n", ("no rows",)), "without a header": ("\n".join(ROWS), ("no column 'StudyInstanceUID'",)),
+    "cut in a row": (TRAIN[:-20], ("17",)),
+    "a row with one cell more": (TRAIN + ROWS[0] + ",1\n", ("17", "18")),
+    "the header alone": (HEADER + "\n", ("no rows",)),
+    "without a header": ("\n".join(ROWS), ("no column 'StudyInstanceUID'",)),
     "without StudyInstanceUID": (without("StudyInstanceUID"), ("no column 'StudyInstanceUID'",)),
     "without SOPInstanceUID": (without("SOPInstanceUID"), ("no column 'SOPInstanceUID'",)),
     "without pe_present_on_image": (without("pe_present_on_image"), ("no column 'pe_present_on_image'",)),
     "without qa_motion": (without("qa_motion"), ("no column 'qa_motion'",)),
-    "a column in capitals": (TRAIN.replace("qa_motion", "QA_Motion", 1), ("no column 'qa_motion'", "rename 'QA_Motion'")),
+    "a column in capitals": (
+        TRAIN.replace("qa_motion", "QA_Motion", 1),
+        ("no column 'qa_motion'", "rename 'QA_Motion'"),
+    ),
     "a column with a space": (TRAIN.replace("qa_motion", " qa_motion", 1), ("rename ' qa_motion'",)),
-    "a column twice": ("\n".join(line + (",0" if k else ",qa_motion") for k, line in enumerate(TRAIN.splitlines())), ("'qa_motion' twice",)),
+    "a column twice": (
+        "\n".join(line + (",0" if k else ",qa_motion") for k, line in enumerate(TRAIN.splitlines())),
+        ("'qa_motion' twice",),
+    ),
     "a row twice": (TRAIN + ROWS[5] + "\n", ("slice '100000000002'", "twice")),
-    "a slice in two studies": (TRAIN + ROWS[5].replace("1e2400000000", "001200000012").replace(POSITIVE, NEGATIVE) + "\n",
-                               ("slice '100000000002'", "1e2400000000, 001200000012")),
+    "a slice in two studies": (
+        TRAIN + ROWS[5].replace("1e2400000000", "001200000012").replace(POSITIVE, NEGATIVE) + "\n",
+        ("slice '100000000002'", "1e2400000000, 001200000012"),
+    ),
     "labels that differ in a study": (with_value("central_pe", "1"), ("study '1e2400000000'", "different exam labels")),
 }
-VALUES = [(column, value, expected) for column, expected in (("pe_present_on_image", "0 or 1"), ("indeterminate", "0 or 1"))
-          for value in ("", "0.5", "yes", "2", "-1", "inf", "nan")]
-VALUES += [(column, value, "text that is not empty") for column in ("StudyInstanceUID", "SOPInstanceUID") for value in ("", " ", "1.2E+11")]
-VARIANTS = {"a byte order mark": "\ufeff" + TRAIN, "Windows line ends": TRAIN.replace("\n", "\r\n"), "no last line end": TRAIN.rstrip("\n"),
-            "blank lines": TRAIN.replace("\n", "\n\n"), "quoted ids": TRAIN.replace("001200000012", '"001200000012"'),
-            "labels as decimals": TRAIN.replace(",1,0,", ",1.0,0.0,"), "a further column": TRAIN.replace("\n", ",x\n"),
-            "columns in another order": "\n".join(",".join(line.split(",")[::-1]) for line in TRAIN.splitlines())}
+VALUES = [
+    (column, value, expected)
+    for column, expected in (("pe_present_on_image", "0 or 1"), ("indeterminate", "0 or 1"))
+    for value in ("", "0.5", "yes", "2", "-1", "inf", "nan")
+]
+VALUES += [
+    (column, value, "text that is not empty")
+    for column in ("StudyInstanceUID", "SOPInstanceUID")
+    for value in ("", " ", "1.2E+11")
+]
+VARIANTS = {
+    "a byte order mark": "\ufeff" + TRAIN,
+    "Windows line ends": TRAIN.replace("\n", "\r\n"),
+    "no last line end": TRAIN.rstrip("\n"),
+    "blank lines": TRAIN.replace("\n", "\n\n"),
+    "quoted ids": TRAIN.replace("001200000012", '"001200000012"'),
+    "labels as decimals": TRAIN.replace(",1,0,", ",1.0,0.0,"),
+    "a further column": TRAIN.replace("\n", ",x\n"),
+    "columns in another order": "\n".join(",".join(line.split(",")[::-1]) for line in TRAIN.splitlines()),
+}
 
-CASES = [Case("train.csv", f"is {what}" if what[:2] != "a " else what, partial(truth, content=content), error(ValueError, "train.csv", *words))
-         for what, (content, words) in FILES.items()]
-CASES += [Case("train.csv", f"{column} is {value!r}", partial(truth, content=with_value(column, value)),
-               error(ValueError, "train.csv", "row 4", column, expected)) for column, value, expected in VALUES]
-CASES += [Case("train.csv", f"{what}: read all the same", partial(same_truth, content=content), unchanged()) for what, content in VARIANTS.items()]
+CASES = [
+    Case(
+        "train.csv",
+        f"is {what}" if what[:2] != "a " else what,
+        partial(truth, content=content),
+        error(ValueError, "train.csv", *words),
+    )
+    for what, (content, words) in FILES.items()
+]
+CASES += [
+    Case(
+        "train.csv",
+        f"{column} is {value!r}",
+        partial(truth, content=with_value(column, value)),
+        error(ValueError, "train.csv", "row 4", column, expected),
+    )
+    for column, value, expected in VALUES
+]
+CASES += [
+    Case("train.csv", f"{what}: read all the same", partial(same_truth, content=content), unchanged())
+    for what, content in VARIANTS.items()
+]
 
 
 def truth_of_folder(folder: Path):
@@ -104,14 +167,57 @@ def truth_of_nothing(folder: Path):
 
 def text_after_a_megabyte(folder: Path):
     "The first block of the file has integers only."
-    lines = [HEADER, *(f"001200000012,5e01,{k:012x},0,{NEGATIVE}" for k in range(30_000)), f"001200000012,5e01,a,no,{NEGATIVE}"]
+    lines = [
+        HEADER,
+        *(f"001200000012,5e01,{k:012x},0,{NEGATIVE}" for k in range(30_000)),
+        f"001200000012,5e01,a,no,{NEGATIVE}",
+    ]
     return truth(folder, "\n".join(lines))
 
 
-CASES += [Case("train.csv", "is a folder", truth_of_folder, error(FileNotFoundError, "is a folder")),
-          Case("train.csv", "does not exist", truth_of_nothing, error(FileNotFoundError, "train.csv", "does not exist")),
-          Case("train.csv", "a label is text after a megabyte of numbers", text_after_a_megabyte,
-               error(ValueError, "train.csv", "row 30001", "pe_present_on_image", "'no'"))]
+CASES += [
+    Case("train.csv", "is a folder", truth_of_folder, error(FileNotFoundError, "is a folder")),
+    Case("train.csv", "does not exist", truth_of_nothing, error(FileNotFoundError, "train.csv", "does not exist")),
+    Case(
+        "train.csv",
+        "a label is text after a megabyte of numbers",
+        text_after_a_megabyte,
+        error(ValueError, "train.csv", "row 30001", "pe_present_on_image", "'no'"),
+    ),
+]
+
+
+def scrambled(raw: bytes, few: int = 60, many: int = 2000, seed: int = 0):
+    "Copies of some text with bits flipped, parts deleted, and separators, quotes and control characters put in."
+    rng = random.Random(seed)
+    for _ in range(many if FULL else few):
+        damaged = bytearray(raw)
+        for _ in range(rng.choice((1, 1, 3, 20))):
+            at, kind = rng.randrange(len(damaged)), rng.randrange(4)
+            if kind == 0:
+                damaged[at] ^= 1 << rng.randrange(8)
+            elif kind == 1:
+                del damaged[at : at + rng.randrange(1, 30)]
+            else:
+                damaged[at : at + kind - 2] = bytes(rng.choices(b',;"\n\r\t\0 \xff\xef019eE+-.', k=rng.randrange(1, 5)))
+        yield bytes(damaged)
+
+
+def scrambled_train(folder: Path):
+    "Ids may become others, but labels stay 0 or 1, and an error is one line with the file's name."
+    wrong = []
+    for number, content in enumerate(scrambled(TRAIN.encode())):
+        try:
+            found = truth(folder, content)
+            if not found.images.isin((0, 1)).all() or not found.exams.isin((0, 1)).all(axis=None):
+                wrong.append(f"version {number} gives other labels")
+        except ValueError as error:
+            if "train.csv" not in str(error) or not str(error).isprintable():
+                wrong.append(f"version {number}: {error}")
+    return wrong, []
+
+
+CASES += [Case("train.csv", "bits, quotes and control characters at random places", scrambled_train, either())]
 
 
 # ------------------------------------------------------------------ the same as a DataFrame
@@ -133,24 +239,54 @@ def table_as_text(folder: Path, change=lambda table: table):
 
 
 CASES += [
-    Case("table of train.csv", "pandas read the ids as numbers", partial(truth_of_table, change=lambda t: t[t.pe_present_on_image == 0][:3]),
-         error(ValueError, "the table", "StudyInstanceUID", "dtype=str")),
-    Case("table of train.csv", "ids are numbers in one column", partial(truth_of_table, dtype=str, change=lambda t: t.assign(SOPInstanceUID=range(6))),
-         error(ValueError, "the table", "row 1", "SOPInstanceUID", "dtype=str")),
-    Case("table of train.csv", "an id is missing", partial(truth_of_table, dtype=str, change=lambda t: t.assign(StudyInstanceUID=[None, *t.StudyInstanceUID[1:]])),
-         error(ValueError, "the table", "row 1", "StudyInstanceUID", "empty")),
-    Case("table of train.csv", "is a list", partial(truth_of_table, change=lambda t: t.to_dict("list")), error(ValueError, "dict")),
+    Case(
+        "table of train.csv",
+        "pandas read the ids as numbers",
+        partial(truth_of_table, change=lambda t: t[t.pe_present_on_image == 0][:3]),
+        error(ValueError, "the table", "StudyInstanceUID", "dtype=str"),
+    ),
+    Case(
+        "table of train.csv",
+        "ids are numbers in one column",
+        partial(truth_of_table, dtype=str, change=lambda t: t.assign(SOPInstanceUID=range(6))),
+        error(ValueError, "the table", "row 1", "SOPInstanceUID", "dtype=str"),
+    ),
+    Case(
+        "table of train.csv",
+        "an id is missing",
+        partial(truth_of_table, dtype=str, change=lambda t: t.assign(StudyInstanceUID=[None, *t.StudyInstanceUID[1:]])),
+        error(ValueError, "the table", "row 1", "StudyInstanceUID", "empty"),
+    ),
+    Case(
+        "table of train.csv",
+        "is a list",
+        partial(truth_of_table, change=lambda t: t.to_dict("list")),
+        error(ValueError, "dict"),
+    ),
     Case("table of train.csv", "all is text: read all the same", table_as_text, unchanged()),
-    Case("table of train.csv", "ids are categories: read all the same", partial(table_as_text, change=lambda t: t.astype({"StudyInstanceUID": "category"})),
-         unchanged()),
+    Case(
+        "table of train.csv",
+        "ids are categories: read all the same",
+        partial(table_as_text, change=lambda t: t.astype({"StudyInstanceUID": "category"})),
+        unchanged(),
+    ),
 ]
 
 
 # ------------------------------------------------------------------ folds.json
-FOLDS = {"is empty": "", "is a list": "[]", "is null": "null", "has no folds": "{}", "has folds of text": '{"folds": {"a": "x"}, "fingerprint": "1"}',
-         "has a fold below 0": '{"folds": {"a": -1, "b": 0}, "fingerprint": "1"}', "lacks fold 1": '{"folds": {"a": 0, "b": 2}, "fingerprint": "1"}',
-         "has no study": '{"folds": {}, "fingerprint": "1"}', "has no fingerprint": '{"folds": {"a": 0, "b": 1}}',
-         "was edited": '{"folds": {"a": 0, "b": 1}, "fingerprint": "1"}', "is cut": '{"folds": {"a"'}
+FOLDS = {
+    "is empty": "",
+    "is a list": "[]",
+    "is null": "null",
+    "has no folds": "{}",
+    "has folds of text": '{"folds": {"a": "x"}, "fingerprint": "1"}',
+    "has a fold below 0": '{"folds": {"a": -1, "b": 0}, "fingerprint": "1"}',
+    "lacks fold 1": '{"folds": {"a": 0, "b": 2}, "fingerprint": "1"}',
+    "has no study": '{"folds": {}, "fingerprint": "1"}',
+    "has no fingerprint": '{"folds": {"a": 0, "b": 1}}',
+    "was edited": '{"folds": {"a": 0, "b": 1}, "fingerprint": "1"}',
+    "is cut": '{"folds": {"a"',
+}
 
 
 def folds(folder: Path, text: str):
@@ -175,7 +311,9 @@ def flipped_folds(folder: Path):
     return survives(path, lambda path: Folds.load(path).of.to_dict(), flips)
 
 
-CASES += [Case("folds.json", what, partial(folds, text=text), error(ValueError, "folds.json")) for what, text in FOLDS.items()]
+CASES += [
+    Case("folds.json", what, partial(folds, text=text), error(ValueError, "folds.json")) for what, text in FOLDS.items()
+]
 CASES += [Case("folds.json", "one flipped bit", flipped_folds, either())]
 
 
@@ -201,21 +339,57 @@ def load_changed(folder: Path, name: str, change):
     return Predictions.load(path.parent)
 
 
-CASES += [Case("saved predictions", f"{name} {what}", partial(load_changed, name=name, change=change), error(ValueError, name, *words))
-          for name, what, change, words in (
-    ("exams.parquet", "is no parquet file", lambda t: b"x" * 50, ("parquet",)),
-    ("exams.parquet", "is empty", lambda t: b"", ("parquet",)),
-    ("exams.parquet", "has no column for a label", lambda t: t.drop(columns="central_pe"), ("central_pe",)),
-    ("exams.parquet", "has a probability above 1", lambda t: t.assign(central_pe=1.5), ("row 1", "central_pe", "1.5")),
-    ("exams.parquet", "has text for a probability", lambda t: t.assign(central_pe="x"), ("row 1", "central_pe", "'x'")),
-    ("exams.parquet", "has numbers for ids", lambda t: t.assign(StudyInstanceUID=[1, 2]), ("row 1", "StudyInstanceUID")),
-    ("images.parquet", "has no slices' ids", lambda t: t.drop(columns="SOPInstanceUID"), ("SOPInstanceUID",)),
-    ("images.parquet", "has an infinite probability", lambda t: t.assign(pe_present_on_image=float("inf")), ("row 1", "pe_present_on_image")))]
-CASES += [Case("saved predictions", f"tables {what}", partial(load_changed, name=name, change=change), error(ValueError, "predictions", *words))
-          for name, what, change, words in (
-    ("images.parquet", "of other studies", lambda t: t.assign(StudyInstanceUID="x"), ("x",)),
-    ("exams.parquet", "with a study twice", lambda t: t.iloc[[0, 0, 1]], ("twice",)),
-    ("images.parquet", "with a slice twice", lambda t: t.iloc[[0, *range(len(t))]], ("twice",)))]
+CASES += [
+    Case(
+        "saved predictions",
+        f"{name} {what}",
+        partial(load_changed, name=name, change=change),
+        error(ValueError, name, *words),
+    )
+    for name, what, change, words in (
+        ("exams.parquet", "is no parquet file", lambda t: b"x" * 50, ("parquet",)),
+        ("exams.parquet", "is empty", lambda t: b"", ("parquet",)),
+        ("exams.parquet", "has no column for a label", lambda t: t.drop(columns="central_pe"), ("central_pe",)),
+        (
+            "exams.parquet",
+            "has a probability above 1",
+            lambda t: t.assign(central_pe=1.5),
+            ("row 1", "central_pe", "1.5"),
+        ),
+        (
+            "exams.parquet",
+            "has text for a probability",
+            lambda t: t.assign(central_pe="x"),
+            ("row 1", "central_pe", "'x'"),
+        ),
+        (
+            "exams.parquet",
+            "has numbers for ids",
+            lambda t: t.assign(StudyInstanceUID=[1, 2]),
+            ("row 1", "StudyInstanceUID"),
+        ),
+        ("images.parquet", "has no slices' ids", lambda t: t.drop(columns="SOPInstanceUID"), ("SOPInstanceUID",)),
+        (
+            "images.parquet",
+            "has an infinite probability",
+            lambda t: t.assign(pe_present_on_image=float("inf")),
+            ("row 1", "pe_present_on_image"),
+        ),
+    )
+]
+CASES += [
+    Case(
+        "saved predictions",
+        f"tables {what}",
+        partial(load_changed, name=name, change=change),
+        error(ValueError, "predictions", *words),
+    )
+    for name, what, change, words in (
+        ("images.parquet", "of other studies", lambda t: t.assign(StudyInstanceUID="x"), ("x",)),
+        ("exams.parquet", "with a study twice", lambda t: t.iloc[[0, 0, 1]], ("twice",)),
+        ("images.parquet", "with a slice twice", lambda t: t.iloc[[0, *range(len(t))]], ("twice",)),
+    )
+]
 
 
 def flipped_predictions(folder: Path, name: str):
@@ -224,8 +398,10 @@ def flipped_predictions(folder: Path, name: str):
     return survives(predictions(folder) / name, lambda path: as_dict(Predictions.load(path.parent)), flips)
 
 
-CASES += [Case("saved predictions", f"one flipped bit in {name}", partial(flipped_predictions, name=name), either())
-          for name in ("exams.parquet", "images.parquet")]
+CASES += [
+    Case("saved predictions", f"one flipped bit in {name}", partial(flipped_predictions, name=name), either())
+    for name in ("exams.parquet", "images.parquet")
+]
 
 
 # ------------------------------------------------------------------ slices tables and unreadable slices
@@ -238,8 +414,15 @@ def series(folder: Path):
     for study in range(2):
         (folder / f"s{study}").mkdir(parents=True)
         for k in range(6):
-            ct_file(folder / f"s{study}/{k}.dcm", stored_values((32, 32), bits=12, seed=k), bits=12, StudyInstanceUID=f"1.{study}",
-                    SeriesInstanceUID=f"2.{study}", SOPInstanceUID=f"3.{study}.{k}", ImagePositionPatient=[0, 0, float(k)])
+            ct_file(
+                folder / f"s{study}/{k}.dcm",
+                stored_values((32, 32), bits=12, seed=k),
+                bits=12,
+                StudyInstanceUID=f"1.{study}",
+                SeriesInstanceUID=f"2.{study}",
+                SOPInstanceUID=f"3.{study}.{k}",
+                ImagePositionPatient=[0, 0, float(k)],
+            )
 
 
 def source_of(folder: Path, change, **how):
@@ -250,16 +433,31 @@ def source_of(folder: Path, change, **how):
     return DicomSource(change(scan(series(folder))), 32, **how)[:]
 
 
-SLICES = {"ids are numbers": (lambda t: t.assign(SOPInstanceUID=range(12)), ("row 1", "SOPInstanceUID")),
-          "a study's id is missing": (lambda t: t.assign(StudyInstanceUID=[None, *t.StudyInstanceUID[1:]]), ("row 1", "StudyInstanceUID", "empty")),
-          "paths are missing": (lambda t: t.assign(path=[*t.path[:-1], float("nan")]), ("row 12", "path", "empty")),
-          "a height is negative": (lambda t: t.assign(rows=-1), ("row 1", "rows", "-1")),
-          "a height is text": (lambda t: t.assign(rows="big"), ("row 1", "rows", "'big'")),
-          "the order is a fraction": (lambda t: t.assign(order=.5), ("row 1", "order", "0.5")),
-          "a flip is 3": (lambda t: t.assign(flip_rows=3), ("row 1", "flip_rows", "True or False"))}
-CASES += [Case("slices table", what, partial(source_of, change=change), error(ValueError, "slices table", *words)) for what, (change, words) in SLICES.items()]
-CASES += [Case("slices table", f"has no column {name}", partial(source_of, change=lambda t, name=name: t.drop(columns=name)),
-               error(ValueError, "slices table", name)) for name in ("path", "order", "problem", "SeriesInstanceUID", "flip_rows")]
+SLICES = {
+    "ids are numbers": (lambda t: t.assign(SOPInstanceUID=range(12)), ("row 1", "SOPInstanceUID")),
+    "a study's id is missing": (
+        lambda t: t.assign(StudyInstanceUID=[None, *t.StudyInstanceUID[1:]]),
+        ("row 1", "StudyInstanceUID", "empty"),
+    ),
+    "paths are missing": (lambda t: t.assign(path=[*t.path[:-1], float("nan")]), ("row 12", "path", "empty")),
+    "a height is negative": (lambda t: t.assign(rows=-1), ("row 1", "rows", "-1")),
+    "a height is text": (lambda t: t.assign(rows="big"), ("row 1", "rows", "'big'")),
+    "the order is a fraction": (lambda t: t.assign(order=0.5), ("row 1", "order", "0.5")),
+    "a flip is 3": (lambda t: t.assign(flip_rows=3), ("row 1", "flip_rows", "True or False")),
+}
+CASES += [
+    Case("slices table", what, partial(source_of, change=change), error(ValueError, "slices table", *words))
+    for what, (change, words) in SLICES.items()
+]
+CASES += [
+    Case(
+        "slices table",
+        f"has no column {name}",
+        partial(source_of, change=lambda t, name=name: t.drop(columns=name)),
+        error(ValueError, "slices table", name),
+    )
+    for name in ("path", "order", "problem", "SeriesInstanceUID", "flip_rows")
+]
 CASES += [Case("slices table", "is a dict", partial(source_of, change=dict), error(ValueError, "dict"))]
 
 
@@ -297,9 +495,11 @@ def through_text(table, folder):
 
 def moved(folder: Path):
     "The folder is renamed after the scan."
+
     def move(table):
         (folder / "series").rename(folder / "moved")
         return table
+
     return source_of(folder, move)
 
 
@@ -314,11 +514,31 @@ def store_of_moved(folder: Path):
 
 
 CASES += [
-    Case("slices table", "is used in another working directory: read all the same", partial(source_from_elsewhere, save=lambda table, folder: table), unchanged()),
-    Case("slices table", "was saved as parquet: read all the same", partial(source_from_elsewhere, save=through_parquet), unchanged()),
-    Case("slices table", "was saved as CSV, all read as text: read all the same", partial(source_from_elsewhere, save=through_text), unchanged()),
+    Case(
+        "slices table",
+        "is used in another working directory: read all the same",
+        partial(source_from_elsewhere, save=lambda table, folder: table),
+        unchanged(),
+    ),
+    Case(
+        "slices table",
+        "was saved as parquet: read all the same",
+        partial(source_from_elsewhere, save=through_parquet),
+        unchanged(),
+    ),
+    Case(
+        "slices table",
+        "was saved as CSV, all read as text: read all the same",
+        partial(source_from_elsewhere, save=through_text),
+        unchanged(),
+    ),
     Case("slices table", "the folder has moved", moved, error(FileNotFoundError, "series", "gone", "scan")),
-    Case("slices table", "a store is built after the folder has moved", store_of_moved, error(FileNotFoundError, "series", "gone")),
+    Case(
+        "slices table",
+        "a store is built after the folder has moved",
+        store_of_moved,
+        error(FileNotFoundError, "series", "gone"),
+    ),
 ]
 
 
@@ -364,14 +584,49 @@ def store_of_air(folder: Path):
 
 
 CASES += [
-    Case("unreadable slices", "4 of 6 of a study", partial(read_cut, count=4), error(ValueError, "'1.0'", "0.dcm", "more than 50%", "max_unreadable")),
-    Case("unreadable slices", "all of a study", partial(read_cut, count=6), error(ValueError, "'1.0'", "none of its 6 slices", "0.dcm")),
-    Case("unreadable slices", "a store of a study without one", partial(build_cut, count=6), error(ValueError, "s0", "max_unreadable")),
-    Case("unreadable slices", "1 of 6 where none is allowed", partial(read_cut, count=1, max_unreadable=0), error(ValueError, "s0", "more than 0%")),
-    Case("unreadable slices", "a share of 2 is allowed", partial(read_cut, count=0, max_unreadable=2), error(ValueError, "max_unreadable", "from 0 to 1")),
+    Case(
+        "unreadable slices",
+        "4 of 6 of a study",
+        partial(read_cut, count=4),
+        error(ValueError, "'1.0'", "0.dcm", "more than 50%", "max_unreadable"),
+    ),
+    Case(
+        "unreadable slices",
+        "all of a study",
+        partial(read_cut, count=6),
+        error(ValueError, "'1.0'", "none of its 6 slices", "0.dcm"),
+    ),
+    Case(
+        "unreadable slices",
+        "a store of a study without one",
+        partial(build_cut, count=6),
+        error(ValueError, "s0", "max_unreadable"),
+    ),
+    Case(
+        "unreadable slices",
+        "1 of 6 where none is allowed",
+        partial(read_cut, count=1, max_unreadable=0),
+        error(ValueError, "s0", "more than 0%"),
+    ),
+    Case(
+        "unreadable slices",
+        "a share of 2 is allowed",
+        partial(read_cut, count=0, max_unreadable=2),
+        error(ValueError, "max_unreadable", "from 0 to 1"),
+    ),
     Case("unreadable slices", "3 of 6 of a study: filled from the nearest", filled, unchanged()),
-    Case("unreadable slices", "a study of air is allowed by name", allowed_air, fallback("study '1.0'", "none of the 6 slices", "air")),
-    Case("unreadable slices", "a store of air is allowed by name", store_of_air, fallback("6 of 12 slices", "problems.csv")),
+    Case(
+        "unreadable slices",
+        "a study of air is allowed by name",
+        allowed_air,
+        fallback("study '1.0'", "none of the 6 slices", "air"),
+    ),
+    Case(
+        "unreadable slices",
+        "a store of air is allowed by name",
+        store_of_air,
+        fallback("6 of 12 slices", "problems.csv"),
+    ),
 ]
 
 
@@ -385,8 +640,16 @@ def store(folder: Path):
     from rsnape_kit.testing import ArraySource
 
     pixels = np.random.default_rng(0).integers(-4096, 4000, (12, 16, 16)).astype(np.int16)
-    table = pd.DataFrame({"StudyInstanceUID": np.repeat(["s0", "s1", "s2"], 4), "SOPInstanceUID": [f"{k:012x}" for k in range(12)],
-                          "order": np.tile(range(4), 3), "position": np.arange(12) * 1.25, "flip_rows": False, "pe_present_on_image": 1.})
+    table = pd.DataFrame(
+        {
+            "StudyInstanceUID": np.repeat(["s0", "s1", "s2"], 4),
+            "SOPInstanceUID": [f"{k:012x}" for k in range(12)],
+            "order": np.tile(range(4), 3),
+            "position": np.arange(12) * 1.25,
+            "flip_rows": False,
+            "pe_present_on_image": 1.0,
+        }
+    )
     build.build_store(ArraySource(pixels, table), folder, 16)
 
 
@@ -405,15 +668,18 @@ def shard_of(path: Path) -> Path:
 
 def rewrite(change, *names):
     "A change of the bytes of the first file that matches a pattern."
+
     def apply(path: Path):
         for name in names:
             file = next(path.glob(name))
             file.write_bytes(change(file.read_bytes()))
+
     return apply
 
 
 def forge(change):
     "A change of the index by somebody who makes a sound manifest for it."
+
     def apply(path: Path):
         import pandas as pd
 
@@ -425,41 +691,89 @@ def forge(change):
         changed.attrs = getattr(changed, "attrs", {}) or index.attrs
         changed.to_parquet(path / "index.parquet", index=False)
         write_manifest(path, "store", ["index.parquet"], shards=shards)
+
     return apply
 
 
 STORES = {
     "index.parquet is empty": (rewrite(lambda raw: b"", "index.parquet"), ("index.parquet", "build the store again")),
-    "index.parquet is cut": (rewrite(lambda raw: raw[:-9], "index.parquet"), ("index.parquet", "build the store again")),
-    "index.parquet has one byte more": (rewrite(lambda raw: raw + b"0", "index.parquet"), ("index.parquet", "build the store again")),
-    "index.parquet has other text": (rewrite(lambda raw: raw[:40] + bytes([raw[40] ^ 1]) + raw[41:], "index.parquet"), ("index.parquet",)),
+    "index.parquet is cut": (
+        rewrite(lambda raw: raw[:-9], "index.parquet"),
+        ("index.parquet", "build the store again"),
+    ),
+    "index.parquet has one byte more": (
+        rewrite(lambda raw: raw + b"0", "index.parquet"),
+        ("index.parquet", "build the store again"),
+    ),
+    "index.parquet has other text": (
+        rewrite(lambda raw: raw[:40] + bytes([raw[40] ^ 1]) + raw[41:], "index.parquet"),
+        ("index.parquet",),
+    ),
     "manifest.json is empty": (rewrite(lambda raw: b"", "manifest.json"), ("manifest.json",)),
     "manifest.json is cut": (rewrite(lambda raw: raw[:-9], "manifest.json"), ("manifest.json",)),
-    "manifest.json is of a run": (rewrite(lambda raw: raw.replace(b'"store"', b'"runs!"'), "manifest.json"), ("manifest.json",)),
+    "manifest.json is of a run": (
+        rewrite(lambda raw: raw.replace(b'"store"', b'"runs!"'), "manifest.json"),
+        ("manifest.json",),
+    ),
     "a shard is cut in its table": (rewrite(lambda raw: raw[:-30], "*.slices"), (".slices",)),
-    "a shard's table has other text": (rewrite(lambda raw: raw[:-200] + bytes([raw[-200] ^ 1]) + raw[-199:], "*.slices"), (".slices",)),
+    "a shard's table has other text": (
+        rewrite(lambda raw: raw[:-200] + bytes([raw[-200] ^ 1]) + raw[-199:], "*.slices"),
+        (".slices",),
+    ),
     "a shard begins otherwise": (rewrite(lambda raw: b"X" + raw[1:], "*.slices"), (".slices", "another version")),
-    "a shard is a page": (rewrite(lambda raw: b"<html>" * (len(raw) // 6 + 1), "*.slices"), (".slices", "another version")),
+    "a shard is a page": (
+        rewrite(lambda raw: b"<html>" * (len(raw) // 6 + 1), "*.slices"),
+        (".slices", "another version"),
+    ),
 }
 FORGED = {
-    "names a shard outside the folder": (lambda t: t.assign(shard="../../etc/passwd"), ("index.parquet", "shard", "'../../etc/passwd'")),
+    "names a shard outside the folder": (
+        lambda t: t.assign(shard="../../etc/passwd"),
+        ("index.parquet", "shard", "'../../etc/passwd'"),
+    ),
     "names an absolute path": (lambda t: t.assign(shard="/etc/passwd"), ("index.parquet", "shard", "'/etc/passwd'")),
     "names a hidden file": (lambda t: t.assign(shard=".slices"), ("index.parquet", "shard", "'.slices'")),
     "has no names of shards": (lambda t: t.drop(columns="shard"), ("index.parquet", "no shard")),
     "has no checksums": (lambda t: t.drop(columns="crc32"), ("index.parquet", "no crc32")),
 }
-CASES += [Case("store", what, partial(open_changed, change=change), error(ValueError, *words)) for what, (change, words) in STORES.items()]
-CASES += [Case("store", f"an index with a sound manifest {what}", partial(open_changed, change=forge(change)), error(ValueError, *words))
-          for what, (change, words) in FORGED.items()]
 CASES += [
-    Case("store", "index.parquet is missing", partial(open_changed, change=lambda path: (path / "index.parquet").unlink()),
-         error(FileNotFoundError, "no finished store", "build it again")),
-    Case("store", "manifest.json is missing", partial(open_changed, change=lambda path: (path / "manifest.json").unlink()),
-         error(FileNotFoundError, "no finished store", "build it again")),
-    Case("store", "a shard is missing", partial(open_changed, change=lambda path: shard_of(path).unlink()),
-         error(FileNotFoundError, ".slices", "copy it again")),
-    Case("store", "a shard is empty", partial(open_changed, change=rewrite(lambda raw: b"", "*.slices")),
-         error(FileNotFoundError, ".slices", "copy it again")),
+    Case("store", what, partial(open_changed, change=change), error(ValueError, *words))
+    for what, (change, words) in STORES.items()
+]
+CASES += [
+    Case(
+        "store",
+        f"an index with a sound manifest {what}",
+        partial(open_changed, change=forge(change)),
+        error(ValueError, *words),
+    )
+    for what, (change, words) in FORGED.items()
+]
+CASES += [
+    Case(
+        "store",
+        "index.parquet is missing",
+        partial(open_changed, change=lambda path: (path / "index.parquet").unlink()),
+        error(FileNotFoundError, "no finished store", "build it again"),
+    ),
+    Case(
+        "store",
+        "manifest.json is missing",
+        partial(open_changed, change=lambda path: (path / "manifest.json").unlink()),
+        error(FileNotFoundError, "no finished store", "build it again"),
+    ),
+    Case(
+        "store",
+        "a shard is missing",
+        partial(open_changed, change=lambda path: shard_of(path).unlink()),
+        error(FileNotFoundError, ".slices", "copy it again"),
+    ),
+    Case(
+        "store",
+        "a shard is empty",
+        partial(open_changed, change=rewrite(lambda raw: b"", "*.slices")),
+        error(FileNotFoundError, ".slices", "copy it again"),
+    ),
 ]
 
 
@@ -479,14 +793,18 @@ def build_again(folder: Path, change):
     return {file.name: file.read_bytes() for file in path.iterdir()}, before
 
 
-CASES += [Case("store", f"{what}, and it is built again: the same bytes", partial(build_again, change=change), unchanged()) for what, change in {
-    "index.parquet is missing": lambda path: (path / "index.parquet").unlink(),
-    "index.parquet is damaged": rewrite(lambda raw: raw[:60] + b"?" + raw[61:], "index.parquet"),
-    "index.parquet is text": rewrite(lambda raw: b"hello", "index.parquet"),
-    "manifest.json is missing": lambda path: (path / "manifest.json").unlink(),
-    "manifest.json is damaged": rewrite(lambda raw: raw[:9] + b"?" + raw[10:], "manifest.json"),
-    "a shard is missing": lambda path: shard_of(path).unlink(),
-    "a shard is cut": rewrite(lambda raw: raw[:-1], "*.slices")}.items()]
+CASES += [
+    Case("store", f"{what}, and it is built again: the same bytes", partial(build_again, change=change), unchanged())
+    for what, change in {
+        "index.parquet is missing": lambda path: (path / "index.parquet").unlink(),
+        "index.parquet is damaged": rewrite(lambda raw: raw[:60] + b"?" + raw[61:], "index.parquet"),
+        "index.parquet is text": rewrite(lambda raw: b"hello", "index.parquet"),
+        "manifest.json is missing": lambda path: (path / "manifest.json").unlink(),
+        "manifest.json is damaged": rewrite(lambda raw: raw[:9] + b"?" + raw[10:], "manifest.json"),
+        "a shard is missing": lambda path: shard_of(path).unlink(),
+        "a shard is cut": rewrite(lambda raw: raw[:-1], "*.slices"),
+    }.items()
+]
 
 
 def read_store(path: Path):
@@ -509,8 +827,10 @@ def flipped_store(folder: Path, pattern: str):
         return survives(path, lambda path: read_store(path.parent), partial(flips, few=60, many=600))
 
 
-CASES += [Case("store", f"one flipped bit in {name}", partial(flipped_store, pattern=name), either())
-          for name in ("index.parquet", "manifest.json", "*.slices")]
+CASES += [
+    Case("store", f"one flipped bit in {name}", partial(flipped_store, pattern=name), either())
+    for name in ("index.parquet", "manifest.json", "*.slices")
+]
 
 
 # ------------------------------------------------------------------ labels beside the pixels
@@ -526,11 +846,15 @@ def build_labelled(folder: Path, change):
     return build_store(ArraySource(np.zeros((2, 16, 16), np.int16), table), folder / "labelled", 16, labels=labels)
 
 
-CASES += [Case("labels of build_store", what, partial(build_labelled, change=change), error(ValueError, "the labels", *words)) for what, change, words in (
-    ("ids are numbers", lambda t: t.assign(SOPInstanceUID=[10, 11]), ("row 1", "SOPInstanceUID", "dtype=str")),
-    ("have no column StudyInstanceUID", lambda t: t.drop(columns="StudyInstanceUID"), ("StudyInstanceUID",)),
-    ("a label is .5", lambda t: t.assign(pe_present_on_image=.5), ("row 1", "pe_present_on_image", "0.5")),
-    ("a slice is there twice", lambda t: t.iloc[[0, 1, 1]], ("'0b'", "twice")))]
+CASES += [
+    Case("labels of build_store", what, partial(build_labelled, change=change), error(ValueError, "the labels", *words))
+    for what, change, words in (
+        ("ids are numbers", lambda t: t.assign(SOPInstanceUID=[10, 11]), ("row 1", "SOPInstanceUID", "dtype=str")),
+        ("have no column StudyInstanceUID", lambda t: t.drop(columns="StudyInstanceUID"), ("StudyInstanceUID",)),
+        ("a label is .5", lambda t: t.assign(pe_present_on_image=0.5), ("row 1", "pe_present_on_image", "0.5")),
+        ("a slice is there twice", lambda t: t.iloc[[0, 1, 1]], ("'0b'", "twice")),
+    )
+]
 
 
 # ------------------------------------------------------------------ test set and sample
@@ -543,8 +867,14 @@ def write_test_set(folder: Path, test=lambda t: t, sample=lambda t: t):
 
     from rsnape_kit.competition.tables import sample_submission, slice_index
 
-    table = pd.DataFrame([(study, name) for study, names in SLICES_OF.items() for name in names], columns=["StudyInstanceUID", "SOPInstanceUID"])
-    for name, made in (("test.csv", test(table)), ("sample_submission.csv", sample(sample_submission(slice_index(table))))):
+    table = pd.DataFrame(
+        [(study, name) for study, names in SLICES_OF.items() for name in names],
+        columns=["StudyInstanceUID", "SOPInstanceUID"],
+    )
+    for name, made in (
+        ("test.csv", test(table)),
+        ("sample_submission.csv", sample(sample_submission(slice_index(table)))),
+    ):
         if isinstance(made, str):
             (folder / name).write_text(made)
         elif made is not None:
@@ -570,7 +900,7 @@ def submitted(folder: Path, expected=None, **changes):
 def add(*ids):
     import pandas as pd
 
-    return pd.DataFrame({"id": list(ids), "label": .5})
+    return pd.DataFrame({"id": list(ids), "label": 0.5})
 
 
 def concat(*parts):
@@ -581,34 +911,84 @@ def concat(*parts):
 
 TESTS = {
     "test.csv has a row twice": ({"test": lambda t: t.iloc[[0, 1, 2, 3, 3]]}, None, ("test.csv", "repeat")),
-    "test.csv has a slice in two studies": ({"test": lambda t: t.assign(SOPInstanceUID=["a", "b", "c", "a"])}, None, ("test.csv", "'a'", "s1, s2")),
-    "test.csv has a row without a study": ({"test": lambda t: t.assign(StudyInstanceUID=["s1", "s1", "s2", None])}, None, ("test.csv", "row 4")),
-    "test.csv has no column SOPInstanceUID": ({"test": lambda t: t[["StudyInstanceUID"]]}, None, ("test.csv", "SOPInstanceUID")),
-    "test.csv has no column StudyInstanceUID": ({"test": lambda t: t[["SOPInstanceUID"]]}, None, ("test.csv", "StudyInstanceUID")),
+    "test.csv has a slice in two studies": (
+        {"test": lambda t: t.assign(SOPInstanceUID=["a", "b", "c", "a"])},
+        None,
+        ("test.csv", "'a'", "s1, s2"),
+    ),
+    "test.csv has a row without a study": (
+        {"test": lambda t: t.assign(StudyInstanceUID=["s1", "s1", "s2", None])},
+        None,
+        ("test.csv", "row 4"),
+    ),
+    "test.csv has no column SOPInstanceUID": (
+        {"test": lambda t: t[["StudyInstanceUID"]]},
+        None,
+        ("test.csv", "SOPInstanceUID"),
+    ),
+    "test.csv has no column StudyInstanceUID": (
+        {"test": lambda t: t[["SOPInstanceUID"]]},
+        None,
+        ("test.csv", "StudyInstanceUID"),
+    ),
     "test.csv is missing": ({"test": lambda t: None}, None, ("test.csv", "does not exist")),
     "test.csv is empty": ({"test": lambda t: ""}, None, ("test.csv", "is empty")),
     "test.csv is a page": ({"test": lambda t: "<html>"}, None, ("test.csv", "web page")),
     "test.csv has no rows": ({"test": lambda t: t[:0]}, None, ("test.csv", "no row")),
-    "test.csv has rows of other lengths": ({"test": lambda t: "StudyInstanceUID,SOPInstanceUID\ns1,a\ns2\n"}, None, ("test.csv", "Expected 2 columns")),
-    "test.csv has a study more than the sample": ({"sample": lambda s: s[~s.id.str.startswith("s2") & ~s.id.isin(["c", "d"])]},
-                                                 lambda ids: [i for i in ids if not i.startswith("s2") and i not in "cd"], ("sample_submission.csv",)),
+    "test.csv has rows of other lengths": (
+        {"test": lambda t: "StudyInstanceUID,SOPInstanceUID\ns1,a\ns2\n"},
+        None,
+        ("test.csv", "Expected 2 columns"),
+    ),
+    "test.csv has a study more than the sample": (
+        {"sample": lambda s: s[~s.id.str.startswith("s2") & ~s.id.isin(["c", "d"])]},
+        lambda ids: [i for i in ids if not i.startswith("s2") and i not in "cd"],
+        ("sample_submission.csv",),
+    ),
     "test.csv lacks a study of the sample": ({"test": lambda t: t[:2]}, None, ("sample_submission.csv", "prior")),
     "test.csv is that of another set": ({"test": lambda t: t + "0"}, None, ("sample_submission.csv", "prior")),
-    "the sample has an id twice": ({"sample": lambda s: s.iloc[[*range(len(s)), 0]]}, None, ("sample_submission.csv", "repeat")),
-    "the sample has an unknown id": ({"sample": lambda s: concat(s, add("zz"))}, lambda ids: [*ids, "zz"], ("sample_submission.csv", "'zz'")),
-    "the sample has an id of unknown form": ({"sample": lambda s: concat(s, add("s1_other_pe"))}, lambda ids: [*ids, "s1_other_pe"],
-                                             ("sample_submission.csv", "'s1_other_pe'")),
-    "the sample has an empty id": ({"sample": lambda s: concat(s, add(""))}, None, ("sample_submission.csv", "no valid id")),
-    "the sample has no column id": ({"sample": lambda s: s.rename(columns={"id": "key"})}, None, ("sample_submission.csv", "no column 'id'")),
+    "the sample has an id twice": (
+        {"sample": lambda s: s.iloc[[*range(len(s)), 0]]},
+        None,
+        ("sample_submission.csv", "repeat"),
+    ),
+    "the sample has an unknown id": (
+        {"sample": lambda s: concat(s, add("zz"))},
+        lambda ids: [*ids, "zz"],
+        ("sample_submission.csv", "'zz'"),
+    ),
+    "the sample has an id of unknown form": (
+        {"sample": lambda s: concat(s, add("s1_other_pe"))},
+        lambda ids: [*ids, "s1_other_pe"],
+        ("sample_submission.csv", "'s1_other_pe'"),
+    ),
+    "the sample has an empty id": (
+        {"sample": lambda s: concat(s, add(""))},
+        None,
+        ("sample_submission.csv", "no valid id"),
+    ),
+    "the sample has no column id": (
+        {"sample": lambda s: s.rename(columns={"id": "key"})},
+        None,
+        ("sample_submission.csv", "no column 'id'"),
+    ),
     "the sample is missing": ({"sample": lambda s: None}, None, ("sample_submission.csv", "ids are those of test.csv")),
     "the sample is a page": ({"sample": lambda s: "<html>"}, None, ("sample_submission.csv", "web page")),
     "the sample is cut": ({"sample": lambda s: s.to_csv(index=False)[:-5]}, None, ("sample_submission.csv",)),
     "the labels of the sample are text": ({"sample": lambda s: s.assign(label="?")}, None, ()),
 }
-CASES += [Case("test set", what, partial(submitted, expected=expected, **changes), fallback(*words) if words else unchanged())
-          for what, (changes, expected, words) in TESTS.items()]
-CASES += [Case("test set", "neither file can be used", partial(submitted, test=lambda t: None, sample=lambda s: ""),
-               error(ValueError, "test.csv", "sample_submission.csv"))]
+CASES += [
+    Case("test set", what, partial(submitted, expected=expected, **changes), fallback(*words) if words else unchanged())
+    for what, (changes, expected, words) in TESTS.items()
+]
+CASES += [
+    Case(
+        "test set",
+        "neither file can be used",
+        partial(submitted, test=lambda t: None, sample=lambda s: ""),
+        error(ValueError, "test.csv", "sample_submission.csv"),
+    )
+]
 
 
 # ------------------------------------------------------------------ TFRecords
@@ -623,15 +1003,27 @@ def example(**features) -> bytes:
     "A record of one tf.train.Example."
     import tensorflow as tf
 
-    kinds = {bytes: lambda v: tf.train.Feature(bytes_list=tf.train.BytesList(value=[v])),
-             int: lambda v: tf.train.Feature(int64_list=tf.train.Int64List(value=[v])),
-             float: lambda v: tf.train.Feature(float_list=tf.train.FloatList(value=[v]))}
+    kinds = {
+        bytes: lambda v: tf.train.Feature(bytes_list=tf.train.BytesList(value=[v])),
+        int: lambda v: tf.train.Feature(int64_list=tf.train.Int64List(value=[v])),
+        float: lambda v: tf.train.Feature(float_list=tf.train.FloatList(value=[v])),
+    }
     made = {name: kinds[type(value)](value) for name, value in features.items() if value is not None}
     return record(tf.train.Example(features=tf.train.Features(feature=made)).SerializeToString(deterministic=True))
 
 
-SLICE = {"StudyInstanceUID": b"s", "SeriesInstanceUID": b"e", "SOPInstanceUID": b"i", "Rows": b"2", "Columns": b"2", "image": b"\1\0\2\0\3\0\4\0",
-         "RescaleSlope": b"1", "RescaleIntercept": b"0", "InstanceNumber": b"1", "ImagePositionPatient": b"[0, 0, 1]"}
+SLICE = {
+    "StudyInstanceUID": b"s",
+    "SeriesInstanceUID": b"e",
+    "SOPInstanceUID": b"i",
+    "Rows": b"2",
+    "Columns": b"2",
+    "image": b"\1\0\2\0\3\0\4\0",
+    "RescaleSlope": b"1",
+    "RescaleIntercept": b"0",
+    "InstanceNumber": b"1",
+    "ImagePositionPatient": b"[0, 0, 1]",
+}
 
 
 def records(folder: Path, content):
@@ -644,9 +1036,12 @@ def records(folder: Path, content):
 
 
 RECORDS = {
-    "the file is empty": (lambda: b"", ("empty",)), "the file is text": (lambda: b"hello, world. hello", ("TFRecord",)),
-    "the file is compressed": (lambda: b"\x1f\x8b" + bytes(50), ("compressed",)), "a record is cut": (lambda: example(**SLICE)[:-1], ("truncated",)),
-    "a record is empty": (lambda: record(b""), ("StudyInstanceUID",)), "a record is no example": (lambda: record(b"\xff" * 9), ("Example",)),
+    "the file is empty": (lambda: b"", ("empty",)),
+    "the file is text": (lambda: b"hello, world. hello", ("TFRecord",)),
+    "the file is compressed": (lambda: b"\x1f\x8b" + bytes(50), ("compressed",)),
+    "a record is cut": (lambda: example(**SLICE)[:-1], ("truncated",)),
+    "a record is empty": (lambda: record(b""), ("StudyInstanceUID",)),
+    "a record is no example": (lambda: record(b"\xff" * 9), ("Example",)),
     "the record is of another schema": (lambda: example(foo=b"x"), ("StudyInstanceUID", "foo")),
     "an id is a number": (lambda: example(**SLICE | {"StudyInstanceUID": 5}), ("StudyInstanceUID", "is 5")),
     "an id is empty": (lambda: example(**SLICE | {"SOPInstanceUID": b""}), ("SOPInstanceUID",)),
@@ -655,21 +1050,51 @@ RECORDS = {
     "the image is a number": (lambda: example(**SLICE | {"image": 7}), ("image", "is 7")),
     "a label is 2": (lambda: example(**SLICE | {"pe_present_on_image": 2}), ("pe_present_on_image", "is 2")),
     "a label is text": (lambda: example(**SLICE | {"pe_present_on_image": b"1"}), ("pe_present_on_image",)),
-    **{f"{name} is {value!r}": (lambda name=name, value=value: example(**SLICE | {name: value}), ("none of its 1 slices",))
-       for name, value in (("Rows", b"-2"), ("Rows", b"1e400"), ("Columns", b"2.5"), ("Rows", b""), ("image", b""), ("BitsStored", b"99"),
-                           ("BitsStored", b"0"), ("RescaleSlope", b"1e400"), ("RescaleSlope", b"slope"))},
+    **{
+        f"{name} is {value!r}": (
+            lambda name=name, value=value: example(**SLICE | {name: value}),
+            ("none of its 1 slices",),
+        )
+        for name, value in (
+            ("Rows", b"-2"),
+            ("Rows", b"1e400"),
+            ("Columns", b"2.5"),
+            ("Rows", b""),
+            ("image", b""),
+            ("BitsStored", b"99"),
+            ("BitsStored", b"0"),
+            ("RescaleSlope", b"1e400"),
+            ("RescaleSlope", b"slope"),
+        )
+    },
 }
-CASES += [Case("TFRecords", what, partial(records, content=content), error(ValueError, "a.tfrec", *words)) for what, (content, words) in RECORDS.items()]
-CASES += [Case("TFRecords", "Rows is a number: read all the same", lambda folder: (records(folder, lambda: example(**SLICE | {"Rows": 2, "Columns": 2.}))[0],
-                                                                               records(folder, lambda: example(**SLICE))[0]), unchanged())]
+CASES += [
+    Case("TFRecords", what, partial(records, content=content), error(ValueError, "a.tfrec", *words))
+    for what, (content, words) in RECORDS.items()
+]
+CASES += [
+    Case(
+        "TFRecords",
+        "Rows is a number: read all the same",
+        lambda folder: (
+            records(folder, lambda: example(**SLICE | {"Rows": 2, "Columns": 2.0}))[0],
+            records(folder, lambda: example(**SLICE))[0],
+        ),
+        unchanged(),
+    )
+]
 
 
 def flipped_records(folder: Path):
     from rsnape_kit.store.tfrecords import read_tfrecords
 
     path = folder / "a.tfrec"
-    path.write_bytes(b"".join(example(**SLICE | {"SOPInstanceUID": f"i{k}".encode(), "ImagePositionPatient": f"[0, 0, {k}]".encode()})
-                            for k in range(2)))
+    path.write_bytes(
+        b"".join(
+            example(**SLICE | {"SOPInstanceUID": f"i{k}".encode(), "ImagePositionPatient": f"[0, 0, {k}]".encode()})
+            for k in range(2)
+        )
+    )
     return survives(path, lambda path: read_tfrecords(path, 2)[:].tolist(), flips)
 
 
