@@ -157,7 +157,7 @@ def save_result(
     values = np.concatenate([pred.exams.reindex(columns=LABELS).to_numpy()[0], images]).astype("<f8")
     if np.isnan(values).all():
         raise ValueError("the model predicts nothing but NaN; check its weights")
-    atomic_write(Path(folder) / key, values.tobytes(), unique=True)
+    atomic_write(Path(folder) / key, values.tobytes(), unique=True, durable=False)
 
 
 def load_result(folder, key: str, n: int) -> np.ndarray | None:  # float [13 + n]; None: missing, damaged or all NaN
@@ -171,7 +171,7 @@ def load_result(folder, key: str, n: int) -> np.ndarray | None:  # float [13 + n
 
 def save_failure(folder, key: str, why: str):
     "Record why a study could not be predicted."
-    atomic_write(Path(folder) / f"{key}.failed", why)
+    atomic_write(Path(folder) / f"{key}.failed", why, durable=False)
 
 
 def has_failed(folder, key: str) -> bool:  # folder: of a view's results
