@@ -17,6 +17,7 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import rsnape_kit as rk
 from .commands import Count, blend, demo, phantom, predict, report, scan, store, train
+from .utils.processes import end_with_parent
 
 # %% ../nbs/17_cli.ipynb #4bde7405
 def weights(names: list[str] = (), *, out: Path = Path("weights"), mirror: str = "", list: bool = False):
@@ -223,5 +224,6 @@ def main(arguments=None):
         sys.exit("\ninterrupted; run the same command again to resume")
 
 
-if __name__ == "__main__" and "__file__" in globals():
+if __name__ == "__main__" and "__file__" in globals():  # as `train_all` starts it
+    end_with_parent()
     main()

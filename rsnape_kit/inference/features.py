@@ -9,6 +9,7 @@ __all__ = ['INDEX', 'META', 'FeatureExtractor', 'describe_image_run', 'FeatureSt
 # %% ../../nbs/09_inference/08_features.ipynb #af44c268
 import json
 import math
+import struct
 import time
 import zipfile
 import zlib
@@ -131,7 +132,7 @@ class FeatureStore:
         try:
             with np.load(self.folder / shard) as arrays:
                 return StudyFeatures(uid, *(arrays[f"{name}{number}"] for name in _ARRAYS))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except _DAMAGED as error:
             raise ValueError(f"{self.folder / shard} is damaged ({error}): {_repair}") from error
 
     def __repr__(self):
@@ -139,6 +140,8 @@ class FeatureStore:
 
 
 _ARRAYS = "slices", "z", "features", "logits"
+_DAMAGED = (OSError, ValueError, LookupError, EOFError, RuntimeError, ArithmeticError, MemoryError, zipfile.BadZipFile, zlib.error,
+            struct.error)  # what reading a damaged shard can raise
 
 # %% ../../nbs/09_inference/08_features.ipynb #acc705e4
 def _intact(path: Path) -> bool:
@@ -146,7 +149,7 @@ def _intact(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as file:
             return file.testzip() is None
-    except (OSError, zipfile.BadZipFile, EOFError):
+    except _DAMAGED:
         return False
 
 
