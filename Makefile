@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 export MPLBACKEND ?= agg
 
-.PHONY: help demo demo-quick test lint docs bench notebooks hooks lock clean
+.PHONY: help demo demo-quick test lint trust coverage audit licences docs bench notebooks hooks lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,28 @@ test: $(READY) lint  ## exports, every notebook, every test
 lint: $(READY)  ## ruff everywhere, mypy on the packages that are typed
 	ruff check .
 	mypy
+
+trust: $(READY)  ## all faults of inputs and machine, and 40 kills; the tests run a part of them
+	RSNAPE_TRUST=1 python tests/run.py tests/trust
+
+COVERED ?=
+coverage: export COVERAGE_ROOT = $(CURDIR)
+coverage: export COVERAGE_FILE = $(CURDIR)/build/coverage/data
+coverage: $(READY)  ## lines that tests and notebooks run together, into build/coverage; COVERED=tests/store for a part
+	rm -rf build/coverage && mkdir -p build/coverage
+	coverage run tests/run.py $(COVERED)
+	coverage combine --quiet && coverage html --quiet && coverage report --skip-covered
+
+AUDITED ?= requirements.txt
+audit:  ## known vulnerabilities of the locked packages, into build/audit.md; needs the network, and says so without
+	@rm -f build/audit.md; mkdir -p build
+	@test -x $(VENV).audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV).audit && $(VENV).audit/bin/pip install -q pip-audit==2.10.0; } || rm -rf $(VENV).audit
+	@$(VENV).audit/bin/pip-audit --no-deps --disable-pip --progress-spinner off -r $(AUDITED) -f markdown -o build/audit.md; status=$$?; \
+	  if [ $$status = 0 ] || [ -e build/audit.md ]; then cat build/audit.md; exit $$status; fi; \
+	  echo "nothing was compared: pip-audit or its database could not be reached"
+
+licences: $(READY)  ## the licences of all installed packages
+	@python docs/hooks/licences.py
 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(READY)  ## the documentation site, into build/site, without a network
@@ -52,7 +74,7 @@ lock: requirements.in  ## choose versions anew and write requirements.txt
 	rm -rf $(VENV).lock
 
 clean:  ## delete the environment, caches and the demo
-	rm -rf $(VENV) $(VENV).lock demo demo-quick build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV).lock $(VENV).audit demo demo-quick build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): requirements.txt settings.ini setup.py

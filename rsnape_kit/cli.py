@@ -18,6 +18,7 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import rsnape_kit as rk
 from .commands import blend, demo, phantom, predict, report, scan, store, train
+from .utils.processes import end_with_parent
 from .utils.schema import Count, Limits, parse
 
 # %% ../nbs/17_cli.ipynb #4bde7405
@@ -242,5 +243,6 @@ def one_message(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}; with --debug the same command shows the traceback"
 
 
-if __name__ == "__main__" and "__file__" in globals():
+if __name__ == "__main__" and "__file__" in globals():  # as `train_all` starts it
+    end_with_parent()
     main()

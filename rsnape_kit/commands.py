@@ -8,14 +8,14 @@ __all__ = ['Part', 'Difficulty', 'part_of', 'demo', 'phantom', 'scan', 'store', 
 # %% ../nbs/16_commands.ipynb #ad7f267d
 import argparse
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Literal
 
 import rsnape_kit as rk
+from .utils.files import atomic_file, name_full_disk
+from .utils.processes import worker_pool
 from .utils.schema import Count, Natural, Positive, Seed, Views
 
 # %% ../nbs/16_commands.ipynb #a7cm0002
@@ -44,7 +44,8 @@ def demo(*, folder: Path = Path("demo"), size: Literal["quick", "small", "large"
     """
     from rsnape_kit.demo import SIZES, demo
 
-    demo(folder, replace(SIZES[size], difficulty=difficulty, seed=seed), at_once)
+    with name_full_disk(folder):
+        demo(folder, replace(SIZES[size], difficulty=difficulty, seed=seed), at_once)
 
 
 def phantom(out: Path, *, studies: Count = 24, test_studies: Count = 8, slices: Count | None = None,
@@ -59,7 +60,7 @@ def phantom(out: Path, *, studies: Count = 24, test_studies: Count = 8, slices: 
         difficulty: sizes and rates of the emboli
         seed: the same seed gives the same bytes
     """
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as executor:
+    with worker_pool() as executor:
         rk.make_competition(out, studies, test_studies, slices, difficulty=difficulty, seed=seed, executor=executor)
 
 
@@ -72,7 +73,8 @@ def scan(folder: Path, *, out: Path = Path("slices.parquet")):
     """
     table = rk.scan(folder)
     out.parent.mkdir(parents=True, exist_ok=True)
-    table.to_parquet(out)
+    with atomic_file(out) as fresh:
+        table.to_parquet(fresh)
     odd = table.problem[table.problem != ""]
     print(f"{len(table)} slices of {table.StudyInstanceUID.nunique()} studies in {out}")
     print(f"{len(odd)} slices with a problem:\n{odd.value_counts().to_string()}" if len(odd) else "no problems")
@@ -125,7 +127,7 @@ def train(model: str, *, store: list[Path], train_csv: Path, fold: list[Natural]
     from rsnape_kit.runs.recipes import find_recipe, override_settings
     from rsnape_kit.utils.files import complete_folder
 
-    began = time.time()
+    began = time.monotonic()
     config = override_settings(find_recipe(recipe, model), set)
     config.entry.check_network(config.network)
     if found := find_machine(machine, config.entry.framework == "torch"):
@@ -134,7 +136,7 @@ def train(model: str, *, store: list[Path], train_csv: Path, fold: list[Natural]
     split = rk.make_folds(source.table[STUDY].unique(), truth, folds)
     options = {"features": features} if features else {}
     for held_out, number in product(fold, seed):
-        left = None if hours is None else hours - (time.time() - began) / 3600
+        left = None if hours is None else hours - (time.monotonic() - began) / 3600
         options |= {"image_runs": _of_fold(image_run, held_out if len(fold) > 1 else None)} if image_run else {}
         run = rk.train(model, source, held_out, override_settings(replace(config, seed=number), set), truth=truth, folds=split,
                        out=out, earlier=earlier, weights=None if weights == "none" else weights, tta=tta, hours=left, **options)
@@ -177,7 +179,8 @@ def blend(runs: list[Path] = (), *, train_csv: Path | None = None, preset: Liter
     ensemble = replace(ensemble, views=load_views(runs))
     ensemble.save(out)
     picture = out.with_suffix(".png")
-    plot_weights(ensemble.blend_weights).savefig(picture, dpi=80)
+    with atomic_file(picture) as fresh:
+        plot_weights(ensemble.blend_weights).savefig(fresh, dpi=80, format="png")
     print(loss_by_label(ensemble.blend_weights).round(4).to_string())
     print(f"\n{summary(ensemble.blend_weights)}\nout-of-fold losses of the ensemble: {_listed(ensemble.losses)}\n{out}   {picture}")
 

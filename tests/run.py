@@ -43,6 +43,9 @@ def run_notebook(path: Path) -> bool:
     "Run a notebook in its folder, as `nbdev_test` does, but with forks as worker processes; True if it passed."
     from nbdev.config import get_config
     from nbdev.test import test_nb
+    if "COVERAGE_PROCESS_CONFIG" in os.environ:  # `make coverage`
+        import covered_cells
+        test_nb.__globals__["CaptureShell"] = covered_cells.CoveredShell
     os.chdir(path.parent)
     with warm_workers() if "keras" in sys.modules and STARTS_WORKERS.search(text_of(path)) else nullcontext():
         return test_nb(path, skip_flags=get_config().tst_flags.split(), basepath=ROOT)[0]

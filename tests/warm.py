@@ -46,8 +46,10 @@ def _run(job: dict):
         else:
             exec(compile(job["code"], "<test>", "exec"), {"__name__": "__main__"})
         status = 0
-    except SystemExit as error:
+    except SystemExit as error:  # as Python ends: a text is printed
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()

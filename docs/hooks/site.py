@@ -6,6 +6,7 @@ import ast
 import base64
 import json
 import re
+import sys
 from html import unescape
 from pathlib import Path
 
@@ -17,6 +18,10 @@ from rsnape_kit.runs.machine import MACHINES, recipe_table
 from rsnape_kit.utils import typed_imports
 
 ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests" / "trust")]
+from licences import licence_table  # noqa: E402  the line above adds its folder to the path
+from matrix import load_cases  # noqa: E402
+
 FRONT = {"CHANGELOG.md": "changelog", "CONTRIBUTING.md": "contributing", "MODEL_CARD.md": "model_card"}
 KINDS = {"image/png": "png", "image/jpeg": "jpg"}
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -151,6 +156,27 @@ def with_recipes(text: str) -> str:
     return re.sub(r"<!-- differs: (\S+) -->", differences, text)
 
 
+def with_cases(text: str) -> str:
+    "Return a page with the cases of tests/trust, and how many of each kind, in place of the comment <!-- cases -->."
+    if "<!-- cases -->" not in text:
+        return text
+    kinds: dict = {}
+    for case in load_cases():
+        kinds.setdefault(case.kind, []).append(case)
+    total = sum(map(len, kinds.values()))
+    lines = [f"{total} faults of {len(kinds)} kinds:", "", "| input | faults |", "|---|---|"]
+    lines += [f"| {kind} | {len(cases)} |" for kind, cases in sorted(kinds.items())]
+    for kind, cases in sorted(kinds.items()):
+        lines += ["", f"## {kind[0].upper()}{kind[1:]}", "", "| fault | outcome |", "|---|---|"]
+        lines += [f"| {_cell(case.fault)} | {_cell(case.expected)} |" for case in cases]
+    return text.replace("<!-- cases -->", "\n".join(lines))
+
+
+def _cell(what) -> str:
+    "Return a text that does not end its cell of a table, and is no markup."
+    return re.sub(r"[|<>]", lambda sign: f"&#{ord(sign[0])};", str(what))
+
+
 class Page(File):
     "A page whose text is made here; notebooks are pages too."
 
@@ -185,6 +211,12 @@ def on_config(config):
     return config
 
 
+def completed(text: str) -> str:
+    "Return a page of docs/ with its tables."
+    text = with_cases(with_recipes(text))
+    return text.replace("<!-- licences -->", licence_table()) if "<!-- licences -->" in text else text
+
+
 @event_priority(100)
 def on_files(files, config):
     "Name pages by their path in the repository, and add the pages that are not in docs/."
@@ -192,7 +224,7 @@ def on_files(files, config):
     for file in files:
         if file.src_uri.endswith(".md"):
             uri = f"docs/{file.src_uri}"
-            found.append(page(config, uri, file.dest_uri, with_recipes(file.content_string)))
+            found.append(page(config, uri, file.dest_uri, completed(file.content_string)))
         else:
             found.append(file)
     for path in notebook_paths():

@@ -107,7 +107,7 @@ def compute_features(run: Path | str, source: PixelSource, out: Path | str, stud
         shard: studies per file.
         batch: slices at a time.
         devices: devices that share a batch, see `models.keras_backend.all_devices`.
-        deadline: unix time after which no further shard is begun.
+        deadline: time.monotonic() after which no further shard is begun.
         progress: show a bar; default: in a terminal or notebook.
 
     Returns:
@@ -133,7 +133,7 @@ def compute_features(run: Path | str, source: PixelSource, out: Path | str, stud
         with tqdm(total=len(index.rows), initial=len(index.rows) - len(todo), unit="study", desc="features",
                   disable=progress if progress is None else not progress) as bar:
             for some in (todo[i:i + shard] for i in range(0, len(todo), shard)):
-                if time.time() > deadline:
+                if time.monotonic() > deadline:
                     break
                 rows = {study: index.rows[study] for study in some}
                 kept = pd.concat([kept, write_shard(out, kept, extractor(source, rows, range(views)), index.keys)], ignore_index=True)
@@ -183,12 +183,13 @@ def sequence_predictor(
     batch: int | None = None,  # studies at a time; default: as in training
     devices: int = 1,  # devices that share a batch
     shared: dict | None = None,  # extractors by weights, for predictors that read the same image runs
+    slices: int = 64,  # largest batch of the image runs
 ):  # function (source, studies=None, views=(0,)) -> Predictions
     "Load a run once; return a function that predicts any number of sources."
     config, model = load_run(run)
     batch, shared = -(-(batch or config.batch) // devices) * devices, {} if shared is None else shared
     for text, image in zip(config.image_runs, image_runs_of(run, config)):
-        shared[text] = shared.get(text) or FeatureExtractor(image, devices=devices)
+        shared[text] = shared.get(text) or FeatureExtractor(image, slices, devices)
     extractors = [shared[text] for text in config.image_runs]
 
     def predict(source: PixelSource, studies=None, views=(0,)) -> Predictions:

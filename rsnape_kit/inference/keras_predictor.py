@@ -141,10 +141,11 @@ def predictor(
     batch: int | None = None,  # default: as in training
     devices: int = 1,  # devices that share a batch
     shared: dict | None = None,  # what several predictors use; give the same dict to each of them
+    slices: int = 64,  # largest batch of the image runs that a sequence run reads
 ):  # function (source, studies=None, views=(0,)) -> Predictions
     "Load a run once; return a function that predicts any number of sources."
     if isinstance(keras_config(run), SequenceConfig):  # its module stands below this one
-        return import_module("rsnape_kit.inference.features").sequence_predictor(run, batch, devices, shared)
+        return import_module("rsnape_kit.inference.features").sequence_predictor(run, batch, devices, shared, slices)
     config, model = load_run(run)
     batch = -(-(batch or config.batch) // devices) * devices
 

@@ -28,7 +28,7 @@ from rsnape_kit.inference.results import (
     view_folders,
 )
 from .supervisor import Worker, assign_gpus, run_workers, visible_gpus
-from .worker import Job, framework_of, networks_of
+from .worker import Job, framework_of, largest_batch, networks_of
 from ..runs.folder import run_settings, run_views
 from ..runs.oof import join_oof
 from ..store.dicom_source import DicomSource, PixelSource
@@ -150,10 +150,8 @@ def _make_workers(work: PredictionPlan, group: list, deadline: float, scratch) -
     for framework, gpu, share in group:
         runs = [run for run in work.runs if framework_of(run) == framework]
         units = {unit: folder for unit, folder in work.folders.items() if unit[0] in runs}
-        note = work.out / f"{framework}-{share[0]}.now"
-        note.unlink(missing_ok=True)
-        job = Job(framework, work.source, studies, units, deadline, scratch, share, note=note, parent=os.getpid(),
-                  networks=networks_of(runs))
+        job = Job(framework, work.source, studies, units, deadline, scratch, share, note=work.out / f"{framework}-{share[0]}.now",
+                  slices=largest_batch(runs), networks=networks_of(runs))
         if job.todo():
             workers.append(Worker(job, gpu, work.out))
     return workers
@@ -166,22 +164,22 @@ class _Ticker:
     watch: object
     every: float
     bar: tqdm
-    updated: float = field(default_factory=time.time)
-    called: float = field(default_factory=time.time)
+    updated: float = field(default_factory=time.monotonic)
+    called: float = field(default_factory=time.monotonic)
 
     def __call__(self):
-        now = time.time()
+        now = time.monotonic()
         if not self.bar.disable and now - self.updated > 20:
             self.bar.update(int(self.work.done().to_numpy().sum()) - self.bar.n)
             self.updated = now
         if self.watch and now - self.called > self.every:
             self.watch()
-            self.called = time.time()
+            self.called = time.monotonic()
 
 # %% ../../nbs/09_inference/07_predict_runs.ipynb #2b9adf2c
 def run_plan(
     work: PredictionPlan,
-    deadline: float = float("inf"),  # unix time to be done at
+    deadline: float = float("inf"),  # time.monotonic() to be done at
     scratch=None,  # folder to cache decoded studies in; None: no cache
     gpus=None,  # names of GPUs; default: all visible
     watch=None,  # function without arguments, called while workers run
@@ -199,9 +197,9 @@ def run_plan(
                disable=progress if progress is None else not progress)
     with bar:
         for group in assign_gpus(frameworks, visible_gpus() if gpus is None else gpus):
-            started, workers = time.time(), _make_workers(work, group, deadline, keep)
+            started, workers = time.monotonic(), _make_workers(work, group, deadline, keep)
             run_workers(workers, deadline, _Ticker(work, watch, every, bar))
-            seconds[" and ".join(dict.fromkeys(framework for framework, *_ in group))] = time.time() - started
+            seconds[" and ".join(dict.fromkeys(framework for framework, *_ in group))] = time.monotonic() - started
         bar.update(int(work.done().to_numpy().sum()) - bar.n)
     return seconds
 
@@ -238,7 +236,7 @@ def predict(runs: Runs, source: PixelSource | pd.DataFrame | Path | str, tta: in
         FileNotFoundError: a run has no weights.
         RuntimeError: no run could be loaded, or another process is using `out`.
     """
-    end = time.time() + (float("inf") if time_budget is None else time_budget)
+    end = time.monotonic() + (float("inf") if time_budget is None else time_budget)
     work = plan_predictions(runs, source, out, tta, studies)
     both = len(set(map(framework_of, work.runs))) > 1
     keep = Path(scratch or work.out) / "studies"

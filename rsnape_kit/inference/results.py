@@ -159,7 +159,7 @@ def save_result(
     if np.isnan(values).all():
         raise ValueError("the model predicts nothing but NaN; check its weights")
     raw = values.tobytes()
-    atomic_write(Path(folder) / key, raw + zlib.crc32(raw).to_bytes(4, "little"), unique=True)
+    atomic_write(Path(folder) / key, raw + zlib.crc32(raw).to_bytes(4, "little"), unique=True, durable=False)
 
 
 def load_result(folder, key: str, n: int) -> np.ndarray | None:  # float [13 + n]; None: missing or damaged
@@ -176,7 +176,7 @@ def load_result(folder, key: str, n: int) -> np.ndarray | None:  # float [13 + n
 
 def save_failure(folder, key: str, why: str):
     "Record why a study could not be predicted."
-    atomic_write(Path(folder) / f"{key}.failed", why)
+    atomic_write(Path(folder) / f"{key}.failed", why, durable=False)
 
 
 def has_failed(folder, key: str) -> bool:  # folder: of a view's results

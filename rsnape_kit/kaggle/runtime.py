@@ -64,10 +64,10 @@ def is_rerun(kaggle: Path = KAGGLE, environ=os.environ) -> bool:
 
 
 def _session_start() -> float:
-    "Return the unix time at which the first process of this machine or container started."
+    "Return the time.monotonic() at which the first process of this machine or container started."
     ticks = int(Path("/proc/1/stat").read_text().rpartition(")")[2].split()[19])  # field 22, after the name
     uptime = float(Path("/proc/uptime").read_text().split()[0])
-    return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+    return time.monotonic() - uptime + ticks / os.sysconf("SC_CLK_TCK")
 
 # %% ../../nbs/13_kaggle/01_runtime.ipynb #a5e060f2
 def _accelerator(environ, dev=Path("/dev")) -> tuple:
@@ -102,12 +102,12 @@ class Session:
     cores: int
     memory: float  # GiB
     backend: str  # value for KERAS_BACKEND
-    started: float  # unix time at which the session's first process started
+    started: float  # time.monotonic() at which the session's first process started
     limit: float | None  # seconds that the session may run; None: no limit
 
     def left(self) -> float:
         "Return the seconds until the session ends; infinite without a limit."
-        return float("inf") if self.limit is None else self.started + self.limit - time.time()
+        return float("inf") if self.limit is None else self.started + self.limit - time.monotonic()
 
     def __str__(self):
         hours = "no limit" if self.limit is None else f"{self.left() / HOUR:.1f} h left"

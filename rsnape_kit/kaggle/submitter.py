@@ -29,18 +29,25 @@ from ..store.dicom_source import PixelSource
 from ..utils.processes import last_line, worker_environ
 
 # %% ../../nbs/13_kaggle/12_submitter.ipynb #c9d2990c
-_SCAN = "import sys; from rsnape_kit.dicom.slices import scan; scan(sys.argv[1]).to_parquet(sys.argv[2])"
+_SCAN = """import sys
+from rsnape_kit.dicom.slices import scan
+from rsnape_kit.utils.files import atomic_file
+from rsnape_kit.utils.processes import end_with_parent
+end_with_parent()
+with atomic_file(sys.argv[2]) as fresh:
+    scan(sys.argv[1]).to_parquet(fresh)
+"""
 
 
 def scan_in_time(
     folder,  # of DICOM
     out: Path,  # parquet file to make
-    end: float,  # unix time
+    end: float,  # time.monotonic()
 ) -> pd.DataFrame:  # slices table
     "Scan a folder; raise TimeoutError at the deadline."
     try:
         done = subprocess.run([sys.executable, "-c", _SCAN, str(folder), str(out)], env=worker_environ(), capture_output=True,
-                              text=True, timeout=max(0., min(end - time.time(), 1e6)))
+                              text=True, timeout=max(0., min(end - time.monotonic(), 1e6)))
     except subprocess.TimeoutExpired:
         raise TimeoutError(f"the time was up before {folder} was scanned") from None
     if done.returncode:
@@ -85,14 +92,14 @@ def submit(runs: Iterable[Path | str] | Mapping[str, Iterable[Path | str]] | Non
             `problems`, and every id of the sample gets at least the prior.
         OSError: if `out` cannot be written.
     """
-    began = time.time()
+    began = time.monotonic()
     state = _first_version(Path(competition or competition_dir()), ensemble, Path(out))
-    state.seconds["first version"] = time.time() - began
+    state.seconds["first version"] = time.monotonic() - began
     try:
         end = _end(time_budget, began) - 1 - 3 * state.seconds["first version"]
         work = Path(work or (KAGGLE / "temp" / "submit" if KAGGLE.exists() else state.out.parent / "submit-work"))
         models = usable_runs(input_runs() if runs is None else runs, work, state)
-        if models and time.time() < end:
+        if models and time.monotonic() < end:
             source = Path(competition or competition_dir(), "test") if source is None else source
             tta = state.ensemble.views if tta is None else tta
             _improve(state, models, source, end, work, tta, gpus=gpus, every=every, progress=progress)
@@ -105,7 +112,7 @@ def submit(runs: Iterable[Path | str] | Mapping[str, Iterable[Path | str]] | Non
 
 # %% ../../nbs/13_kaggle/12_submitter.ipynb #8c39d116
 def _end(time_budget, began: float) -> float:
-    "Return the unix time at which the submission must be complete."
+    "Return the time.monotonic() at which the submission must be complete."
     if time_budget is not None:
         return began + time_budget
     here = session()
@@ -136,9 +143,9 @@ def _improve(state: SubmissionState, models: dict, source, end: float, work: Pat
 
     with exclusive_folder(work):
         if isinstance(source, str | os.PathLike):
-            began = time.time()
+            began = time.monotonic()
             source = scan_in_time(source, work / "slices.parquet", end)
-            state.seconds["scan"] = time.time() - began
+            state.seconds["scan"] = time.monotonic() - began
         all_runs = plan_predictions(models, source, work, tta, state.test[STUDY].unique() if len(state.test) else None)
         if not len(state.test):  # test.csv is missing or unreadable
             state.test = match_test_set(all_runs.source.table, state.sample)
@@ -168,7 +175,7 @@ def _predict(state: SubmissionState, all_runs, end: float, scratch: Path, **how)
     if end == float("inf"):  # without a deadline the order does not matter, and each framework starts only once
         parts = [[unit for part in parts for unit in part]]
     for k, part in enumerate(parts, 1):
-        if time.time() >= end:
+        if time.monotonic() >= end:
             return
         if k > 1:
             state.try_write(all_runs)

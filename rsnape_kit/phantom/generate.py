@@ -22,6 +22,7 @@ from ..competition.tables import sample_submission, slice_index
 from .dicom_writer import draw_style, hex_id, write_series
 from .heart import rv_lv_ratio
 from .study import DIFFICULTIES, Study, draw_study, exam_labels, image_labels, twin
+from ..utils.files import atomic_write, name_full_disk
 
 # %% ../../nbs/05_phantom/11_generate.ipynb #7e510a1f
 @dataclass(frozen=True)
@@ -86,8 +87,7 @@ def write_study(job: tuple, out: str, cfg: Settings) -> str:  # job: split, inde
         write_series(out / "truth" / "twins" / ids[0] / ids[1], twin(s), style, ids)
         other = dict(twin=exam_labels(twin(s)))
     text = json.dumps(dict(ids=ids, images=image_labels(s).astype(int).tolist(), exam=exam_labels(s), facts=study_facts(s, ids, split), **other))
-    record.with_suffix(".part").write_text(text)
-    record.with_suffix(".part").replace(record)
+    atomic_write(record, text, durable=False)
     return str(record)
 
 # %% ../../nbs/05_phantom/11_generate.ipynb #cc3aec70
@@ -117,7 +117,8 @@ def _begin(out, cfg):
         raise ValueError(f"{out} has a train.csv that make_competition did not write; choose another folder")
     for k in ("truth/studies", "truth/clots", "train", "test"):
         (out / k).mkdir(parents=True, exist_ok=True)
-    kept.write_text(text)
+    if not kept.exists():
+        atomic_write(kept, text)
 
 
 def make_competition(
@@ -154,14 +155,19 @@ def make_competition(
         raise ValueError(f"{studies} training and {test_studies} test studies; make_competition needs at least one of each")
     if difficulty not in DIFFICULTIES:
         raise ValueError(f"unknown difficulty {difficulty!r}; choose one of {', '.join(DIFFICULTIES)}")
-    _begin(out, cfg)
-    jobs = [("train", k) for k in range(studies)] + [("test", k) for k in range(test_studies)]
+    with name_full_disk(out):
+        _begin(out, cfg)
+        jobs = [("train", k) for k in range(studies)] + [("test", k) for k in range(test_studies)]
+        paths = _write_studies(jobs, partial(write_study, out=str(out), cfg=cfg), executor, f"phantom ({difficulty})")
+        write_tables(out, [json.loads(Path(p).read_text()) for p in paths], cfg)
+    return out
+
+
+def _write_studies(jobs: list, write, executor: Executor | None, name: str) -> list:  # paths of the records
+    "Write all studies on an executor."
     pool = executor or ThreadPoolExecutor(os.cpu_count())
     try:
-        done = pool.map(partial(write_study, out=str(out), cfg=cfg), jobs)
-        paths = list(tqdm(done, total=len(jobs), desc=f"phantom ({difficulty})", unit="study"))
+        return list(tqdm(pool.map(write, jobs), total=len(jobs), desc=name, unit="study"))
     finally:
         if executor is None:
             pool.shutdown(cancel_futures=True)
-    write_tables(out, [json.loads(Path(p).read_text()) for p in paths], cfg)
-    return out

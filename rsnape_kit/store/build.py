@@ -269,7 +269,8 @@ def _index(out, paths, meta, table):
         start=0, bytes=0, crc32=0, shard="")
     index = index.sort_values(["StudyInstanceUID", "SeriesInstanceUID", "order"], ignore_index=True, kind="stable")
     columns = ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "path", "problem", "shard"]
-    index.loc[index.problem != "", columns].to_csv(out / "problems.csv", index=False)
+    with atomic_file(out / "problems.csv") as fresh:
+        index.loc[index.problem != "", columns].to_csv(fresh, index=False)
     index.attrs = meta
     with atomic_file(out / INDEX) as fresh:
         index.to_parquet(fresh, compression="zstd", index=False)

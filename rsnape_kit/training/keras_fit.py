@@ -240,9 +240,9 @@ def fit_phases(
     seed: int = 0,  # of dropout; the batches have their own
     steps: int | None = None,  # per epoch; default: all batches
     every: int = 1,  # validate after so many epochs, and after the last
-    deadline: float = math.inf,  # unix time to stop at
+    deadline: float = math.inf,  # time.monotonic() to stop at
     progress: bool = True,  # print a line an epoch and show a bar
-    clock=time.time,  # returns the time in seconds
+    clock=time.monotonic,  # returns the time in seconds
 ) -> list:  # the history, a dict an epoch; the model holds the best weights
     "Train from the last checkpoint to the end of the last phase."
     model.optimizer.build(model.trainable_variables)

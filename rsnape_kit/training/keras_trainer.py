@@ -30,6 +30,7 @@ from ..runs.folder import epochs_done, load_checkpoint
 from ..store.dicom_source import PixelSource
 from .keras_fit import OutOfTime, fit_phases
 from ..transforms.masks import SideMask
+from ..utils.files import atomic_file
 from ..utils.processes import CountedBatches, advance, start_steps
 
 # %% ../../nbs/10_training/02_keras_trainer.ipynb #0035ea2d
@@ -123,7 +124,7 @@ def train_keras(
     folds,  # Folds
     *,
     weights=None,  # path of weights for the backbone
-    deadline: float = math.inf,  # unix time
+    deadline: float = math.inf,  # time.monotonic()
     progress: bool | None = None,  # bars and a line an epoch; default: yes
     backend: str | None = None,  # 'tensorflow' or 'jax'
     devices: int | None = None,  # default: all
@@ -139,7 +140,7 @@ def train_keras(
         resume(config)
         on_device = on_tpu() and config.pixels.jpeg is None if pixels_on_device is None else pixels_on_device
         try:
-            if time.time() > deadline and epochs_done(run) < config.all_epochs:
+            if time.monotonic() > deadline and epochs_done(run) < config.all_epochs:
                 raise OutOfTime("there is no time left")
             _train(run, config, source, truth.select(folds.train(config.fold)), truth.select(folds.valid(config.fold)), weights,
                    deadline, progress is not False, on_device)
@@ -164,5 +165,6 @@ def _train(run, config, source: PixelSource, train_truth, held_out, weights, dea
                ready=lambda batch: weight_targets(config.loss, batch, scale, config.smoothing, config.emphasis),
                seed=config.seed, steps=config.steps, every=config.validate, deadline=deadline, progress=progress)
     if not (run / "oof").exists():
-        shutil.copy2(load_checkpoint(run)[0] / "best.npz", run / "best.npz")
+        with atomic_file(run / "best.npz") as fresh:
+            shutil.copy2(load_checkpoint(run)[0] / "best.npz", fresh)
         predict_batches(network, final).save(run / "oof")

@@ -27,6 +27,7 @@ from ..runs.folder import epochs_done, load_checkpoint, run_weights
 from ..store.dicom_source import PixelSource
 from .keras_fit import OutOfTime, fit_phases
 from .keras_trainer import scores
+from ..utils.files import atomic_file
 from ..utils.manifest import atomic_folder
 from ..utils.processes import start_steps
 
@@ -52,7 +53,7 @@ def train_sequence(
     image_runs,  # folders of image runs that held out the same fold
     features,  # folder for their features
     weights=None,  # must be None: no backbone is trained
-    deadline: float = math.inf,  # unix time
+    deadline: float = math.inf,  # time.monotonic()
     progress: bool | None = None,  # bars and a line an epoch; default: yes
     backend: str | None = None,  # 'tensorflow' or 'jax'
     devices: int | None = None,  # default: all
@@ -104,7 +105,8 @@ def _train_bag(run: Path, config: SequenceConfig, features, table: pd.DataFrame,
     model = fit_sequences(run, config, features, held_out, rest, inner, lambda model: scores(held_out, predict(model), config.loss),
                           deadline, progress)
     if not (run / "oof").exists():
-        shutil.copy2(load_checkpoint(run)[0] / "best.npz", run / "best.npz")
+        with atomic_file(run / "best.npz") as fresh:
+            shutil.copy2(load_checkpoint(run)[0] / "best.npz", fresh)
         predict(model, config.tta + 1).save(run / "oof")
 
 
@@ -116,7 +118,7 @@ def fit_sequences(
     expected: Predictions,  # of other studies: the heads start at their constants
     inner: pd.Series | None,  # inner fold of each study; None: all networks learn from all studies
     validate,  # model -> dict with val_loss
-    deadline: float = math.inf,  # unix time
+    deadline: float = math.inf,  # time.monotonic()
     progress: bool = True,
 ):  # keras.Model with the best weights
     "Fit a bag of networks to the features of some studies."

@@ -51,7 +51,7 @@ class Checkpoint(Hook):
     def __init__(
         self,
         run,  # folder of a run
-        deadline: float = math.inf,  # unix time
+        deadline: float = math.inf,  # time.monotonic()
         writes: bool = True,  # True in one process of a data-parallel run
         progress: bool | None = None,  # show a bar; default: in a terminal
     ):
@@ -130,7 +130,7 @@ class Checkpoint(Hook):
         "End the session before an epoch that, as long as the longest, would end after the deadline."
         from fastai.callback.core import CancelFitException
         longest = max((row["seconds"] for row in self.history), default=0.)
-        late = np.array([float(time.time() + longest > self.deadline)])
+        late = np.array([float(time.monotonic() + longest > self.deadline)])
         add_over_processes(late, device=self.learn.dls.device)  # all processes stop if one is late
         if late[0]:
             if self.writes:

@@ -101,7 +101,7 @@ def train_torch(
     folds,  # Folds
     *,
     weights=None,  # path of torchvision's resnet34 weights, for the CNN of a run that starts here
-    deadline: float = math.inf,  # unix time: stop after an epoch when the next would not fit
+    deadline: float = math.inf,  # time.monotonic(): stop after an epoch when the next would not fit
     progress: bool | None = None,  # bars; default: in a terminal
     device=None,  # default: a GPU if there is one
 ):

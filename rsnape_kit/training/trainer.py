@@ -13,6 +13,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterable
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -34,7 +35,8 @@ from ..runs.config import FitConfig, TrainConfig, default_config
 from ..runs.folder import epochs_done, find_runs, has_begun, load_config, resume_from, run_settings, seal_run
 from ..runs.recipes import BACKBONE_FROM
 from ..store.dicom_source import PixelSource
-from ..utils.files import complete_folder, file_digest
+from ..utils.files import complete_folder, file_digest, name_full_disk
+from ..utils.processes import exclusive
 
 # %% ../../nbs/10_training/07_trainer.ipynb #e4a9a574
 def source_fingerprint(source: PixelSource) -> str:  # 16 hex characters
@@ -190,8 +192,9 @@ def train(model: str, source: PixelSource, fold: int, config: FitConfig | None =
         ValueError: for an unknown model, settings without effect, weights that the network cannot start from, weights or image runs
             that have seen held-out studies, a fold without a positive slice, or a run of this name with other settings.
         FileNotFoundError: if `weights`, or the file that a resumed run started from, does not exist.
+        RuntimeError: another process is training this run.
     """
-    started, framework, config = time.time(), find_model(model).framework, config or default_config(model)
+    started, framework, config = time.monotonic(), find_model(model).framework, config or default_config(model)
     config = replace(config, model=model, fold=fold, tta=config.tta if tta is None else tta, store=source_fingerprint(source),
                      split=folds.fingerprint)
     weights = choose_weights(weights, config, out, earlier)
@@ -212,8 +215,18 @@ def train(model: str, source: PixelSource, fold: int, config: FitConfig | None =
         from rsnape_kit.training.keras_trainer import train_keras as train_model
     run = Path(out) / config.name
     deadline = math.inf if hours is None else started + 3600 * hours
-    train_model(run, config, lambda final: resume_from(run, final, *earlier), source, truth, folds, weights=weights,
-                deadline=deadline, progress=progress, **options)
-    if complete_folder(run / "oof") is not None and os.environ.get("RANK", "0") == "0":
-        seal_run(run)
+    with _only_training(run):
+        train_model(run, config, lambda final: resume_from(run, final, *earlier), source, truth, folds, weights=weights,
+                    deadline=deadline, progress=progress, **options)
+        if complete_folder(run / "oof") is not None and os.environ.get("RANK", "0") == "0":
+            seal_run(run)
     return run
+
+
+@contextmanager
+def _only_training(run: Path):
+    "Raise RuntimeError at once if another process trains a run; of several processes that train it together, the first holds the lock."
+    run.parent.mkdir(parents=True, exist_ok=True)
+    busy = "{} is being trained by another process: wait until it ends or end it, then train again, which resumes"
+    with name_full_disk(run), exclusive(run, busy) if os.environ.get("RANK", "0") == "0" else nullcontext():
+        yield

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from .files import read_json, write_json
+from .files import name_full_disk, read_json, rename, sync, write_json
 
 # %% ../../nbs/00_utils/04_manifest.ipynb #a1fa97ff
 LARGE = 64 << 20  # bytes from which a file has a CRC-32 instead of SHA-256
@@ -68,7 +68,7 @@ def write_manifest(folder: Path | str, kind: str, files: Iterable[str] | dict | 
 
 
 def _mark_unfinished(folder: Path, kind: str):
-    write_json(folder / MANIFEST, {MARK: kind, "format": FORMAT, "files": None})
+    write_json(folder / MANIFEST, {MARK: kind, "format": FORMAT, "files": None}, durable=False)
 
 # %% ../../nbs/00_utils/04_manifest.ipynb #d9def682
 def read_manifest(folder: Path | str, kind: str | None = None) -> dict | None:
@@ -180,18 +180,21 @@ def atomic_folder(
     for path in (folder, fresh, old):
         refuse_foreign(path, kind, earlier)
     shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
     try:
-        _mark_unfinished(fresh, kind)
-        yield fresh
-        _finish(fresh, kind, manifest)
+        with name_full_disk(folder):
+            fresh.mkdir(parents=True)
+            _mark_unfinished(fresh, kind)
+            yield fresh
+            _finish(fresh, kind, manifest)
+            for path in (*fresh.rglob("*"), fresh):
+                sync(path)
+            if folder.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                rename(folder, old)
+            rename(fresh, folder)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-    os.replace(fresh, folder)
     shutil.rmtree(old, ignore_errors=True)
 
 

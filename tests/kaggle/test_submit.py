@@ -162,7 +162,7 @@ def test_without_time_augmented_views_are_left_out_and_a_later_session_adds_them
         return took
 
     monkeypatch.setattr(predict_runs, "run_plan", run_plan)
-    monkeypatch.setattr(submitter, "time", SimpleNamespace(time=lambda: time.time() + sum(late)))
+    monkeypatch.setattr(submitter, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + sum(late)))
     state = submit(runs, ensemble, competition=world.made, out=out, work=work, time_budget=3600, progress=False)
     assert parts == [{(world.keras.name, 0), (world.torch.name, 0)}] and not state.finished and world.valid(out)
     assert state.studies == {"all": 8, "by every model": 6, "by some": 0, "by the prior": 2}

@@ -1,7 +1,7 @@
 """The matrix of faults as data: which input, what is wrong with it, and what the library must do.
 
-A file cases_NAME.py beside this one has a list CASES of Case; test_trust.py runs them all, and the page docs/trust.md lists them.
-Case files import the library within their functions, so that the page is made without loading it.
+A file cases_NAME.py beside this one has a list CASES of Case; test_trust.py runs them all, and the page docs/trust.md
+lists them. Case files import the library within their functions, so that the page is made without loading it.
 """
 import atexit
 import contextlib
@@ -31,8 +31,8 @@ class Outcome:
 
     def __str__(self):
         said = ", ".join(f"`{word}`" for word in self.words)
-        return {"error": f"error that names {said}", "fallback": f"fallback; the message names {said}", "unchanged": "the sound result",
-                "either": "error that names the file, or the sound result"}[self.kind]
+        return {"error": f"error that names {said}", "fallback": f"fallback; the message names {said}",
+                "unchanged": "the sound result", "either": "error that names the file, or the sound result"}[self.kind]
 
 
 def error(exception: type[BaseException], *words: str) -> Outcome:
@@ -46,17 +46,17 @@ def refused(*words: str) -> Outcome:
 
 
 def fallback(*words: str) -> Outcome:
-    "A result in spite of the fault, with a warning or printed line that has all the words. The case returns (result, expected result)."
+    "A result in spite of the fault, and a warning or printed line of all words. The case returns (result, expected)."
     return Outcome("fallback", None, words)
 
 
 def unchanged() -> Outcome:
-    "The same result as without the fault, without a warning. The case returns (result, expected result)."
+    "The same result as without the fault, without a warning. The case returns (result, expected)."
     return Outcome("unchanged")
 
 
 def either() -> Outcome:
-    "For many damaged versions of a file: each is refused or read as if it were sound. The case returns what `survives` does."
+    "For many damaged versions of a file: each is refused or reads as the sound one. The case returns `survives(...)`."
     return Outcome("either")
 
 
@@ -65,7 +65,7 @@ class Case:
     "One fault of one kind of input."
     kind: str  # of input, e.g. 'config.json of a run'
     fault: str  # e.g. 'the model is a path'
-    act: Callable[[Path], object]  # makes the input in an empty folder, the working directory, and uses it as a user would
+    act: Callable[[Path], object]  # makes the input in an empty folder, the working directory, and uses it as users do
     expected: Outcome
     full: bool = False  # only in the full matrix: it takes more than a CPU-second or so
 
@@ -84,8 +84,7 @@ def load_cases() -> list[Case]:
 
 def check(case: Case, folder: Path):
     "Run a case in an empty folder; raise AssertionError if it does not end as expected."
-    out, err, caught = io.StringIO(), io.StringIO(), []
-    raised, result = None, None
+    out, err, raised, result = io.StringIO(), io.StringIO(), None, None
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(folder), \
             warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -101,7 +100,7 @@ def check(case: Case, folder: Path):
         raise AssertionError(f"expected {case.expected}, got {type(raised).__name__}: {raised}") from raised
     if case.expected.kind == "fallback":
         said = [*warned, *out.getvalue().splitlines()]
-        assert any(all(word in line for word in case.expected.words) for line in said), f"not said: {case.expected.words}; said: {said}"
+        assert any(all(word in line for word in case.expected.words) for line in said), (case.expected.words, said)
     else:
         assert not warned, f"expected no warning: {warned}"
     got, wanted = result
@@ -112,18 +111,20 @@ def _check_error(expected: Outcome, raised: BaseException | None, printed: str):
     "Compare an exception, or the message of a command that ended, with the expected one."
     assert raised is not None, f"expected {expected.exception.__name__}, nothing was raised"
     if not isinstance(raised, expected.exception):
-        raise AssertionError(f"expected {expected.exception.__name__}, got {type(raised).__name__}: {raised}") from raised
+        wrong = f"expected {expected.exception.__name__}, got {type(raised).__name__}: {raised}"
+        raise AssertionError(wrong) from raised
     text = str(raised)
     if isinstance(raised, SystemExit):
         assert raised.code not in (None, 0), "the command succeeded"
-        text = raised.code if isinstance(raised.code, str) else (printed.strip().splitlines() or [""])[-1]  # argparse prints its message
+        if not isinstance(raised.code, str):  # argparse prints its message
+            text = (printed.strip().splitlines() or [""])[-1]
     assert "\n" not in text.strip(), f"more than one line: {text!r}"
     missing = [word for word in expected.words if word not in text]
     assert not missing, f"{missing} not in {text!r}"
 
 
 def assert_same(got, wanted):
-    "Raise AssertionError unless two results are equal to the bit: tables, arrays, predictions, containers, anything with ==."
+    "Raise AssertionError unless two results are equal to the bit: tables, arrays, predictions, containers, or by ==."
     import numpy as np
     import pandas as pd
 
@@ -147,7 +148,7 @@ def assert_same(got, wanted):
 
 
 def sound(make: Callable[[Path], object]) -> Callable[[Path], Path]:
-    "Decorate a function that fills a folder with a sound input: it runs once, and each call returns a copy in a given folder."
+    "Decorate a function that fills a folder with a sound input: it runs once; each call returns a copy in some folder."
     kept = []
 
     @wraps(make)
