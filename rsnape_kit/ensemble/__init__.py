@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rsnape_kit.ensemble.calibration import fit_calibration
     from rsnape_kit.ensemble.consistency import fit_positive_share, make_consistent
     from rsnape_kit.ensemble.ensemble import Ensemble, fit_ensemble, fit_preset
+    from rsnape_kit.ensemble.stacking import Stacker, cross_stack, fit_stacker
     from rsnape_kit.ensemble.weight_fitting import blend_oof, fit_weights
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__)

@@ -7,7 +7,7 @@ __all__ = ['MARGIN', 'UNFITTED', 'expected_positive_share', 'expected_cost', 'ma
            'PositiveShareModel', 'fit_positive_share']
 
 # %% ../../nbs/11_ensemble/05_consistency.ipynb #f6e4343e
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,6 @@ from scipy.optimize import minimize
 from scipy.special import expit, logit, rel_entr
 
 from ..competition.labels import EXAM_LABELS, EXAM_WEIGHTS, IMAGE_WEIGHT, NOT_POSITIVE, allowed_combinations
-from ..competition.metric import log_loss
 from ..competition.predictions import Predictions
 from ..competition.submission import PE_LABELS, complete_arrays
 from ..utils.schema import Checked, JSONFile, Natural, NonNegative
@@ -112,36 +111,43 @@ def make_consistent(pred: Predictions, q: "pd.Series | PositiveShareModel | None
     return Predictions(pd.DataFrame(new_exams, pred.exams.index, EXAM_LABELS), pd.Series(new_images, pred.images.index))
 
 # %% ../../nbs/11_ensemble/05_consistency.ipynb #3c3a4cab
-def share_inputs(pred: Predictions) -> tuple:  # image mean and probability of a positive exam, float [studies] each
+def share_inputs(pred: Predictions) -> tuple:  # image mean, probability of a positive exam, float [studies] each; log-odds [studies, 9]
     "Return the inputs of the positive-share model, clipped away from 0 and 1."
+    exams = np.clip(pred.exams[list(EXAM_LABELS)].to_numpy(), 1e-3, 1 - 1e-3)
     positive = 1 - pred.exams[list(NOT_POSITIVE)].sum(axis=1).to_numpy()
-    return np.clip(expected_positive_share(pred), 1e-6, 1 - 1e-6), np.clip(positive, 1e-3, 1)
+    return np.clip(expected_positive_share(pred), 1e-6, 1 - 1e-6), np.clip(positive, 1e-3, 1), logit(exams)
 
 
 @dataclass(frozen=True)
 class PositiveShareModel(JSONFile, Checked):
-    "q = P(positive) ** power * expit(offset + slope * logit(image mean)); increases with both."
+    """q = P(positive) ** power * expit(offset + slope * logit(image mean) + coefficients of the exam labels' log-odds).
+
+    It increases with the image mean, and does not increase with *negative* or *indeterminate*.
+    """
     offset: float
     slope: NonNegative
     power: NonNegative
     studies: Natural = 0  # number of studies it was fitted on
+    exams: dict[str, float] = field(default_factory=dict)  # label -> coefficient; 0 for labels left out, as in files without `exams`
 
     def __call__(self, pred: Predictions) -> pd.Series:  # by study
         "Return the expected share of positive slices of each study."
-        mean, positive = share_inputs(pred)
-        if_positive = expit(self.offset + self.slope * logit(mean))
+        mean, positive, exams = share_inputs(pred)
+        coefficients = np.array([self.exams.get(label, 0.) for label in EXAM_LABELS])
+        if_positive = expit(self.offset + self.slope * logit(mean) + exams @ coefficients)
         return pd.Series(positive**self.power * if_positive, pred.exams.index, name="q")
 
 # %% ../../nbs/11_ensemble/05_consistency.ipynb #4495791a
 UNFITTED = PositiveShareModel(offset=0., slope=1., power=1.)
 
 # %% ../../nbs/11_ensemble/05_consistency.ipynb #b4e4ca4d
-def fit_positive_share(oof: Predictions, truth: Predictions) -> PositiveShareModel:
+def fit_positive_share(oof: Predictions, truth: Predictions, shrinkage: float = 3.) -> PositiveShareModel:
     """Fit the model of each study's expected share of positive slices (q).
 
     Args:
         oof: complete out-of-fold predictions, usually those of the blend (`blend_oof`).
         truth: truth (0 or 1) of at least the studies of `oof`.
+        shrinkage: weight, in studies, of the penalty on the squared coefficients of the exam labels; infinite: none of them is used.
 
     Returns:
         A function of predictions that returns q (0 to 1) by study, for `make_consistent(pred, q)`.
@@ -150,16 +156,23 @@ def fit_positive_share(oof: Predictions, truth: Predictions) -> PositiveShareMod
         ValueError: if no study has a positive slice.
     """
     truth = truth.align(oof)
-    share, (mean, positive) = expected_positive_share(truth), share_inputs(oof)
+    share, (mean, positive, exams) = expected_positive_share(truth), share_inputs(oof)
     if not share.any():
         raise ValueError(f"none of the {len(share)} studies has a positive slice; fitting q needs at least one")
-    x, log_positive = logit(mean), np.log(positive)
+    x, log_positive = np.column_stack([np.ones(len(mean)), logit(mean), exams]), np.log(positive)
+    penalty = np.r_[0, 0, np.full(len(EXAM_LABELS), shrinkage / len(share))]
 
     def loss(parameters):
-        offset, slope, power = parameters
-        q = np.exp(power * log_positive) * expit(offset + slope * x)
-        return (share * log_loss(1, q) + (1 - share) * log_loss(0, q)).mean()
+        power, rest = parameters[0], parameters[1:]
+        if_positive = expit(x @ rest)
+        q = np.clip(positive**power * if_positive, 1e-12, 1 - 1e-12)
+        error = (q - share) / (1 - q) / len(share)
+        value = -(share * np.log(q) + (1 - share) * np.log1p(-q)).mean() + penalty @ rest**2
+        return value, np.r_[error @ log_positive, (error * (1 - if_positive)) @ x + 2 * penalty * rest]
 
-    found = minimize(loss, [0., 1., 1.], method="L-BFGS-B", bounds=[(-10, 10), (0, 10), (0, 10)])
-    offset, slope, power = found.x.tolist()
-    return PositiveShareModel(offset, slope, power, len(share))
+    signs = [(-10, 0) if label in NOT_POSITIVE else (-10, 10) for label in EXAM_LABELS]
+    if not np.isfinite(shrinkage):
+        penalty, signs = np.zeros(len(penalty)), [(0, 0)] * len(EXAM_LABELS)
+    found = minimize(loss, [1., 0., 1., *np.zeros(len(EXAM_LABELS))], jac=True, method="L-BFGS-B", bounds=[(0, 10), (-10, 10), (0, 10), *signs])
+    power, offset, slope, *coefficients = found.x.tolist()
+    return PositiveShareModel(offset, slope, power, len(share), dict(zip(EXAM_LABELS, coefficients)) if np.isfinite(shrinkage) else {})

@@ -14,11 +14,11 @@ from pathlib import Path
 import pandas as pd
 
 from ..competition.folds import Folds
-from ..competition.labels import SLICE, STUDY
+from ..competition.labels import STUDY
 from ..competition.metric import competition_loss, loss_table
 from ..competition.predictions import Predictions
 from ..competition.priors import best_constants, constant_prior, position_curve
-from ..competition.tables import locate, slice_index
+from ..competition.tables import slice_rows
 from .blending import LABELS, MEAN, TRAIN_MEANS, BlendWeights, blend, preset_weights
 from .calibration import Calibration, calibrate, cross_calibrate, fit_calibration, fit_scaling
 from .consistency import UNFITTED, PositiveShareModel, fit_positive_share, make_consistent
@@ -155,7 +155,7 @@ def _with_mean(weights: BlendWeights, oofs: dict, truth: Predictions, folds, sli
         return oofs
     like, nothing = next(iter(oofs.values())), dict.fromkeys(LABELS, ())
     index = like.images.index
-    rows = index.to_frame(index=False) if slices is None else _rows_of(slices, index)
+    rows = index.to_frame(index=False) if slices is None else slice_rows(slices, index)
 
     def fit(_, truth):
         return BlendWeights((), nothing, **fit_prior(truth, None if slices is None else rows))
@@ -164,15 +164,6 @@ def _with_mean(weights: BlendWeights, oofs: dict, truth: Predictions, folds, sli
         return blend({}, fitted, rows[rows[STUDY].isin(next(iter(some.values())).exams.index)])
 
     return {MEAN: cross_fit(oofs, truth.align(like), fit, apply, folds), **oofs}
-
-
-def _rows_of(slices: pd.DataFrame, index: pd.MultiIndex) -> pd.DataFrame:
-    "The row of each slice; raise ValueError if one is missing."
-    slices = slices.drop_duplicates([STUDY, SLICE])
-    at = locate(slice_index(slices), index)
-    if (at < 0).any():
-        raise ValueError(f"slice {index[int(at.argmin())]} of the OOF predictions is not in the slices table; give all of their slices")
-    return slices.iloc[at].reset_index(drop=True)
 
 
 def fit_preset(name: str, oofs: dict[str, Predictions], truth: Predictions, folds: Folds | pd.Series | None = None,
@@ -194,7 +185,7 @@ def fit_preset(name: str, oofs: dict[str, Predictions], truth: Predictions, fold
     """
     like = next(iter(oofs.values()))
     truth = truth.align(like)
-    rows = None if slices is None else _rows_of(slices, like.images.index)
+    rows = None if slices is None else slice_rows(slices, like.images.index)
     weights = replace(preset_weights(name, list(oofs)), **fit_prior(truth, rows))
     members, blended = oof_blend(Ensemble(weights), oofs, truth, folds, slices)
     q = fit_positive_share(blended, truth)

@@ -26,27 +26,16 @@ from .results import index_studies
 from ..models.registry import find_model
 from ..runs.config import SequenceConfig
 from ..runs.folder import run_settings, run_weights
-from ..store.dicom_source import PixelSource
+from ..store.dicom_source import PixelSource, RowSubset
 from ..utils.files import file_digest, validate_name, write_json
 from ..utils.processes import exclusive
 
-# %% ../../nbs/09_inference/08_features.ipynb #11716f6c
-class _Part:
-    "Pixel source of some rows of another."
-
-    def __init__(self, source: PixelSource, rows: np.ndarray):
-        self.source, self.rows, self.size = source, rows, source.size
-        self.table = source.table.iloc[rows].reset_index(drop=True)
-        if hasattr(source, "read"):
-            self.read = lambda rows, out=None: source.read(self.rows[rows], out)
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, rows):
-        return self.source[self.rows[rows]]
-
 # %% ../../nbs/09_inference/08_features.ipynb #537136b0
+_WITHOUT = {"volume": "it reads studies as volumes and has no vector of a slice by itself",
+            "groups": "its slices get their logits after the transformer, from vectors of groups, and PyTorch has a process of its own",
+            "sequence": "it reads features, and has none of its own"}
+
+
 class FeatureExtractor:
     """The network of an image run, which gives the features of studies.
 
@@ -59,8 +48,8 @@ class FeatureExtractor:
     def __init__(self, run: Path | str, batch: int = 64, devices: int = 1):
         kind = find_model(run_settings(run)["model"]).kind
         if kind != "image":
-            raise ValueError(f"{run} is a run of {run_settings(run)['model']}, a model of kind {kind!r}: features come from models of kind "
-                             "'image'")
+            raise ValueError(f"{run} is a run of {run_settings(run)['model']}, a model of kind {kind!r}: {_WITHOUT[kind]}. Features come "
+                             "from models of kind 'image'; take a run of efficientnet, or of your own model of this kind")
         self.config, self.model = load_run(run)
         self.network, self.batch = with_features(self.model), -(-min(batch, self.config.batch) // devices) * devices
         self.size, self.asked, self.kept = self.network.output["features"].shape[-1], None, {}
@@ -78,7 +67,7 @@ class FeatureExtractor:
         return [StudyFeatures(study, names[at], z[at], features[:, at], logits[:, at]) for study, at in zip(rows, own)]
 
     def _compute(self, source, rows: dict, views) -> dict:  # view -> float16 [n, F], float32 [n]
-        part, found = _Part(source, np.concatenate(list(rows.values()))), {}
+        part, found = RowSubset(source, np.concatenate(list(rows.values()))), {}
         for view, batches in zip(views, make_views(self.config, part, None, views, batch=self.batch)):
             features, logits = found[view] = np.empty((len(part), self.size), np.float16), np.empty(len(part), np.float32)
             for i, p in predict_all(self.network, batches):

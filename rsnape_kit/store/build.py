@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ..competition.labels import AUX_LABELS, EXAM_LABELS, IMAGE_LABEL, SLICE, STUDY
 from ..dicom.series import FILLED
 from ..dicom.slices import list_files, scan
-from .dicom_source import DicomSource, PixelSource, RowIndexing, StoreInput, output_array
+from .dicom_source import DicomSource, PixelSource, RowSubset, StoreInput
 from .slice_store import INDEX, KIND, read_end, read_footer, read_index, slices_in, write_shard
 from .tfrecords import is_tfrecord, read_tfrecords
 from ..utils.files import atomic_file
@@ -119,24 +119,12 @@ def open_source(*paths: str | os.PathLike, size: int = 256, keep_padding: bool =
     return DicomSource(table, size, lowest=-8192 if keep_padding else -1024, max_unreadable=max_unreadable)
 
 # %% ../../nbs/03_store/06_build.ipynb #p5bd0004
-class _Rows(RowIndexing):
+class _Rows(RowSubset):
     "Some rows of a pixel source that has no `read` and `take`, with the columns that a store needs."
     def __init__(self, source, rows):
-        self.source, self.rows, self.size = source, np.asarray(rows), source.size
-        self.lowest = getattr(source, "lowest", -1024)
-        table = source.table.iloc[rows].reset_index(drop=True)
+        super().__init__(source, rows)
         missing = {"SeriesInstanceUID": "", "path": "", "problem": "", "exact": True}
-        self.table = table.assign(**{name: value for name, value in missing.items() if name not in table})
-
-    def read(self, rows, out=None):
-        "Return int16 [n, S, S] in HU x 4 for ints [n]."
-        out = output_array(len(rows), self.size, out)
-        out[:] = self.source[self.rows[rows]]
-        return out
-
-    def take(self, rows):
-        "Return a source of the given rows only."
-        return _Rows(self.source, self.rows[rows])
+        self.table = self.table.assign(**{name: value for name, value in missing.items() if name not in self.table})
 
 def _as_input(source, size, keep_padding, max_unreadable):
     "Any argument of `build_store` as a source with `read` and `take`."

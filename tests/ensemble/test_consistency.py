@@ -192,16 +192,52 @@ def test_expected_cost_is_the_mean_of_realised_costs():
     assert expected == pytest.approx(realised, rel=1e-9)
 
 
-def test_fit_positive_share_recovers_the_parameters():
-    rng = np.random.default_rng(3)
-    law, studies, slices = PositiveShareModel(offset=-.4, slope=.8, power=1.3), 400, 500
-    index = regular(studies, slices)
+def shares(law: PositiveShareModel, studies=400, slices=500, seed=3, vary=()):
+    "Random images, *negative* and labels `vary`, and a truth whose share of positive slices follows the law."
+    rng, index = np.random.default_rng(seed), regular(studies, slices)
     exams = pd.DataFrame(.1, index.levels[0], EXAM_LABELS)
     exams["negative_exam_for_pe"], exams["indeterminate"] = rng.uniform(0, .95, studies), .01
-    images = np.repeat(rng.uniform(.02, .6, studies), slices)
-    oof = Predictions(exams, pd.Series(images, index))
+    for label in vary:
+        exams[label] = rng.uniform(.02, .98, studies)
+    oof = Predictions(exams, pd.Series(np.repeat(rng.uniform(.02, .6, studies), slices), index))
     count = np.rint(law(oof).to_numpy() * slices).astype(int)
     shown = np.tile(np.arange(slices), studies) < np.repeat(count, slices)
-    truth = Predictions(exams * 0, pd.Series(shown * 1., index))
-    found = fit_positive_share(oof, truth)
+    return oof, Predictions(exams * 0, pd.Series(shown * 1., index))
+
+
+def test_fit_positive_share_recovers_the_parameters():
+    found = fit_positive_share(*shares(PositiveShareModel(offset=-.4, slope=.8, power=1.3)), shrinkage=np.inf)
     assert [found.offset, found.slope, found.power] == pytest.approx([-.4, .8, 1.3], abs=.03)
+    assert not found.exams
+
+
+def test_fit_positive_share_recovers_what_the_exam_labels_tell():
+    law = PositiveShareModel(-.4, .8, 1.3, exams={"rv_lv_ratio_gte_1": .6, "rv_lv_ratio_lt_1": -.4})
+    oof, truth = shares(law, vary=(*PE[:2], "chronic_pe"))
+    found = fit_positive_share(oof, truth, shrinkage=.01)
+    assert [found.exams[label] for label in PE[:2]] == pytest.approx([.6, -.4], abs=.05)
+    assert found.exams["chronic_pe"] == pytest.approx(0, abs=.05)
+    np.testing.assert_allclose(found(oof), law(oof), atol=.01)
+    shrunk = fit_positive_share(oof, truth, shrinkage=1000).exams
+    assert all(abs(shrunk[label]) < abs(found.exams[label]) for label in PE[:2])
+
+
+def test_q_never_rises_with_negative_or_indeterminate_whatever_it_was_fitted_on():
+    contrary = PositiveShareModel(-.4, .8, 0., exams={"negative_exam_for_pe": .7})  # more where the exam is negative
+    oof, truth = shares(contrary)
+    fitted = fit_positive_share(oof, truth)
+    before = fitted(oof)
+    for label in ("negative_exam_for_pe", "indeterminate"):
+        assert fitted.exams[label] <= 0
+        raised = Predictions(oof.exams.assign(**{label: np.minimum(oof.exams[label] + .04, 1)}), oof.images)
+        assert (fitted(raised) <= before + 1e-12).all()
+    assert (fitted(Predictions(oof.exams, oof.images + .1)) >= before - 1e-12).all()
+
+
+def test_positive_share_models_without_exam_coefficients_load(tmp_path):
+    (tmp_path / "q.json").write_text('{"offset": -0.5, "slope": 0.9, "power": 1.2, "studies": 7}')
+    oof, _ = shares(PositiveShareModel(0., 1., 1.), studies=5)
+    mean = oof.images.groupby(level=0).mean()
+    positive = 1 - oof.exams["negative_exam_for_pe"] - oof.exams["indeterminate"]
+    expected = positive**1.2 / (1 + np.exp(.5 - .9 * np.log(mean / (1 - mean))))
+    np.testing.assert_allclose(PositiveShareModel.load(tmp_path / "q.json")(oof), expected[oof.exams.index], rtol=1e-9)

@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from small_runs import keras_run
+from small_runs import keras_run, torch_run
 
 from rsnape_kit.competition.labels import SLICE, STUDY
 from rsnape_kit.inference import features as module
@@ -135,8 +135,10 @@ def test_features_of_other_weights_or_slices_are_never_taken(world, whole, tmp_p
 
 
 def test_runs_of_other_models_are_refused(tmp_path, world):
-    with pytest.raises(ValueError, match="resnet3d, a model of kind 'volume': features come from models"):
+    with pytest.raises(ValueError, match="resnet3d, a model of kind 'volume': it reads .* take a run of efficientnet"):
         compute_features(keras_run(tmp_path, "resnet3d"), world[0], tmp_path / "f")
+    with pytest.raises(ValueError, match="petaformer, a model of kind 'groups': its slices get their logits after"):
+        compute_features(torch_run(tmp_path), world[0], tmp_path / "f")
     assert not (tmp_path / "f" / "features.json").exists()
 
 

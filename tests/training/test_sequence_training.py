@@ -107,8 +107,8 @@ rng = np.random.default_rng(0)
 some = [StudyFeatures(str(n), np.arange(n).astype(str), 2. * np.arange(n), rng.normal(size=(1, n, 5)).astype("float16"),
                       rng.normal(size=(1, n)).astype("float32")) for n in (3, 10)]
 found = {}
-for kind in ("gru", "transformer"):
-    model = sequence(5, kind, units=4, heads=2)
+for kind, head in (("gru", "independent"), ("transformer", "hierarchy")):
+    model = sequence(5, kind, units=4, heads=2, head=head)
     for v in model.trainable_variables:
         v.assign(rng.normal(0, .4, v.shape))
     found[kind] = {head: np.asarray(p).astype(float).tolist() for head, p in model(pad_studies(some)).items()}
