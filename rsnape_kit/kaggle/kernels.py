@@ -18,6 +18,7 @@ from .dataset import BUNDLES, OWNER, read_json
 from .preflight import KERNEL, slug_of
 from .runtime import COMPETITION
 from .static_check import parse
+from ..runs.recipes import IMAGE_RUN_FROM
 
 # %% ../../nbs/13_kaggle/06_kernels.ipynb #1f90643f
 PARTS, FOLDS = 8, 5  # parts of the store, at most 18 GB each; folds of the studies
@@ -33,7 +34,7 @@ class Kernel:
     models: dict = field(default_factory=dict)  # model -> its accelerator; one kernel per model and fold
 
 
-TRAINED_ON = {"efficientnet": "tpu", "resnet3d": "tpu", "efficientnet3d": "tpu", "petaformer": "gpu"}
+TRAINED_ON = {"efficientnet": "tpu", "resnet3d": "tpu", "efficientnet3d": "tpu", "petaformer": "gpu", "sequence": "gpu"}
 KERNELS = {  # name of the notebook -> kernel
     "submit": Kernel("rsnape-kit submit", "gpu"),
     "prepare": Kernel("rsnape-kit prepare"),
@@ -65,6 +66,10 @@ def kernel_metadata(
     kernel, title = KERNELS[name], _title(name, variant)
     accelerator = kernel.models.get(variant.partition(" ")[0], kernel.accelerator)
     reads = ("blend", "train") if trained and name == "submit" else kernel.reads
+    sources = [_title(read, copy) for read in reads for copy in copies(read, folds)]
+    model, _, fold = variant.partition(" ")
+    if model in IMAGE_RUN_FROM:  # its features come from the image model's run of the same fold
+        sources.append(_title(name, f"{IMAGE_RUN_FROM[model]} {fold}"))
     shape = {"machine_shape": SHAPE[accelerator]} if accelerator in SHAPE else {}
     itself = [f"{owner}/{slug_of(title)}"] if resume and name in ("prepare", "train") else []
     return {
@@ -72,7 +77,7 @@ def kernel_metadata(
         "kernel_type": "notebook", "is_private": True, "enable_gpu": accelerator == "gpu",
         "enable_tpu": accelerator == "tpu", "enable_internet": False, **shape,
         "dataset_sources": [f"{owner}/{BUNDLES['tpu' if accelerator == 'tpu' else 'gpu']}"], "competition_sources": [COMPETITION],
-        "kernel_sources": [f"{owner}/{slug_of(_title(read, copy))}" for read in reads for copy in copies(read, folds)] + itself,
+        "kernel_sources": [f"{owner}/{slug_of(source)}" for source in sources] + itself,
         "model_sources": [],
     }
 

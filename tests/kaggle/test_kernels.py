@@ -89,7 +89,7 @@ def source(name, **values):
 
 def test_every_copy_of_a_kernel_has_its_own_parameters():
     every = [(name, values) for name in KERNELS for values in copies(name, 2).values() if values]
-    assert len(every) == 8 + 2 * 4
+    assert len(every) == 8 + 2 * 5
     others = {"SEED": 7, "RECIPE": "demo"}, {"MODEL": "petaformer", "SETTINGS": ["batch=2"]}
     for name, values in [*every, *(("train", values) for values in others)]:
         code = source(name, **values)
