@@ -23,6 +23,7 @@ def read_changed(folder: Path, **settings):
 
     path = run(folder) / "config.json"
     content = json.loads(path.read_text())
+    del content["checksum"]  # as in a file that was edited by hand
     path.write_text(json.dumps(content | {"settings": content["settings"] | settings}))
     run_settings(path.parent)
 

@@ -17,7 +17,7 @@ from matrix import FULL, assert_same
 
 from rsnape_kit.competition.labels import AUX_LABELS, EXAM_LABELS, SLICE, STUDY
 from rsnape_kit.competition.predictions import Predictions
-from rsnape_kit.inference.features import INDEX, META, FeatureStore
+from rsnape_kit.data.feature_store import INDEX, META, FeatureStore
 from rsnape_kit.inference.results import load_result, save_result
 from rsnape_kit.models.keras_backend import read_arrays
 from rsnape_kit.models.weight_files import read_torch
