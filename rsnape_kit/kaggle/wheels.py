@@ -207,11 +207,11 @@ ARCHIVES = (".zip", ".gz", ".tar", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".whl")
 UNWANTED = {"tests", "test", "test_files", "__pycache__"}
 
 
-def _place(member: str) -> str | None:
+def _place(member: str, wheel: str) -> str | None:  # wheel: name for the error
     "Return where a wheel's member goes below the folder of packages; None if it is left out. Raise ValueError if it would leave it."
     parts = PurePosixPath(member).parts
     if not parts or parts[0] == "/" or ".." in parts or "\\" in member or "\0" in member or ":" in parts[0]:
-        raise ValueError(f"the member {member!r:.100} would leave the folder of packages: take the wheel from its publisher again")
+        raise ValueError(f"{wheel}: the member {member!r:.100} would leave the folder of packages: take the wheel from its publisher again")
     if parts[0].endswith(".data"):
         if len(parts) < 3 or parts[1] not in ("purelib", "platlib"):
             return None
@@ -225,7 +225,7 @@ def unpack(wheels, site: Path):  # site: a folder for sys.path
     "Unpack wheels into a folder of importable packages."
     for wheel in wheels:
         with zipfile.ZipFile(wheel.path) as archive:
-            places = {member: _place(member.filename) for member in archive.infolist() if not member.is_dir()}
+            places = {member: _place(member.filename, wheel.path.name) for member in archive.infolist() if not member.is_dir()}
             if links := [member.filename for member in places if stat.S_ISLNK(member.external_attr >> 16)]:
                 raise ValueError(f"{wheel.path.name} contains the link {links[0]}: take the wheel from its publisher again")
             for member, place in places.items():

@@ -9,23 +9,19 @@ __all__ = ['HDF5', 'PYTORCH', 'TAR', 'SAFETENSORS', 'NUMPY', 'file_kind', 'check
 import io
 import math
 import pickle
-import struct
 import zipfile
-import zlib
 from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
+
+from ..utils.archives import ARCHIVE_ERRORS
 
 # %% ../../nbs/07_models/04_weight_files.ipynb #d5c61fbe
 HDF5, PYTORCH, TAR, SAFETENSORS, NUMPY = "HDF5", "PyTorch", "PyTorch's first (tar) format", "safetensors", "NumPy"
 _LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # a pickled number, with which torch.save began until 1.6
 _STARTS = {b"\x89HDF\r\n\x1a\n": HDF5, _LEGACY: PYTORCH, b"\x80": "a pickle that torch.save did not write",
            b"<": "an HTML page", b"version https://git-lfs": "a Git LFS pointer instead of the file"}
-
-
-_DAMAGED = (EOFError, KeyError, zipfile.BadZipFile, TypeError, AttributeError, IndexError, ValueError, OSError, RuntimeError, OverflowError,
-            MemoryError, zlib.error, struct.error)  # what reading a damaged file of weights can raise
 
 
 def file_kind(path: Path | str) -> str:
@@ -43,7 +39,7 @@ def file_kind(path: Path | str) -> str:
 def _zip_kind(path) -> str:
     try:
         names = zipfile.ZipFile(path).namelist()
-    except _DAMAGED:
+    except ARCHIVE_ERRORS:
         return "a truncated zip archive"
     if any(name.endswith("/data.pkl") for name in names):
         return PYTORCH
@@ -150,7 +146,7 @@ def read_torch(path: Path | str) -> dict:  # name -> array
         if "truncated" not in str(error):
             raise ValueError(f"{path} holds the object {error}, which could run code: only tensors are loaded; {fix}") from error
         raise ValueError(f"{path} is truncated ({error}); copy or fetch it again") from error
-    except _DAMAGED as error:
+    except ARCHIVE_ERRORS as error:
         raise ValueError(f"{path} is truncated or damaged ({error!r}); copy or fetch it again") from error
     if not isinstance(state, dict) or not all(isinstance(value, np.ndarray) for value in state.values()):
         raise ValueError(f"{path} is no dictionary of tensors; {fix}")
