@@ -50,7 +50,7 @@ class SliceWarmup(Checked):
     "Steps on single slices before a network for studies is trained on studies."
     steps: Count = 350
     batch: Count = 64  # slices, half of them with an embolus
-    lr: Positive = 3e-3  # highest rate
+    lr: NonNegative = 3e-3  # highest rate
 
     def rate(self, step: int) -> float:
         "Return the learning rate of a step: up for a fifth of the steps, then down along half a cosine."
