@@ -70,9 +70,12 @@ def test_a_slice_is_joined_with_its_differences_to_the_neighbours():
 @pytest.mark.parametrize("head", HEADS)
 def test_an_untrained_network_gives_the_first_stage_and_the_expected_exams(head):
     one, expected = study(9), best_constants(simulate_truth(400, slices=(3, 4, 5)))[0].to_numpy()
-    p = sequence(F, head=head, expect_exam=expected)(pad_studies([one]))
+    network = sequence(F, head=head, expect_exam=expected)
+    kernel = next(weight for weight in network.weights if "exam" in weight.path and weight.path.endswith("kernel"))
+    kernel.assign(np.zeros(kernel.shape))  # it begins with small random numbers
+    p = network(pad_studies([one]))
     np.testing.assert_allclose(np.asarray(p["images"])[0, :9], sigmoid(one.logits[0]), atol=1e-6)
-    np.testing.assert_allclose(np.asarray(p["exams"])[0], expected, atol=.02)
+    np.testing.assert_allclose(np.asarray(p["exams"])[0], expected, atol=2e-3)
 
 
 def answers() -> list:
