@@ -37,7 +37,7 @@ def name_full_disk(
         of_system = isinstance(error, OSError) and error.errno in NO_SPACE
         if isinstance(error, DiskFullError) or not (of_system or _TORCH.search(str(error))):
             raise
-        number, why = (error.errno, error.strerror) if of_system else (errno.ENOSPC, str(error).splitlines()[0])
+        number, why = (error.errno, error.strerror) if of_system else (errno.ENOSPC, os.strerror(errno.ENOSPC))
         raise DiskFullError(number, f"{path} cannot be written ({why}): {_space(Path(path))}; free space there and run the same "
                                     "command again, which keeps what is finished") from error
 

@@ -80,14 +80,14 @@ with warm.workers_in_forks():
 DEMO = """
 from rsnape_kit.demo import DemoSettings, demo
 with warm.workers_in_forks():
-    demo({folder}, DemoSettings(8, 2, 8, 256, recipe="quick", models=("petaformer",)), at_once=1)
+    demo({folder}, DemoSettings(24, 3, 12, 128, recipe="quick", models=("petaformer",)), at_once=1)
 """
 
 
 def trained(folder: Path):
     run, = (folder / "runs").iterdir()
     history = pd.read_csv(run / "history.csv", float_precision="round_trip")
-    return Predictions.load(run / "oof"), history.drop(columns="seconds", errors="ignore")
+    return Predictions.load(run / "oof"), history.drop(columns=["seconds", "cpu_seconds"])
 
 
 def features(folder: Path):
