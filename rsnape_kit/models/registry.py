@@ -164,7 +164,8 @@ def build_model(config, truth: Predictions | None = None, weights: Path | str | 
     entry.check_network(arguments)
     arguments = {name: value for name, value in offered.items() if entry.accepts(name)} | arguments
     if entry.kind == "sequence":
-        model = bag([entry.build(**arguments) for _ in range(config.inner)], config.features)
+        model = (entry.build(**arguments, networks=config.inner) if entry.accepts("networks") else
+                 bag([entry.build(**arguments) for _ in range(config.inner)], config.features))
     else:
         model = entry.build(**arguments)
     if entry.framework == "keras":

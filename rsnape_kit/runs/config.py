@@ -245,7 +245,7 @@ class SequenceConfig(FitConfig):
         views: views of the features to train on: the plain one and `views - 1` random affine transforms.
         reverse: read studies from head to feet too, half of the time in training; predictions are averaged over both directions.
         validate: epochs between two validations; 0: only after the last, so that no epoch is chosen by its score.
-        weight_decay, clip: weight decay of AdamW; largest norm of the gradient of each weight by itself, None: no clipping.
+        weight_decay, clip: weight decay of AdamW; largest norm of the gradient of each weight, None for `sequence`.
         features, image_runs: length of a slice's vector; name and hash of the weights of each image run. Filled in by `train`.
     """
     model: str = "sequence"
@@ -283,18 +283,18 @@ def check_config(config: FitConfig):
     "Raise ValueError for settings that have no effect for the model, or that it cannot be trained with."
     kind, loss = config.entry.kind, config.loss
     if not isinstance(config, expected := config_class(config.model)):
-        raise ValueError(f"{config.model} is trained with {config.entry.framework}: its settings are a "
-                         f"{expected.__name__}, not a {type(config).__name__}")
+        raise ValueError(f"{config.model}: its settings are a {expected.__name__}, not a {type(config).__name__}")
     config.entry.check_network(config.network)
     idle = {"balanced": kind == "volume" and config.balanced and loss == "bce",
             "emphasis": kind == "image" and config.emphasis != 1,
             "slice_warmup": kind == "image" and config.slice_warmup is not None}
     for name in (name for name, no_effect in idle.items() if no_effect):
         raise ValueError(f"{name}={getattr(config, name)!r} has no effect for {config.model} with loss={loss!r}: leave it out")
+    if kind == "sequence" and config.clip and config.entry.accepts("networks"):
+        raise ValueError(f"clip={config.clip} would make the networks of the bag depend on each other: leave it out")
     if kind == "groups" and any(phase.from_best for phase in config.phases[1:]):
         raise ValueError(f"{config.model} goes on from the last weights: set from_best=False in all phases after the first")
     if kind == "groups" and len(config.pixels.windows) != 1:
         raise ValueError(f"{config.model} takes one window, pixels.windows has {len(config.pixels.windows)}")
     if kind == "volume" and resolve_precision(config.precision) == "bfloat16" and not jit():
-        raise ValueError("precision='bfloat16': TensorFlow on a CPU computes 3-D convolutions in bfloat16 wrongly; "
-                         "train with precision='float32' there, or with backend='jax'")
+        raise ValueError("TensorFlow on a CPU computes 3-D convolutions in bfloat16 wrongly: set precision='float32' or backend='jax'")

@@ -8,9 +8,10 @@ from rsnape_kit.competition.labels import EXAM_LABELS, allowed_combinations
 from rsnape_kit.competition.priors import best_constants
 from rsnape_kit.data.sequences import StudyFeatures, pad_studies, padded_length
 from rsnape_kit.models.keras_backend import import_keras
+from rsnape_kit.models.losses import weighted_bce
 from rsnape_kit.models.registry import build_model, compile_model
 from rsnape_kit.models.sequence import HEADS, KINDS, expected_logits, sequence
-from rsnape_kit.runs.config import SequenceConfig
+from rsnape_kit.runs.config import SequenceConfig, check_config
 from rsnape_kit.testing import simulate_truth
 
 F = 5
@@ -27,7 +28,7 @@ def network(kind, **settings):
     model = sequence(F, kind, units=4, heads=2, **settings)
     rng = np.random.default_rng(1)
     for v in model.trainable_variables:
-        if v.path.endswith(("correction/kernel", "exams/kernel", "exam_logits/kernel", "bias")):
+        if v.path.endswith(("correction/kernel", "exam_logits/kernel", "bias")):
             v.assign(rng.normal(0, .5, v.shape))
     return model
 
@@ -36,35 +37,89 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def gru(x, kernel, recurrent, bias):
+def gru(given, kernel, bias):
     "One direction of a GRU, step by step: the formulae of Cho et al. 2014, reset after the matrix product."
-    h, out, units = np.zeros(recurrent.shape[0]), [], recurrent.shape[0]
-    for step in x:
-        a, b = step @ kernel + bias[0], h @ recurrent + bias[1]
+    h, out, units = np.zeros(len(kernel)), [], len(kernel)
+    for a in given:
+        b = h @ kernel + bias
         z, r = (sigmoid(a[k * units:(k + 1) * units] + b[k * units:(k + 1) * units]) for k in (0, 1))
         h = z * h + (1 - z) * np.tanh(a[2 * units:] + r * b[2 * units:])
         out.append(h)
     return np.array(out)
 
 
-def test_slices_are_read_in_both_directions_as_in_numpy_and_padding_is_skipped():
-    keras, model = import_keras(), network("gru")
-    inner = keras.Model(model.input, [model.get_layer("inputs").output, model.get_layer("read").output])
+def lstm(given, kernel, bias):
+    "One direction of an LSTM, step by step: the formulae of Gers et al. 2000, the forget gate's bias raised by 1."
+    h, c, out, units = np.zeros(len(kernel)), np.zeros(len(kernel)), [], len(kernel)
+    for a in given:
+        i, f, new, o = np.split(a + h @ kernel + bias, 4)
+        c = sigmoid(f + 1) * c + sigmoid(i) * np.tanh(new)
+        h = sigmoid(o) * np.tanh(c)
+        out.append(h)
+    return np.array(out)
+
+
+@pytest.mark.parametrize("kind, slow", [("gru", gru), ("lstm", lstm)])
+def test_slices_are_read_in_both_directions_as_in_numpy_and_padding_is_skipped(kind, slow):
+    keras, model = import_keras(), network(kind, networks=3)
+    inner = keras.Model(model.input, [model.get_layer(name).output for name in ("gates0", f"{kind}0")])
     some = [study(5), study(11)]
-    x, h = (np.asarray(each, float) for each in inner(pad_studies(some)))
-    weights = [np.asarray(w, float) for w in model.get_layer("gru0").get_weights()]
-    for i, n in enumerate(map(len, some)):
-        expected = np.concatenate([gru(x[i, :n], *weights[:3]), gru(x[i, :n][::-1], *weights[3:])[::-1]], 1)
-        np.testing.assert_allclose(h[i, :n], expected, atol=2e-6)
+    given, h = (np.asarray(each, float) for each in inner(pad_studies(some)))
+    kernel, bias = (np.asarray(w, float) for w in model.get_layer(f"{kind}0").get_weights())
+    for (i, n), net in product(enumerate(map(len, some)), range(3)):
+        up, down = np.split(given[i, net, :n], 2, axis=1)
+        expected = [slow(up, kernel[net], bias[net]), slow(down[::-1], kernel[3 + net], bias[3 + net])[::-1]]
+        np.testing.assert_allclose(h[i, net, :n], np.concatenate(expected, 1), atol=2e-6)
+
+
+def test_attention_is_the_mean_of_all_real_slices_by_their_likeness_to_each():
+    keras, model = import_keras(), network("transformer", networks=2)
+    parts = ["attention0_query", "attention0_key", "attention0_value", "attention0_out"]
+    inner = keras.Model(model.input, [model.get_layer(name).output for name in parts])
+    some = [study(5), study(11)]
+    q, k, v, out = (np.asarray(each, float) for each in inner(pad_studies(some)))
+    kernel, bias = (np.asarray(w, float) for w in model.get_layer("attention0_out").get_weights())
+    for (i, n), net in product(enumerate(map(len, some)), range(2)):
+        for t in range(n):
+            heads = []
+            for at in (slice(0, 4), slice(4, 8)):  # two heads of four numbers
+                likeness = np.exp([q[i, net, t, at] @ k[i, net, s, at] / 2 for s in range(n)])
+                heads.append(likeness / likeness.sum() @ v[i, net, :n, at])
+            np.testing.assert_allclose(out[i, net, t], np.concatenate(heads) @ kernel[net] + bias[net].ravel(), atol=2e-6)
 
 
 def test_a_slice_is_joined_with_its_differences_to_the_neighbours():
-    keras, model, one = import_keras(), sequence(F), study(7)
-    found = np.asarray(keras.Model(model.input, model.get_layer("neighbours").output)(pad_studies([one])))[0]
-    x = one.features[0].astype("float32")
-    before, after = np.diff(x, axis=0, prepend=x[:1]), -np.diff(x, axis=0, append=x[-1:])
-    np.testing.assert_array_equal(found[:7], np.concatenate([x, before, after], 1))
-    assert not found[7:].any()
+    keras, model, one = import_keras(), sequence(F, networks=2), study(7)
+    parts = [model.get_layer(name).output for name in ("projected", "neighbours")]
+    x, found = (np.asarray(each) for each in keras.Model(model.input, parts)(pad_studies([one])))
+    x = x[0, :, :7]
+    before, after = np.diff(x, axis=1, prepend=x[:, :1]), -np.diff(x, axis=1, append=x[:, -1:])
+    np.testing.assert_array_equal(found[0, :, :7], np.concatenate([x, before, after], 2))
+    assert x.any() and not found[0, :, 7:].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_networks_of_a_bag_share_nothing(kind):
+    "Answers of one network depend on its own weights alone, and so do the gradients: to the bit."
+    model, x = network(kind, networks=3, dropout=0.), pad_studies([study(5), study(11)])
+    y = {"images": np.ones((2, 3, 12, 2), "float32"), "exams": np.ones((2, 3, 9, 2), "float32")}
+    model.compile(import_keras().optimizers.AdamW(1e-2, weight_decay=.3), {head: weighted_bce() for head in y})
+    model.run_eagerly = True
+    before, start = model.predict_on_batch(x), model.get_weights()
+    model.train_on_batch(x, y)
+    after = model.predict_on_batch(x)
+    model.set_weights(start)
+    model.optimizer.build(model.trainable_variables)
+    for variable in model.optimizer.variables:
+        variable.assign(np.zeros(variable.shape))
+    model.optimizer.learning_rate.assign(1e-2)
+    y["exams"][:, 1], y["images"][:, 1, :, 0] = 0, 0  # the second network is taught something else
+    model.train_on_batch(x, y)
+    other = model.predict_on_batch(x)
+    for head in y:
+        assert (before[head] != after[head]).any((0, 2)).all()
+        np.testing.assert_array_equal(other[head][:, ::2], after[head][:, ::2])
+        assert (other[head][:, 1] != after[head][:, 1]).any()
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -74,8 +129,8 @@ def test_an_untrained_network_gives_the_first_stage_and_the_expected_exams(head)
     kernel = next(weight for weight in network.weights if "exam" in weight.path and weight.path.endswith("kernel"))
     kernel.assign(np.zeros(kernel.shape))  # it begins with small random numbers
     p = network(pad_studies([one]))
-    np.testing.assert_allclose(np.asarray(p["images"])[0, :9], sigmoid(one.logits[0]), atol=1e-6)
-    np.testing.assert_allclose(np.asarray(p["exams"])[0], expected, atol=2e-3)
+    np.testing.assert_allclose(np.asarray(p["images"])[0, 0, :9], sigmoid(one.logits[0]), atol=1e-6)
+    np.testing.assert_allclose(np.asarray(p["exams"])[0, 0], expected, atol=2e-3)
 
 
 def answers() -> list:
@@ -104,7 +159,7 @@ def test_the_hierarchy_head_is_a_softmax_over_the_allowed_answers():
     inner = keras.Model(model.input, [model.get_layer("exam_logits").output, model.output["exams"]])
     logits, p = (np.asarray(each, float) for each in inner(pad_studies([study(5), study(11)])))
     assert abs(logits).max() > .5
-    np.testing.assert_allclose(p, [normalised(row) for row in logits], atol=1e-6)
+    np.testing.assert_allclose(p[:, 0], [normalised(row) for row in logits[:, 0]], atol=1e-6)
 
 
 def test_expected_logits_give_the_probabilities_of_any_mixture_of_answers():
@@ -118,7 +173,7 @@ def test_expected_logits_give_the_probabilities_of_any_mixture_of_answers():
 
 def test_a_bag_of_hierarchy_heads_trains_in_float16_and_stays_coherent():
     network = {"units": 4, "head": "hierarchy"}
-    config = SequenceConfig(features=F, inner=2, precision="float16", network=network, clip=1.)
+    config = SequenceConfig(features=F, inner=2, precision="float16", network=network)
     truth = simulate_truth(40, slices=(5, 6, 7))
     model = compile_model(build_model(config, truth), config)
     model.run_eagerly = True  # three steps are quicker than tracing one
@@ -147,9 +202,14 @@ def test_padding_changes_nothing_at_any_length(kind):
         rubbish = {name: np.where(mask.reshape(*mask.shape, *[1] * (value.ndim - 2)), value, np.array(7, value.dtype))
                    for name, value in beside.items() if name != "mask"} | {"mask": mask}
         alone, padded = model.predict_on_batch(exact), model.predict_on_batch(rubbish)
-        np.testing.assert_allclose(padded["images"][0, :n], alone["images"][0], atol=2e-6)
+        np.testing.assert_allclose(padded["images"][0, 0, :n], alone["images"][0, 0], atol=2e-6)
         np.testing.assert_allclose(padded["exams"][0], alone["exams"][0], atol=2e-6)
-        assert padded["images"].shape[1] == padded_length(min(n + 40, 1083))
+        assert padded["images"].shape[2] == padded_length(min(n + 40, 1083))
+
+
+def test_clipping_would_tie_the_networks_of_a_bag_together_and_is_refused():
+    with pytest.raises(ValueError, match="clip=1.0 would make the networks of the bag depend on each other"):
+        check_config(SequenceConfig(clip=1.))
 
 
 def test_an_unknown_kind_or_head_is_named():

@@ -168,7 +168,7 @@ def test_jax_computes_and_trains_as_tensorflow_does(unbroken, tmp_path):
     for kind, heads in json.loads(here["answer"]).items():
         for head, p in heads.items():
             q = np.array(there[kind][head])
-            real = np.arange(q.shape[1]) < np.array([[3], [10]]) if head == "images" else True
+            real = np.arange(q.shape[2]) < np.array([[[3]], [[10]]]) if head == "images" else True
             np.testing.assert_allclose(np.where(real, p, 0), np.where(real, q, 0), atol=1e-5)
     a, b = (pd.read_csv(run / "history.csv") for run in (unbroken, tmp_path / "runs" / "reader-fold0-seed0"))
     np.testing.assert_allclose(a.loss, b.loss, rtol=.2)  # dropout draws other numbers
