@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXAM_WEIGHTS', 'EXAM_LABELS', 'IMAGE_LABEL', 'IMAGE_WEIGHT', 'AUX_LABELS', 'STUDY', 'SERIES', 'SLICE', 'LOCATIONS',
-           'RV_LV', 'CHRONICITY', 'NOT_POSITIVE', 'RULES', 'Rule', 'allowed_combinations', 'exam_id', 'parse_ids']
+           'RV_LV', 'CHRONICITY', 'NOT_POSITIVE', 'POSITIVE_LABELS', 'RULES', 'Rule', 'allowed_combinations', 'exam_id',
+           'parse_ids']
 
 # %% ../../nbs/01_competition/01_labels.ipynb #a8673d9e
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ LOCATIONS = ("central_pe", "leftsided_pe", "rightsided_pe")
 RV_LV = ("rv_lv_ratio_gte_1", "rv_lv_ratio_lt_1")
 CHRONICITY = ("chronic_pe", "acute_and_chronic_pe")
 NOT_POSITIVE = ("negative_exam_for_pe", "indeterminate")
+POSITIVE_LABELS = LOCATIONS + RV_LV + CHRONICITY  # 1 in positive exams only
 
 RULES = (
     Rule("exactly one RV/LV ratio", True, RV_LV, 1, 1),

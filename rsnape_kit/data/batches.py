@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..competition.folds import Folds, make_folds  # noqa: F401 (re-exported)
-from ..competition.labels import AUX_LABELS, EXAM_LABELS, EXAM_WEIGHTS, IMAGE_WEIGHT, STUDY
+from ..competition.labels import AUX_LABELS, EXAM_LABELS, EXAM_WEIGHTS, IMAGE_WEIGHT, POSITIVE_LABELS, STUDY
 from ..competition.metric import metric_weights, positive_share
 from ..competition.predictions import Predictions
 from ..competition.tables import locate, slice_index
@@ -38,13 +38,15 @@ def class_weights(
 class ImageBatches(Batches):
     """Batches of slices: x, (x, y) or (x, y, sample weights).
 
-    x is uint8 [b, size, size, windows], y float32 [b, 1] (1: embolus on the slice), weights float32 [b] with mean 1 over an epoch.
+    x is uint8 [b, size, size, windows], y float32 [b, 1] (1: embolus on the slice), weights float32 [b] with mean 1 over an epoch. With
+    `exam_labels`, y and weights are [b, 8]: seven more columns are 1 on slices with an embolus of studies that have the label.
 
     Args:
         source: Slices, e.g. a SliceStore (training) or a DicomSource (inference).
         truth: Labels of at least the selected studies. None: batches without labels.
         studies: StudyInstanceUIDs to use, e.g. those of a fold. Default: all that the truth has.
         balanced: Draw half of the slices positive, a quarter negative in positive studies, a quarter in other studies.
+        exam_labels: Sum of the weights of the seven POSITIVE_LABELS, shared out as the metric weights them; the image label has 1. 0: without.
         **settings: batch, pixels, mask, affine, seed, shuffle, shard, weights, device and workers: see `Batches`.
 
     Raises:
@@ -52,8 +54,8 @@ class ImageBatches(Batches):
     """
 
     def __init__(self, source: PixelSource, truth: Predictions | None = None, studies: Iterable[str] | None = None, *,
-                 balanced: bool = False, **settings: Any):
-        self.balanced = balanced
+                 balanced: bool = False, exam_labels: float = 0., **settings: Any):
+        self.balanced, self.exam_labels = balanced, exam_labels
         super().__init__(source, truth, studies, **settings)
 
     @property
@@ -82,8 +84,15 @@ class ImageBatches(Batches):
         return self.order[items], self.order[items], None if self.repeats is None else self.repeats[items]
 
     def _targets(self, i: int, rows: np.ndarray) -> tuple:
-        y = self.labelled.image[rows][:, None]
-        return (y, self.weight[rows] / self.mean_weight) if self.weights else (y,)
+        y, columns = self.labelled.image[rows][:, None], np.ones((), np.float32)
+        if self.exam_labels:
+            exams = self.labelled.exams[list(POSITIVE_LABELS)].to_numpy(np.float32)[self.labelled.study[rows]]
+            share = np.array([EXAM_WEIGHTS[label] for label in POSITIVE_LABELS], np.float32)
+            y, columns = np.hstack([y, y * exams]), np.r_[1, self.exam_labels * share / share.sum()].astype(np.float32)
+        if not self.weights:
+            return (y,)
+        w = self.weight[rows] / self.mean_weight
+        return y, np.multiply.outer(w, columns)
 
 # %% ../../nbs/06_data/05_batches.ipynb #f454e3a9
 class _StudyLevelBatches(Batches):

@@ -82,7 +82,7 @@ def predict_all(model, batches):  # keras.Model, batches with `batch`, their siz
         n = _length(x)
         x = _filled(x, batches.batch - n) if n < batches.batch else x
         p = predict_batch(model, x)
-        p = p if isinstance(p, dict) else {"images": p}
+        p = p if isinstance(p, dict) else {"images": p[:, :1]}  # further outputs serve training
         yield i, {head: np.asarray(value)[:n] for head, value in p.items()}
 
 
@@ -170,9 +170,9 @@ def infer(
 def with_features(model):  # keras.Model of slices -> the same input -> {'features': float32 [b, F], 'images': [b, 1]}
     "Return a network of slices that also gives the vector before its head."
     keras, head = import_keras(), model.layers[-1]
-    if not isinstance(head, keras.layers.Dense) or head.units != 1 or head.activation is not keras.activations.sigmoid:
+    if not isinstance(head, keras.layers.Dense) or head.activation is not keras.activations.sigmoid:
         raise ValueError(f"the last layer of {model.name} is {head.name!r}: expected a Dense(1, 'sigmoid') that reads a vector")
-    return keras.Model(model.inputs, {"features": keras.ops.cast(head.input, "float32"), "images": model.output}, name=model.name)
+    return keras.Model(model.inputs, {"features": keras.ops.cast(head.input, "float32"), "images": model.output[:, :1]}, name=model.name)
 
 
 def slice_logits(model, features: np.ndarray) -> np.ndarray:  # keras.Model of slices, float [n, F] -> float32 [n]

@@ -17,7 +17,7 @@ import numpy as np
 from .keras_backend import import_keras, use_precision
 from .weight_files import HDF5, PYTORCH, check_file, file_kind, read_keras2, read_torch
 from ..utils.archives import read_arrays
-from ..utils.schema import Factor, OpenShare, Rate, Share
+from ..utils.schema import Count, Factor, OpenShare, Rate, Share
 
 # %% ../../nbs/07_models/05_efficientnet.ipynb #7b0ae173
 VARIANTS = {"b0": (1., 1.), "b1": (1., 1.1), "b2": (1.1, 1.2), "b3": (1.2, 1.4),  # width and depth
@@ -192,10 +192,11 @@ def efficientnet(
     dropout: Rate = 0.,  # before the head
     drop_connect: Rate = .2,  # see backbone
     momentum: Share = .99,  # of batch normalisation
-    expect: OpenShare = .5,  # probability that the untrained head gives
+    outputs: Count = 1,  # of the head: the image label, and more
+    expect: OpenShare = .5,  # probability that the untrained head gives, or one of each output
     scale: str = "imagenet",  # of the input, or 'unit'; see normalised
     precision: str = "float32",  # or 'bfloat16', 'float16'
-):  # keras.Model: uint8 [n, size, size, channels] -> float32 [n, 1], probability of an embolus on the slice
+):  # keras.Model: uint8 [n, size, size, channels] -> float32 [n, outputs], first the probability of an embolus on the slice
     "Build the image model."
     keras = import_keras()
     with use_precision(precision):
@@ -204,7 +205,8 @@ def efficientnet(
         x = backbone(variant, size, channels, width, depth, drop_connect, momentum, weights)(x)
         x = pool_layer(pool)(x)
         x = keras.layers.Dropout(dropout, name="dropout")(x) if dropout else x
-        head = keras.layers.Dense(1, "sigmoid", dtype="float32", name="pe_present_on_image",
+        start = np.broadcast_to(log_odds(expect), outputs)
+        head = keras.layers.Dense(outputs, "sigmoid", dtype="float32", name="pe_present_on_image",
                                   kernel_initializer=keras.initializers.RandomNormal(stddev=.01),
-                                  bias_initializer=keras.initializers.Constant(log_odds(expect)))
+                                  bias_initializer=lambda shape, dtype=None: keras.ops.cast(start, dtype))
         return keras.Model(inputs, head(x), name=f"efficientnet_{variant}")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..competition.labels import EXAM_LABELS
+from ..competition.labels import EXAM_LABELS, NOT_POSITIVE, POSITIVE_LABELS
 from ..competition.predictions import Predictions
 from ..competition.priors import best_constants
 from .keras_backend import import_keras, jit, resolve_precision
@@ -177,8 +177,8 @@ def _keras_arguments(config) -> dict:
     "Return the arguments of a factory that describe the input."
     if config.entry.kind == "sequence":
         return {"features": config.features}
-    frames = {"frames": config.frames} if config.is_volume else {}
-    return {"size": config.pixels.size, "channels": len(config.pixels.windows)} | frames
+    more = {"frames": config.frames} if config.is_volume else {"outputs": 1 + len(POSITIVE_LABELS)} if config.exam_labels else {}
+    return {"size": config.pixels.size, "channels": len(config.pixels.windows)} | more
 
 
 def _expected(config, truth) -> dict:  # argument of the factory -> probabilities
@@ -191,7 +191,12 @@ def _expected(config, truth) -> dict:  # argument of the factory -> probabilitie
     if config.loss == "bce":
         image = .5 if config.balanced else truth.images.mean()
     image = float(np.clip(image, .01, .99))
-    return {"expect_exam": np.clip(exams.to_numpy()[:9], .01, .99), "expect_image": image} if config.is_volume else {"expect": image}
+    if config.is_volume:
+        return {"expect_exam": np.clip(exams.to_numpy()[:9], .01, .99), "expect_image": image}
+    if not config.exam_labels:
+        return {"expect": image}
+    positive = truth.exams[(truth.exams[list(NOT_POSITIVE)] == 0).all(axis=1)]
+    return {"expect": image * np.r_[1, positive[list(POSITIVE_LABELS)].mean().fillna(.5).clip(.01, .99)]}
 
 # %% ../../nbs/07_models/08_registry.ipynb #369eb190
 @cache

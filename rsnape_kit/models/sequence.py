@@ -10,7 +10,7 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import logit
 
-from ..competition.labels import CHRONICITY, EXAM_LABELS, LOCATIONS, NOT_POSITIVE, RV_LV, allowed_combinations
+from ..competition.labels import CHRONICITY, EXAM_LABELS, LOCATIONS, NOT_POSITIVE, RV_LV
 from .keras_backend import import_keras, use_precision
 from .registry import sequence_inputs
 from .sequence_layers import GATES, attention, dense, each_network, padding_layers, recurrent_layers

@@ -161,6 +161,7 @@ class KerasConfig(TrainConfig):
         frames: slices of a study that a volume model sees at once.
         mask: random masking of sides without an embolus; None: no masks.
         affine: ranges of the random affine transforms in training; None: none.
+        exam_labels: image models: weight of seven exam labels in the loss of slices, where the image label has 1; see `ImageBatches`.
         balanced: image models: half the slices of a batch are positive; with loss='metric', slices are weighted by class.
         batch: slices (image) or studies (volume) of a forward pass, over all devices.
         accumulate: passes per step of the optimiser, which takes the mean of their gradients; batch norm sees one pass.
@@ -180,6 +181,7 @@ class KerasConfig(TrainConfig):
     """
     frames: Count = 256
     mask: SideMask | None = SideMask()
+    exam_labels: NonNegative = 0.
     balanced: bool = False
     steps: Count | None = None
     validate: Count = 1
@@ -196,12 +198,10 @@ class KerasConfig(TrainConfig):
 # %% ../../nbs/08_runs/01_config.ipynb #8234750b
 @dataclass(frozen=True, kw_only=True)
 class PetaFormerConfig(TrainConfig):
-    """Settings of a PetaFormer run, or of another PyTorch model of groups of slices.
+    """Settings of a PetaFormer run, or of another PyTorch model of groups of slices; those not listed are as in KerasConfig.
 
     Args:
         model: name of a registered model of kind 'groups'.
-        fold: number of the fold that is held out.
-        seed: seed of initial weights, order, augmentation and dropout.
         network: further arguments of the model's factory; see `PetaFormer`.
         pixels: how stored slices become input (field of view, size in pixels); exactly one window.
         groups: groups of neighbouring slices per item; a longer study becomes several items.
@@ -218,8 +218,6 @@ class PetaFormerConfig(TrainConfig):
         clip: largest norm of the gradient; None: no clipping.
         precision: 'auto' (bfloat16 or float16 by the GPU, float32 on a CPU; may change when a run is resumed elsewhere),
             'bfloat16', 'float16' or 'float32'. On a CPU it is always float32.
-        tta: augmented views of the held-out studies and of later predictions, besides the plain one; see `run_views`.
-        store, split, pretrained: fingerprints of pixels, folds and weights, filled in by `train`.
     """
     model: str = "petaformer"
     pixels: InputConfig = InputConfig((PE,), "fixed", 256)
@@ -286,6 +284,7 @@ def check_config(config: FitConfig):
         raise ValueError(f"{config.model}: its settings are a {expected.__name__}, not a {type(config).__name__}")
     config.entry.check_network(config.network)
     idle = {"balanced": kind == "volume" and config.balanced and loss == "bce",
+            "exam_labels": getattr(config, "exam_labels", 0) and not (kind == "image" and loss == "metric" and config.entry.accepts("outputs")),
             "emphasis": kind == "image" and config.emphasis != 1,
             "slice_warmup": kind == "image" and config.slice_warmup is not None}
     for name in (name for name, no_effect in idle.items() if no_effect):

@@ -74,7 +74,7 @@ def training_batches(
                 "device": device}
     if config.is_volume:
         return StudyBatches(source, truth, frames=config.frames, **settings)
-    return ImageBatches(source, truth, **settings)
+    return ImageBatches(source, truth, exam_labels=config.exam_labels, **settings)
 
 # %% ../../nbs/10_training/02_keras_trainer.ipynb #0cd39cd4
 def warm_up_on_slices(

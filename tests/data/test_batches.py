@@ -11,7 +11,7 @@ import pytest
 import warm
 
 from rsnape_kit.competition.folds import make_folds
-from rsnape_kit.competition.labels import EXAM_LABELS, SLICE, STUDY
+from rsnape_kit.competition.labels import EXAM_LABELS, POSITIVE_LABELS, SLICE, STUDY
 from rsnape_kit.competition.predictions import Predictions
 from rsnape_kit.competition.tables import slice_index
 from rsnape_kit.data.batches import GroupBatches, ImageBatches, StudyBatches
@@ -44,6 +44,24 @@ def synthetic(lengths=(20, 7, 33, 12), size=32, seed=0):
     yes = images.groupby(level=0, sort=False).max()
     exams = pd.DataFrame({label: yes * (label in ("rightsided_pe", "rv_lv_ratio_lt_1")) for label in EXAM_LABELS})
     return ArraySource(slices, table), Predictions(exams.assign(negative_exam_for_pe=1 - yes), images)
+
+
+def test_exam_labels_on_slices_are_the_products_of_both_labels_weighted_as_the_metric_does():
+    source, truth = synthetic()
+    settings = dict(batch=9, pixels=InputConfig(size=8), weights=True, balanced=True, shuffle=True)
+    batches, plain = ImageBatches(source, truth, exam_labels=.7, **settings), ImageBatches(source, truth, **settings)
+    weights = {"central_pe": .1877, "leftsided_pe": .06257, "rightsided_pe": .06257, "rv_lv_ratio_gte_1": .2346,
+               "rv_lv_ratio_lt_1": .0782, "chronic_pe": .1042, "acute_and_chronic_pe": .1042}  # the competition's page
+    for i, ((x, y, w), (x0, y0, w0)) in enumerate(zip(batches, plain, strict=True)):
+        np.testing.assert_array_equal(x, x0)
+        np.testing.assert_array_equal(y[:, :1], y0)
+        np.testing.assert_allclose(w[:, 0], w0, rtol=1e-6)
+        for row, found, weight in zip(batches.rows(i), y, w, strict=True):
+            study, image = source.table[STUDY][row], truth.images.iloc[row]
+            assert found[1:].tolist() == [image * truth.exams.loc[study, label] for label in POSITIVE_LABELS]
+            share = np.array([weights[label] for label in POSITIVE_LABELS]) / sum(weights.values())
+            np.testing.assert_allclose(weight[1:], .7 * weight[0] * share, rtol=2e-3)
+    assert y[:, 1:].any() or y0.any()
 
 
 def run_isolated(code, blocked=(), KERAS_BACKEND=None):

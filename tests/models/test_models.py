@@ -3,6 +3,9 @@ import numpy as np
 import pytest
 import warm
 
+from rsnape_kit.inference.keras_predictor import predict_all, slice_logits, with_features
+from rsnape_kit.models.keras_backend import import_keras
+
 CODE = '''
 import sys
 import numpy as np
@@ -43,3 +46,23 @@ def test_both_frameworks_agree(tmp_path):
     for name, value in tensorflow.items():
         np.testing.assert_allclose(value, jax[name], atol=1e-3, err_msg=name)
     assert tensorflow["counts"][0] == 4_049_564  # as published
+
+
+class Slices(list):
+    batch = 4
+
+
+def test_predictions_and_features_are_of_the_image_label_whatever_else_a_network_has_learned():
+    rng, keras = np.random.default_rng(0), import_keras()
+    inputs = keras.Input((8, 8, 3), dtype="uint8", name="image")
+    vector = keras.layers.Flatten()(keras.layers.AveragePooling2D(4)(keras.layers.Rescaling(1 / 255)(inputs)))
+    several = keras.Model(inputs, keras.layers.Dense(8, "sigmoid")(vector))
+    x = rng.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+    first = np.asarray(several(x))[:, :1]
+    found = np.concatenate([p["images"] for _, p in predict_all(several, Slices([x[:4], x[4:]]))])
+    np.testing.assert_allclose(found, first, atol=1e-6)
+    with_vectors = with_features(several)(x)
+    np.testing.assert_allclose(np.asarray(with_vectors["images"]), first, atol=1e-6)
+    logits = slice_logits(several, np.asarray(with_vectors["features"]))
+    np.testing.assert_allclose(1 / (1 + np.exp(-logits)), first[:, 0], atol=1e-6)
+    assert np.ptp(first) > .01

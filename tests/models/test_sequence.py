@@ -50,7 +50,7 @@ def gru(given, kernel, bias):
 
 def lstm(given, kernel, bias):
     "One direction of an LSTM, step by step: the formulae of Gers et al. 2000, the forget gate's bias raised by 1."
-    h, c, out, units = np.zeros(len(kernel)), np.zeros(len(kernel)), [], len(kernel)
+    h, c, out = np.zeros(len(kernel)), np.zeros(len(kernel)), []
     for a in given:
         i, f, new, o = np.split(a + h @ kernel + bias, 4)
         c = sigmoid(f + 1) * c + sigmoid(i) * np.tanh(new)
@@ -85,7 +85,8 @@ def test_attention_is_the_mean_of_all_real_slices_by_their_likeness_to_each():
             for at in (slice(0, 4), slice(4, 8)):  # two heads of four numbers
                 likeness = np.exp([q[i, net, t, at] @ k[i, net, s, at] / 2 for s in range(n)])
                 heads.append(likeness / likeness.sum() @ v[i, net, :n, at])
-            np.testing.assert_allclose(out[i, net, t], np.concatenate(heads) @ kernel[net] + bias[net].ravel(), atol=2e-6)
+            expected = np.concatenate(heads) @ kernel[net] + bias[net].ravel()
+            np.testing.assert_allclose(out[i, net, t], expected, atol=2e-6)
 
 
 def test_a_slice_is_joined_with_its_differences_to_the_neighbours():
