@@ -1,4 +1,4 @@
-"Synthetic CT for the benchmarks: a chest with lungs and noise, in the competition's layout and size."
+"For the benchmarks: synthetic CT in the competition's layout and size, a chest with lungs and noise; shuffled labels."
 import itertools
 import os
 import statistics
@@ -6,9 +6,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pydicom
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+from rsnape_kit.competition.predictions import Predictions
 
 
 def image(rng, size=512):
@@ -97,3 +100,16 @@ def write_headers(root, studies=20, slices=250, size=512):
             (folder / f"{name}.dcm").write_bytes(new)
             os.truncate(folder / f"{name}.dcm", len(raw) + 2 * size * size)
     return studies * slices
+
+
+def shuffle_labels(truth: Predictions, seed: int) -> Predictions:
+    "Give each study the labels of another, its image labels stretched to fit."
+    rng, names = np.random.default_rng(seed), truth.exams.index
+    other = pd.Series(rng.permutation(names), names)
+    exams = truth.exams.loc[other].set_axis(names)
+    by_study = {name: part.to_numpy() for name, part in truth.images.groupby(level=0)}
+    parts = []
+    for name, part in truth.images.groupby(level=0):
+        values = by_study[other[name]]
+        parts.append(pd.Series(values[np.arange(len(part)) * len(values) // len(part)], part.index))
+    return Predictions(exams, pd.concat(parts).rename(truth.images.name))

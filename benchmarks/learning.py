@@ -21,8 +21,8 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
+from _synthetic import shuffle_labels
 
 from rsnape_kit.competition.folds import make_folds
 from rsnape_kit.competition.labels import EXAM_LABELS, IMAGE_LABEL, STUDY
@@ -50,19 +50,6 @@ def prepare(args) -> Path:
             build_store(table, folder / split)
             table.to_parquet(folder / f"{split}.parquet")
     return folder
-
-
-def shuffle_labels(truth: Predictions, seed: int) -> Predictions:
-    "Give each study the labels of another, its image labels stretched to fit."
-    rng, names = np.random.default_rng(seed), truth.exams.index
-    other = pd.Series(rng.permutation(names), names)
-    exams = truth.exams.loc[other].set_axis(names)
-    by_study = {name: part.to_numpy() for name, part in truth.images.groupby(level=0)}
-    parts = []
-    for name, part in truth.images.groupby(level=0):
-        values = by_study[other[name]]
-        parts.append(pd.Series(values[np.arange(len(part)) * len(values) // len(part)], part.index))
-    return Predictions(exams, pd.concat(parts).rename(truth.images.name))
 
 
 def backbone_of(learned: Path, args) -> Path:

@@ -9,7 +9,10 @@ The first stage is the demo's EfficientNet, one run per fold. Three ways to trai
 Each is scored on held-out studies, beside the first stage and both priors, with the CPU-seconds of its training.
 
     python benchmarks/two_stages.py                       # demo's size, 1,320 steps of the first stage
-    python benchmarks/two_stages.py --seed 1 --ways a --set units=32 --set kind=lstm
+    python benchmarks/two_stages.py --seed 1 --ways a --set network.units=64 --first exam_labels=0
+    python benchmarks/two_stages.py --ways a --twins      # the same patients without their clots
+    python benchmarks/two_stages.py --ways a --shuffled   # second stage on labels of other studies
+    python benchmarks/two_stages.py --slices 256 --studies 60 --test-studies 30 --steps 240   # studies of full length
     python benchmarks/two_stages.py --small               # seconds; learns nothing
 
 Everything is kept in --data: run the same command again to go on.
@@ -24,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from _synthetic import shuffle_labels
 
 from rsnape_kit.competition.folds import Folds, make_folds
 from rsnape_kit.competition.labels import EXAM_LABELS, IMAGE_LABEL, STUDY
@@ -32,8 +36,10 @@ from rsnape_kit.competition.predictions import Predictions
 from rsnape_kit.competition.priors import constant_prior, position_prior
 from rsnape_kit.data.sequences import HeldFeatures
 from rsnape_kit.demo import DemoSettings, prepare
+from rsnape_kit.dicom.slices import scan
 from rsnape_kit.inference.averaging import ProbabilityAverager
 from rsnape_kit.inference.features import FeatureStore, compute_features, predict_sequences
+from rsnape_kit.phantom.generate import make_competition
 from rsnape_kit.runs.config import SequenceConfig
 from rsnape_kit.runs.folder import open_run
 from rsnape_kit.runs.recipes import DEMO, override_settings
@@ -46,31 +52,39 @@ FOLDS, WAYS = 2, ("a", "b", "c")
 def settings_of(args) -> DemoSettings:
     "Return the size of the competition."
     small = dict(studies=24, test_studies=6, slices=8, size=64) if args.small else {}
-    return DemoSettings(**small, seed=args.seed, difficulty=args.difficulty)
+    given = {name: value for name in ("studies", "test_studies", "slices") if (value := getattr(args, name))}
+    return DemoSettings(**small | given, seed=args.seed, difficulty=args.difficulty)
 
 
 def data(args) -> tuple:
-    "Make the competition; return the stores and truths of train and test."
-    folder = Path(args.data)
-    train, test, store = prepare(folder, settings_of(args))
+    "Make the competition; return the stores and truths of train and test, and with --twins of the test studies' twins."
+    folder, settings = Path(args.data), settings_of(args)
+    train, test, store = prepare(folder, settings)
     build_store(test, folder / "test_store")
+    stores = [store, SliceStore(folder / "test_store")]
     truths = [Predictions.from_train_csv(folder / "competition" / path) for path in ("train.csv", "truth/test.csv")]
-    return (store, SliceStore(folder / "test_store")), truths, (train, test)
+    if args.twins:
+        made = make_competition(folder / "twins", 1, settings.test_studies, settings.slices, settings.size,
+                                settings.seed, settings.difficulty, twins=True)
+        build_store(scan(made / "truth" / "twins"), folder / "twins_store")
+        stores.append(SliceStore(folder / "twins_store"))
+    return stores, truths, (train, test)
 
 
 def image_run(args, fold: int) -> Path:
     "Train the first stage on a fold, in a process of its own."
     folder = Path(args.data)
-    out = folder / f"runs-{args.steps}"
+    out = folder / f"runs-{'-'.join([str(args.steps), *args.first])}"
     run = out / f"efficientnet-fold{fold}-seed{args.seed}"
     if not (run / "oof").exists():
         epochs = DEMO["efficientnet"].all_epochs
         command = [sys.executable, "-m", "rsnape_kit.cli", "train", "efficientnet", "--store", folder / "store",
                    "--train-csv", folder / "competition" / "train.csv", "--fold", fold, "--folds", FOLDS, "--recipe",
                    "demo", "--seed", args.seed, "--out", out, "--set", f"steps={max(1, args.steps // epochs)}"]
+        command += [word for pair in args.first for word in ("--set", pair)]
         command += ["--set", "batch=4", "--set", "pixels.size=32"] if args.small else []
         started = time.time()
-        with open(folder / f"{run.name}-{args.steps}.log", "w") as log:
+        with open(folder / f"{run.name}-{out.name}.log", "w") as log:
             pid = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log)
             _, status, usage = os.wait4(pid.pid, 0)
         if status:
@@ -98,9 +112,9 @@ class Stages:
         self.features = []
         for fold in range(FOLDS):
             run = image_run(args, fold)
-            folder = Path(args.data) / f"features-{args.steps}"
+            folder = run.parent.with_name(run.parent.name.replace("runs", "features"))
             kept = [compute_features(run, store, folder / f"{run.name}-{name}", views=2, progress=False)
-                    for name, store in zip(("train", "test"), self.stores)]
+                    for name, store in zip(("train", "test", "twins"), self.stores)]
             self.features.append([self._held(each) for each in kept])
 
     @staticmethod
@@ -118,9 +132,9 @@ class Stages:
         size = next(iter(self.features[0][0].studies.values())).features.shape[2] * (not self.args.no_features)
         return override_settings(replace(config, features=size, seed=self.args.second_seed), self.args.set)
 
-    def material(self, way: str) -> list:
-        "Return per second stage: features and studies to learn from, other studies, and the features of test."
-        train, test = ([fold[which] for fold in self.features] for which in (0, 1))
+    def material(self, way: str, which: int = 1) -> list:
+        "Return per second stage: features and studies to learn from, other studies, and the features of test or twins."
+        train, test = ([fold[each] for fold in self.features] for each in (0, which))
         if way == "b":
             held_out = [[train[fold].study(study) for study in self.folds.valid(fold)] for fold in range(FOLDS)]
             scale = scaled if not self.args.no_features else list
@@ -134,23 +148,26 @@ class Stages:
             parts.append((train[fold], mine, other, [test[fold]]))
         return parts
 
-    def second(self, way: str) -> tuple:  # Predictions of test, out of fold (None for c), CPU-seconds
+    def second(self, way: str) -> tuple:  # Predictions of test (and twins), out of fold, CPU-seconds
         "Train the second stage and predict the held-out studies, the mean of all its networks."
         from rsnape_kit.training.sequence_trainer import fit_sequences
-        started, averager, own = time.process_time(), self._averager(1), self._averager(0)
+        started, (own, *averagers) = time.process_time(), map(self._averager, range(len(self.stores)))
         config = self.config(way)
         for number, (features, truth, other, tests) in enumerate(self.material(way)):
             if self.args.no_features:
                 features, *tests = self._without([features, *tests])
             inner = None if way == "c" else make_folds(truth.exams.index, truth, config.inner, config.seed).of
             run = open_run(Path(self.args.data) / "second" / f"{time.time_ns()}-{way}{number}", config)
-            model = fit_sequences(run, config, features, truth, other, inner, lambda model: {"val_loss": 0.},
+            taught = shuffle_labels(truth.align(truth), 1) if self.args.shuffled else truth
+            model = fit_sequences(run, config, features, taught, other, inner, lambda model: {"val_loss": 0.},
                                   progress=False)
-            for each in tests:
-                predict_sequences(model, each, self._rows(1, each.studies), averager, config, views=2)
+            for which, averager in enumerate(averagers, 1):
+                for each in tests if which == 1 else self.material(way, which)[number][3]:
+                    predict_sequences(model, each, self._rows(which, each.studies), averager, config, views=2)
             unseen = other if way == "c" else truth
             predict_sequences(model, features, self._rows(0, unseen.exams.index), own, config, views=2, inner=inner)
-        return averager.predictions(), own.predictions(), time.process_time() - started
+        seconds = time.process_time() - started
+        return [averager.predictions() for averager in averagers], own.predictions(), seconds
 
     @staticmethod
     def _without(held: list) -> list:
@@ -184,11 +201,26 @@ def losses(truth: Predictions, pred: Predictions) -> dict:
             "all": table.loss @ table.weight}
 
 
+def print_twins(truth: Predictions, pred: Predictions, twin: Predictions):
+    "Print how the predictions fall where the same patients have no clots."
+    positive = truth.images[truth.images == 1].index
+    fall = pred.images[positive].mean(), twin.images.reindex(positive).mean()
+    exams = [1 - each.exams.negative_exam_for_pe[twin.exams.index] for each in (pred, twin)]
+    fell = (exams[1] < exams[0]).mean()
+    print(f"twins: positive slices {fall[0]:.2f}, the same without clots {fall[1]:.2f}; 1 - P(negative) "
+          f"{exams[0].mean():.2f} and {exams[1].mean():.2f}, lower in {fell:.0%} of {len(exams[0])} studies")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="build/two_stages", help="folder for all files; the seed is added")
     parser.add_argument("--seed", type=int, default=0, help="of the competition and the first stage")
     parser.add_argument("--second-seed", type=int, default=0, help="of the second stage")
+    for name in ("studies", "test-studies", "slices"):
+        parser.add_argument(f"--{name}", type=int, help="default: the demo's")
+    parser.add_argument("--twins", action="store_true", help="predict positive test studies without their clots too")
+    parser.add_argument("--shuffled", action="store_true", help="teach the second stage labels of other studies")
+    parser.add_argument("--first", action="append", default=[], metavar="NAME=VALUE", help="setting of the first stage")
     parser.add_argument("--difficulty", default="demo", choices=["demo", "real"])
     parser.add_argument("--steps", type=int, default=1320, help="of the first stage")
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=WAYS)
@@ -196,7 +228,8 @@ def main():
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="setting of the second stage")
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
-    args.data = f"{args.data}-{args.difficulty}-{args.seed}{'-small' * args.small}"
+    size = "-".join(str(value) for value in (args.studies, args.test_studies, args.slices) if value)
+    args.data = "-".join(filter(None, [args.data, args.difficulty, str(args.seed), size, "small" * args.small]))
     args.steps = 12 if args.small else args.steps
     stages = Stages(args)
     rows = {"constant prior": losses(stages.test_truth, constant_prior(stages.truth, stages.tables[1])),
@@ -204,7 +237,9 @@ def main():
             "first stage": losses(stages.test_truth, stages.first(1)) | {
                 "oof images": losses(stages.truth, stages.first(0))["images"]}}
     for way in args.ways:
-        pred, own, seconds = stages.second(way)
+        (pred, *twins), own, seconds = stages.second(way)
+        for twin in twins:
+            print_twins(stages.test_truth, pred, twin)
         rows[f"way {way}"] = losses(stages.test_truth, pred) | {"CPU-s": seconds} | {
             f"oof {name}": value for name, value in losses(stages.truth, own).items()}
     table = pd.DataFrame.from_dict(rows, orient="index").round(4)

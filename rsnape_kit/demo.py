@@ -20,7 +20,6 @@ from .competition.tables import read_parquet
 from .ensemble.weight_fitting import summary
 from .inference.predict_runs import load_folds, load_oofs, load_views, plan_predictions
 from .report.scores import gain_over
-from .runs.recipes import IMAGE_RUN_FROM
 from .training.cross_validation import CrossValidation
 from .utils.files import atomic_file
 
@@ -34,7 +33,7 @@ class DemoSettings:
     size: int = 256  # pixels per side; real slices have 512, which take four times the disk and the time
     folds: int = 2  # each model is trained once per fold
     recipe: str = "demo"  # of RECIPES: 'demo', or 'quick' for a few steps
-    models: tuple = tuple(name for name in rk.RECIPES["demo"] if name not in IMAGE_RUN_FROM)
+    models: tuple = ("efficientnet", "resnet3d", "petaformer", "sequence")  # `sequence` reads the runs of `efficientnet`
     difficulty: str = "demo"  # or 'real': sizes and rates of emboli as in patients
     seed: int = 0
 

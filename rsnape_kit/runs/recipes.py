@@ -138,8 +138,8 @@ _STUDIES = dict(frames=16, mask=None, emphasis=6.5, **_SHORT)
 DEMO = {
     "efficientnet": KerasConfig(
         model="efficientnet", network=_BACKBONE, pixels=InputConfig(PE_WINDOWS, "fixed", 96, crop=155.),
-        affine=AffineRange(8, 1, .06, .03), batch=32, steps=50, phases=(Phase(1, 2e-3), Phase(11, 5e-3, 1e-4, False)),
-        validate=6, **_SHORT),
+        affine=AffineRange(8, 1, .06, .03), batch=32, steps=110, phases=(Phase(1, 2e-3), Phase(11, 5e-3, 1e-4, False)),
+        validate=6, exam_labels=1., **_SHORT),
     "resnet3d": KerasConfig(
         model="resnet3d", network=dict(width=.25, depth=.34, pool="avg", momentum=.9),
         pixels=InputConfig((PE,), "fixed", 128, crop=160.), affine=AffineRange(8, 1, .06, .03), batch=4, steps=40,
@@ -153,7 +153,7 @@ DEMO = {
                      frozen_norm=True),
         pixels=InputConfig((PE,), "fixed", 96, crop=165.), groups=32, slices=1, affine=AffineRange(4, 1, .03, .02),
         slice_warmup=SliceWarmup(), backbone_lr=0., batch=5, phases=(Phase(8, 2e-3, one_cycle=.25),), clip=5., tta=1),
-    "sequence": SequenceConfig(tta=1),
+    "sequence": SequenceConfig(network=dict(units=32, dropout=.5), weight_decay=.3, tta=1),
 }
 IMAGE_RUN_FROM = {"sequence": "efficientnet"}  # model -> image model whose run of the same fold it reads
 BACKBONE_FROM = {"efficientnet3d": "efficientnet"}  # model -> model whose best.npz of the same fold it starts from

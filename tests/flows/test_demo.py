@@ -109,7 +109,7 @@ def test_the_demos_models_predict_real_ct(demo, real):
 
 def test_one_study_is_read_out_with_a_warning_that_this_is_not_a_medical_device(demo, real):
     folder, _ = demo
-    text = output_of("predict", *folder.glob("runs/efficientnet3d*"), "--dicom", real / "test" / "lidc1",
+    text = output_of("predict", *folder.glob("runs/sequence*"), "--dicom", real / "test" / "lidc1",
                      "--out", real / "out")
     assert all(label in text for label in EXAM_LABELS) and "not a medical device" in text
     page = (real / "out" / "report.html").read_text()
