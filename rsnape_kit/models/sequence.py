@@ -13,7 +13,7 @@ from scipy.special import logit
 from ..competition.labels import CHRONICITY, EXAM_LABELS, LOCATIONS, NOT_POSITIVE, RV_LV
 from .keras_backend import import_keras, use_precision
 from .registry import sequence_inputs
-from .sequence_layers import GATES, attention, dense, each_network, padding_layers, recurrent_layers
+from .sequence_layers import GATES, attention, dense, each_network, padding_layers, project, recurrent_layers
 
 # %% ../../nbs/07_models/11_sequence.ipynb #31f3bf50
 def _normalised(x, name: str):
@@ -107,7 +107,7 @@ def sequence(
         mask, z, first = inputs["mask"], given["z"], keras.ops.clip(given["logit"], -15, 15) / 4
         parts = [keras.ops.repeat(x[:, None], networks, 1) for x in (first[..., None], z)]
         if features:
-            projected = _project(given["features"], networks, features, width, dropout)
+            projected = _projected(given["features"], networks, width, dropout)
             parts.insert(0, own.Neighbours(name="neighbours")([projected, mask]))
         x = keras.layers.Concatenate(name="inputs")(parts)
         if kind == "transformer":
@@ -122,10 +122,7 @@ def sequence(
         return keras.Model(inputs, {"images": images, "exams": _exam_head(pooled, networks, head, expect_exam)}, name=kind)
 
 
-def _project(x, networks: int, features: int, width: int, dropout: float):
+def _projected(x, networks: int, width: int, dropout: float):
     "Return the vectors of slices as a few numbers, by each network: [b, networks, t, width]."
-    keras = import_keras()
-    x = _normalised(keras.ops.cast(x, "float32"), "norm")
-    x = keras.ops.repeat(x[:, None], networks, 1)
-    x = keras.layers.Dropout(dropout, (None, networks, 1, features), name="feature_dropout")(x)
-    return _normalised(dense(networks, width, name="project_features")(x), "projected")
+    x = _normalised(import_keras().ops.cast(x, "float32"), "norm")
+    return _normalised(project(networks, width, dropout, name="project_features")(x), "projected")

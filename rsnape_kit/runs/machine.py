@@ -255,7 +255,7 @@ def _sequence_row(recipe: str, config, machine: Machine) -> dict:
     "Return the row of a model that reads features of the studies that its fold holds out."
     image, studies, views = recipes.RECIPES[recipe][recipes.IMAGE_RUN_FROM[config.model]], int(.2 * STUDIES), max(config.views, 1 + config.tta)
     work = views * .2 * SLICES * find_costs(image).flops
-    numbers = 6 * 1280 + 12 * config.network.get("units", 64)  # kept of a slice by each network; measured on a CPU, with 1,280 features
+    numbers = 4 * 1280 + 12 * config.network.get("units", 64)  # kept of a slice by each network; measured on a CPU, with 1,280 features
     gib = 4 * config.batch * padded_length(LONGEST) * config.inner * numbers / 2**30
     return {"recipe": recipe, "starts from": "features by the fold's EfficientNet", "input": f"whole studies, {views} views of their slices",
             "views": str(1 + config.tta), "batch x passes": f"{config.batch} x 1", "precision": config.precision, "GiB": f"{gib:.1f}",
