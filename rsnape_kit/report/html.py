@@ -74,9 +74,9 @@ COLOURS = {  # name -> (light, dark)
     "ink": ("#1f2430", "#e8eaf0"), "soft": ("#5d6575", "#a3abbb"), "paper": ("#fdfdfc", "#14171d"),
     "card": ("#f3f4f6", "#1d222b"), "line": ("#d8dbe1", "#363d4a"), "grid": ("#e4e6ea", "#2b313c"),
     "one": ("#0b6bb8", "#5db4f5"), "two": ("#c95a00", "#f29a4c"), "three": ("#00855f", "#3fc79e"),
-    "four": ("#a3487f", "#dd8fbd"), "prior": ("#7d8594", "#8d96a8"),
+    "four": ("#a3487f", "#dd8fbd"), "five": ("#7d6600", "#d9c25c"), "prior": ("#7d8594", "#8d96a8"),
 }
-SERIES_COLOURS = ("one", "two", "three", "four")
+SERIES_COLOURS = ("one", "two", "three", "four", "five")
 
 
 def light(name: str) -> str:
