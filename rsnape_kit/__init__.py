@@ -40,11 +40,11 @@ if TYPE_CHECKING:
         make_consistent,
         preset_weights,
     )
-    from rsnape_kit.inference import FeatureStore, compute_features, predict
+    from rsnape_kit.inference import FeatureStore, compute_features, heat_maps, occlusion_map, predict
     from rsnape_kit.kaggle import attach, export_kernels, make_bundle, submit
     from rsnape_kit.models import build_model, fetch_weights, list_models, register_model, verify_weights
     from rsnape_kit.phantom import make_competition
-    from rsnape_kit.report import write_report, write_study_page
+    from rsnape_kit.report import Answer, make_answer, predict_stages, write_report, write_study_page
     from rsnape_kit.runs import (
         MACHINES,
         RECIPES,
