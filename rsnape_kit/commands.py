@@ -200,21 +200,23 @@ def _listed(losses: dict) -> str:
 # %% ../nbs/16_commands.ipynb #36352a06
 def predict(runs: list[Path] = (), *, competition: Path | None = None, store: list[Path] = (), dicom: Path | None = None,
             ensemble: Path | None = None, out: Path = Path("predictions"), submission: Path | None = None, tta: Views | None = None,
-            hours: Positive | None = None):
+            hours: Positive | None = None, heat: Natural = 0, json: bool = False):
     """Predict a competition's test set, a store or a folder of DICOM.
 
     Args:
         runs: folders of trained runs, any models and folds
         competition: folder with test/, test.csv and sample_submission.csv; writes a submission
         store: folders of a slice store, all its parts
-        dicom: folder of DICOM, one study or many; prints the exam labels and writes report.html
+        dicom: folder of DICOM, one study or many; prints the exam labels and writes report.html, a page to look through each study
         ensemble: ensemble.json of rsnape blend (default: all models with equal weight)
-        out: folder for the predictions
+        out: folder for the predictions, and for answer.json and answer.csv, unless a submission is written
         submission: file to write (default: OUT/submission.csv)
         tta: augmented views beside the plain one (default: those that the ensemble was fitted on, else each run's own)
         hours: time budget
+        heat: heat maps to make for each study of --dicom, of its most suspicious slices; each costs some hundred predictions of a slice
+        json: print answer.json and nothing else
     """
-    seconds = float("inf") if hours is None else 3600 * hours
+    seconds, began = float("inf") if hours is None else 3600 * hours, time.monotonic()
     if sum(map(bool, (competition, store, dicom))) != 1:
         raise ValueError("no input or several: give one of --competition FOLDER, --store FOLDER... and --dicom FOLDER")
     if ensemble and not ensemble.is_file():
@@ -225,36 +227,38 @@ def predict(runs: list[Path] = (), *, competition: Path | None = None, store: li
         return
     if not runs:
         raise ValueError("no runs: give folders of trained runs; rsnape train and make demo write them to runs/")
-    source, work = rk.SliceStore(*store) if store else rk.DicomSource(rk.scan(dicom)), out / "results"
-    if ensemble and tta is None:
-        from rsnape_kit.ensemble.ensemble import as_ensemble
+    from rsnape_kit.report.findings import noted_warnings
 
-        tta = as_ensemble(ensemble).views
-    preds = rk.predict(runs, source, tta, work, time_budget=seconds)
+    with noted_warnings() as noted:
+        source, work = rk.SliceStore(*store) if store else rk.DicomSource(rk.scan(dicom)), out / "results"
+        if ensemble and tta is None:
+            from rsnape_kit.ensemble.ensemble import as_ensemble
+
+            tta = as_ensemble(ensemble).views
+        preds = rk.predict(runs, source, tta, work, time_budget=seconds)
     for name, pred in preds.items():
         pred.save(out / name)
-        print(f"{out / name}: {pred}")
-    if dicom:
-        from rsnape_kit.inference.predict_runs import plan_predictions
+        if not json:
+            print(f"{out / name}: {pred}")
+    _write_findings(out, preds, source, json, runs=runs, fitted=ensemble, tta=tta, noted=noted, page=bool(dicom), heat=heat if dicom else 0,
+                    time_budget=max(seconds - (time.monotonic() - began), 0))
 
-        _study_page(runs, ensemble, out, preds, source, plan_predictions(runs, source, work, tta).problems())
 
+def _write_findings(out: Path, preds: dict, source, json: bool, runs: list, tta, page: bool, **settings):
+    "Write and print what was found; raise if a study has no prediction."
+    from rsnape_kit.inference.predict_runs import plan_predictions
+    from rsnape_kit.report.answer_tables import answer_text
+    from rsnape_kit.report.answers import NOTE
+    from rsnape_kit.report.findings import unpredicted, write_findings
 
-def _study_page(runs, fitted: Path | None, out: Path, preds: dict, source, problems: dict):
-    "Print the exam labels and write the study page; raise if a study has no prediction."
-    from rsnape_kit.competition.labels import SLICE, STUDY
-    from rsnape_kit.ensemble.ensemble import as_ensemble, default_ensemble
-    from rsnape_kit.report.pages import NOT_PREDICTED, NOTE, exam_table, mask_unpredicted, write_study_page
-
-    ensemble = as_ensemble(fitted) if fitted else default_ensemble(list(preds))
-    pred = mask_unpredicted(ensemble(preds, source.table.drop_duplicates([STUDY, SLICE])), preds)
-    note = f"{len(runs)} runs of {', '.join(preds)}; " + (f"blended as fitted in {fitted}." if fitted else
-                                                          "blended with equal weights, not calibrated.")
-    page = write_study_page(out / "report.html", pred, source, note=note, problems=problems)
-    print(f"\n{exam_table(pred).T.round(3).to_string(na_rep=NOT_PREDICTED)}\n\n{page}\n{NOTE}")
-    lost = pred.images.groupby(level=0).count().loc[lambda predicted: predicted == 0].index
-    if len(lost):
-        raise RuntimeError(f"{len(lost)} of {len(pred.exams)} studies were not predicted, the first is {lost[0]}: "
+    problems = plan_predictions(runs, source, out / "results", tta).problems()
+    answer = write_findings(out, preds, source, runs, tta=tta, problems=problems, page=page, **settings)
+    if json:
+        print((out / "answer.json").read_text(encoding="utf-8"), end="")
+    else:
+        print(*[f"\n{answer_text(answer)}\n\n{out / 'report.html'}"] * page, f"{out / 'answer.json'}\n{NOTE}", sep="\n")
+    if lost := unpredicted(answer):
+        raise RuntimeError(f"{len(lost)} of {len(answer.studies)} studies were not predicted, the first is {lost[0]}: "
                            f"{problems.get(lost[0], 'the time budget was used up')}")
 
 # %% ../nbs/16_commands.ipynb #f4657763

@@ -187,15 +187,16 @@ def runs_used(runs: Iterable[Path | str], tta: int | dict | None = None) -> tupl
         found.append(RunUsed(str(run), settings["model"], settings.get("fold"), len(run_views(run, views)), file_digest(run_weights(run))))
     return tuple(found)
 
-# %% ../../nbs/12_report/07_answers.ipynb #e177a698
+# %% ../../nbs/12_report/07_answers.ipynb #a5915d6b
 def _plain(value) -> float | None:
     return None if pd.isna(value) else float(value)
 
 
 def _values(stages: Stages, choose) -> list[dict]:  # choose: Predictions -> float [n]; fields of n `Value`s
     names = list(stages.raw)
-    raw, calibrated = (np.stack([choose(part[name]) for name in names], 1) for part in (stages.raw, stages.calibrated))
     blended, consistent = choose(stages.blended), choose(stages.consistent)
+    raw, calibrated = (np.array([choose(part[name]) for name in names]).reshape(len(names), len(blended)).T
+                       for part in (stages.raw, stages.calibrated))
     return [{"raw": dict(zip(names, map(_plain, raw[i]))), "calibrated": dict(zip(names, map(_plain, calibrated[i]))),
              "blended": _plain(blended[i]), "consistent": _plain(consistent[i]),
              "yes": None if np.isnan(consistent[i]) else bool(consistent[i] > .5)} for i in range(len(blended))]

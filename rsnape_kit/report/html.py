@@ -21,9 +21,9 @@ def join_html(*parts) -> Markup:  # parts: text is escaped, Markup is not, None 
     return Markup("").join(part for part in parts if part is not None)
 
 
-def tag(name: str, *inside, **attributes) -> Markup:  # inside: as in `join_html`; attributes: class_ for class
+def tag(name: str, *inside, **attributes) -> Markup:  # inside: as in `join_html`; attributes: class_ for class, data_x for data-x
     "Return an HTML element."
-    given = "".join(f' {key.rstrip("_")}="{escape(value)}"' for key, value in attributes.items())
+    given = "".join(f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"' for key, value in attributes.items())
     return Markup(f"<{name}{given}>{join_html(*inside)}</{name}>")
 
 
@@ -128,6 +128,8 @@ def page(
     title: str,
     intro,  # below the title, above the links
     sections: dict,  # heading -> Markup; None leaves a section out
+    head="",  # Markup for the end of the head
+    end="",  # Markup for the end of the body
 ) -> str:
     "Return an HTML document."
     sections = {heading: body for heading, body in sections.items() if body is not None}
@@ -137,4 +139,4 @@ def page(
     body = join_html(tag("h1", title), tag("header", intro, links), tag("main", *parts))
     return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
-            f"<title>{escape(title)}</title>\n<style>{_style()}</style></head>\n<body>{body}</body></html>\n")
+            f"<title>{escape(title)}</title>\n<style>{_style()}</style>{head}</head>\n<body>{body}{end}</body></html>\n")
