@@ -200,7 +200,7 @@ def _listed(losses: dict) -> str:
 # %% ../nbs/16_commands.ipynb #36352a06
 def predict(runs: list[Path] = (), *, competition: Path | None = None, store: list[Path] = (), dicom: Path | None = None,
             ensemble: Path | None = None, out: Path = Path("predictions"), submission: Path | None = None, tta: Views | None = None,
-            hours: Positive | None = None, heat: Natural = 0, json: bool = False):
+            hours: Positive | None = None, heat: Natural = 0, sr: bool = False, json: bool = False):
     """Predict a competition's test set, a store or a folder of DICOM.
 
     Args:
@@ -214,6 +214,7 @@ def predict(runs: list[Path] = (), *, competition: Path | None = None, store: li
         tta: augmented views beside the plain one (default: those that the ensemble was fitted on, else each run's own)
         hours: time budget
         heat: heat maps to make for each study of --dicom, of its most suspicious slices; each costs some hundred predictions of a slice
+        sr: write a DICOM Structured Report of each study of --dicom into OUT/sr, marked as research output; needs highdicom
         json: print answer.json and nothing else
     """
     seconds, began = float("inf") if hours is None else 3600 * hours, time.monotonic()
@@ -228,7 +229,12 @@ def predict(runs: list[Path] = (), *, competition: Path | None = None, store: li
     if not runs:
         raise ValueError("no runs: give folders of trained runs; rsnape train and make demo write them to runs/")
     from rsnape_kit.report.findings import noted_warnings
+    from rsnape_kit.report.structured_report import need_highdicom
 
+    if sr and not dicom:
+        raise ValueError("--sr refers to images, give a folder of DICOM with --dicom")
+    if sr:
+        need_highdicom()  # before the work
     with noted_warnings() as noted:
         source, work = rk.SliceStore(*store) if store else rk.DicomSource(rk.scan(dicom)), out / "results"
         if ensemble and tta is None:
@@ -240,7 +246,7 @@ def predict(runs: list[Path] = (), *, competition: Path | None = None, store: li
         pred.save(out / name)
         if not json:
             print(f"{out / name}: {pred}")
-    _write_findings(out, preds, source, json, runs=runs, fitted=ensemble, tta=tta, noted=noted, page=bool(dicom), heat=heat if dicom else 0,
+    _write_findings(out, preds, source, json, runs=runs, fitted=ensemble, tta=tta, noted=noted, page=bool(dicom), heat=heat if dicom else 0, sr=sr,
                     time_budget=max(seconds - (time.monotonic() - began), 0))
 
 
