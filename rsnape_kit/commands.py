@@ -209,19 +209,21 @@ def predict(runs: list[Path] = (), *, competition: Path | None = None, store: li
         store: folders of a slice store, all its parts
         dicom: folder of DICOM, one study or many; prints the exam labels and writes report.html, a page to look through each study
         ensemble: ensemble.json of rsnape blend (default: all models with equal weight)
-        out: folder for the predictions, and for answer.json and answer.csv, unless a submission is written
+        out: folder for the predictions; with --dicom for answer.json and answer.csv too
         submission: file to write (default: OUT/submission.csv)
         tta: augmented views beside the plain one (default: those that the ensemble was fitted on, else each run's own)
         hours: time budget
         heat: heat maps to make for each study of --dicom, of its most suspicious slices; each costs some hundred predictions of a slice
         sr: write a DICOM Structured Report of each study of --dicom into OUT/sr, marked as research output; needs highdicom
-        json: print answer.json and nothing else
+        json: print answer.json and nothing else; goes with --dicom
     """
     seconds, began = float("inf") if hours is None else 3600 * hours, time.monotonic()
     if sum(map(bool, (competition, store, dicom))) != 1:
         raise ValueError("no input or several: give one of --competition FOLDER, --store FOLDER... and --dicom FOLDER")
     if ensemble and not ensemble.is_file():
         raise FileNotFoundError(f"{ensemble} does not exist; rsnape blend writes it")
+    if (heat or sr or json) and not dicom:
+        raise ValueError("--heat, --sr and --json are about studies to read: give them with --dicom FOLDER")
     if competition:
         rk.submit(runs, ensemble, competition=competition, out=submission or out / "submission.csv", work=out / "work",
                   time_budget=seconds, tta=tta)
@@ -231,8 +233,6 @@ def predict(runs: list[Path] = (), *, competition: Path | None = None, store: li
     from rsnape_kit.report.findings import noted_warnings
     from rsnape_kit.report.structured_report import need_highdicom
 
-    if sr and not dicom:
-        raise ValueError("--sr refers to images, give a folder of DICOM with --dicom")
     if sr:
         need_highdicom()  # before the work
     with noted_warnings() as noted:
@@ -246,11 +246,12 @@ def predict(runs: list[Path] = (), *, competition: Path | None = None, store: li
         pred.save(out / name)
         if not json:
             print(f"{out / name}: {pred}")
-    _write_findings(out, preds, source, json, runs=runs, fitted=ensemble, tta=tta, noted=noted, page=bool(dicom), heat=heat if dicom else 0, sr=sr,
-                    time_budget=max(seconds - (time.monotonic() - began), 0))
+    if dicom:
+        left = max(seconds - (time.monotonic() - began), 0)
+        _write_findings(out, preds, source, json, runs, tta, fitted=ensemble, noted=noted, heat=heat, sr=sr, time_budget=left)
 
 
-def _write_findings(out: Path, preds: dict, source, json: bool, runs: list, tta, page: bool, **settings):
+def _write_findings(out: Path, preds: dict, source, json: bool, runs: list, tta, **settings):
     "Write and print what was found; raise if a study has no prediction."
     from rsnape_kit.inference.predict_runs import plan_predictions
     from rsnape_kit.report.answer_tables import answer_text
@@ -258,11 +259,11 @@ def _write_findings(out: Path, preds: dict, source, json: bool, runs: list, tta,
     from rsnape_kit.report.findings import unpredicted, write_findings
 
     problems = plan_predictions(runs, source, out / "results", tta).problems()
-    answer = write_findings(out, preds, source, runs, tta=tta, problems=problems, page=page, **settings)
+    answer = write_findings(out, preds, source, runs, tta=tta, problems=problems, **settings)
     if json:
         print((out / "answer.json").read_text(encoding="utf-8"), end="")
     else:
-        print(*[f"\n{answer_text(answer)}\n\n{out / 'report.html'}"] * page, f"{out / 'answer.json'}\n{NOTE}", sep="\n")
+        print(f"\n{answer_text(answer)}\n\n{out / 'report.html'}\n{out / 'answer.json'}\n{NOTE}")
     if lost := unpredicted(answer):
         raise RuntimeError(f"{len(lost)} of {len(answer.studies)} studies were not predicted, the first is {lost[0]}: "
                            f"{problems.get(lost[0], 'the time budget was used up')}")

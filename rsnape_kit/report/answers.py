@@ -187,7 +187,7 @@ def runs_used(runs: Iterable[Path | str], tta: int | dict | None = None) -> tupl
         found.append(RunUsed(str(run), settings["model"], settings.get("fold"), len(run_views(run, views)), file_digest(run_weights(run))))
     return tuple(found)
 
-# %% ../../nbs/12_report/07_answers.ipynb #a5915d6b
+# %% ../../nbs/12_report/07_answers.ipynb #122cb01f
 def _plain(value) -> float | None:
     return None if pd.isna(value) else float(value)
 
@@ -206,8 +206,9 @@ def _series_found(study: str, own: pd.DataFrame, series: pd.DataFrame | None) ->
     if series is None:
         return tuple(SeriesFound(uid, "", len(rows), True, "") for uid, rows in own.groupby(SERIES, sort=False))
     rows = series[series[STUDY] == study]
-    texts = rows["description"] if "description" in rows else [""] * len(rows)
-    return tuple(SeriesFound(*each) for each in zip(rows[SERIES], texts, rows["slices"].astype(int), rows["used"].astype(bool), rows["reason"]))
+    texts = [rows[name].fillna("").astype(str) if name in rows else [""] * len(rows) for name in (SERIES, "description", "reason")]
+    return tuple(SeriesFound(uid, about, int(count), bool(used), why)
+                 for uid, about, count, used, why in zip(*texts[:2], rows["slices"], rows["used"], texts[2]))
 
 
 def _slice_values(own: pd.DataFrame, values: list[dict]) -> tuple[SliceValue, ...]:
@@ -215,7 +216,7 @@ def _slice_values(own: pd.DataFrame, values: list[dict]) -> tuple[SliceValue, ..
     return tuple(SliceValue(**value, slice=uid, series=series, order=None if pd.isna(at) else int(at), position=_plain(mm), problem=note or "")
                  for value, uid, series, at, mm, note in zip(values, own[SLICE], own[SERIES], order, position, problem))
 
-# %% ../../nbs/12_report/07_answers.ipynb #5dd42fd9
+# %% ../../nbs/12_report/07_answers.ipynb #bc5b146a
 def study_slices_of(table: pd.DataFrame, study: str) -> pd.DataFrame:  # with the row numbers of the table as index
     "Return a study's slices, each once, series by series, feet to head."
     own = table.reset_index(drop=True)
@@ -253,7 +254,8 @@ def make_answer(stages: Stages, table: pd.DataFrame, runs: tuple[RunUsed, ...] =
         noted = own["problem"].fillna("").value_counts().drop("", errors="ignore") if "problem" in own else {}
         notes = [f"{count} of {len(own)} slices: {note}" for note, count in noted.items()]
         found = _series_found(study, own, series)
-        notes += [f"series {each.series or 'without an id'} left out ({each.slices} files): {each.reason}" for each in found if not each.used]
+        notes += [f"series {each.series or 'without an id'} left out ({each.slices} file{'s' * (each.slices != 1)}): {each.reason}"
+                  for each in found if not each.used]
         told = [problems.pop(study)] if study in problems else []
         studies.append(StudyAnswer(study, found, {label: Value(**each) for label, each in zip(exams, labels)},
                                    _slice_values(own, slices), (*told, *notes)))

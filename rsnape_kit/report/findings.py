@@ -55,12 +55,12 @@ def study_heat_maps(answer: Answer, source: PixelSource, runs: Iterable[Path | s
         atomic_write(out / names[row], heat_picture(window_stack(source, [row])[0][0, ..., 1], heat))
     return found
 
-# %% ../../nbs/12_report/12_findings.ipynb #505401e2
+# %% ../../nbs/12_report/12_findings.ipynb #18e7d5b2
 def write_findings(out: Path | str, preds: dict[str, Predictions], source: PixelSource, runs: Iterable[Path | str] = (),
                    fitted: Path | str | None = None, tta: int | dict | None = None, series: pd.DataFrame | None = None,
-                   problems: Mapping[str, str] | None = None, noted: Iterable[str] = (), page: bool = True, heat: int = 0,
+                   problems: Mapping[str, str] | None = None, noted: Iterable[str] = (), heat: int = 0,
                    time_budget: float | None = None, sr: bool = False) -> Answer:
-    """Write answer.json, answer.csv, and report.html with heat maps if they are wanted, into a folder.
+    """Write answer.json, answer.csv, report.html, and heat maps and Structured Reports if they are wanted, into a folder.
 
     Args:
         out: the folder.
@@ -72,7 +72,6 @@ def write_findings(out: Path | str, preds: dict[str, Predictions], source: Pixel
         series: series used and left out, as in `make_answer`.
         problems: study or folder of a run -> what went wrong.
         noted: further warnings.
-        page: write report.html.
         heat: number of heat maps of each study.
         time_budget: seconds for them.
         sr: write a DICOM Structured Report of each study into `out/sr`.
@@ -88,10 +87,9 @@ def write_findings(out: Path | str, preds: dict[str, Predictions], source: Pixel
     if sr:
         write_structured_reports(out / "sr", answer, source.table)
     maps = study_heat_maps(answer, source, runs, heat, out / "heatmaps", time_budget) if heat else {}
-    if page:
-        blended = f"as fitted in {fitted}" if fitted else f"with {how}"
-        note = f"{len(runs)} runs of {', '.join(preds)}; blended {blended}."
-        write_study_page(out / "report.html", answer, source, note=note, heat=maps)
+    blended = f"as fitted in {fitted}" if fitted else f"with {how}"
+    note = f"{len(runs)} runs of {', '.join(preds)}; blended {blended}."
+    write_study_page(out / "report.html", answer, source, note=note, heat=maps)
     return answer
 
 

@@ -96,7 +96,8 @@ def test_a_validator_of_the_standard_finds_no_error(tmp_path):
     pytest.importorskip("highdicom", reason="pip install highdicom")
     if shutil.which("dciodvfy") is None:
         pytest.skip("no dciodvfy on this machine: apt-get install dicom3tools")
-    table = write_slices(tmp_path, PatientID="p1", PatientName="Doe^Jane", StudyDate="20200101", StudyTime="1200", StudyID="1")
+    patient = {"PatientID": "p1", "PatientName": "Doe^Jane", "StudyDate": "20200101", "StudyTime": "12", "StudyID": "1"}
+    table = write_slices(tmp_path, **patient)
     path, = write_structured_reports(tmp_path / "sr", answer_of(table), table)
     said = subprocess.run(["dciodvfy", path], capture_output=True, text=True).stderr
     assert "ComprehensiveSR" in said and not [line for line in said.splitlines() if line.startswith("Error")]
