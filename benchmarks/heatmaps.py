@@ -104,8 +104,14 @@ def play(model, slices: list) -> np.ndarray:  # bool [n]
     for hu, _, clot, mm in slices:
         stored = (HU_SCALE * hu[None].astype(np.int32)).clip(-4096, 2**15 - 1).astype(np.int16)
         heat = rk.occlusion_map(predictor(model), stored, PATCH, STRIDE)
-        hits.append(near(clot, mm)[np.unravel_index(heat.argmax(), heat.shape)])
+        hits.append(near(clot, mm)[peak(heat)])
     return np.array(hits)
+
+
+def peak(heat: np.ndarray) -> tuple:  # row, column
+    "Return the middle of the cell of the highest value; a map is constant where the same patches cover it."
+    top = np.argwhere(heat >= heat.max() - 1e-6)
+    return tuple(np.rint(top[np.abs(top - top[0]).max(1) < STRIDE].mean(0)).astype(int))
 
 
 def near(clot: np.ndarray, mm: float) -> np.ndarray:

@@ -217,7 +217,7 @@ def predict(runs: list[Path] = (), *, competition: Path | None = None, store: li
         sr: write a DICOM Structured Report of each study of --dicom into OUT/sr, marked as research output; needs highdicom
         json: print answer.json and nothing else; goes with --dicom
     """
-    seconds, began = float("inf") if hours is None else 3600 * hours, time.monotonic()
+    seconds = float("inf") if hours is None else 3600 * hours
     if sum(map(bool, (competition, store, dicom))) != 1:
         raise ValueError("no input or several: give one of --competition FOLDER, --store FOLDER... and --dicom FOLDER")
     if ensemble and not ensemble.is_file():
@@ -230,43 +230,18 @@ def predict(runs: list[Path] = (), *, competition: Path | None = None, store: li
         return
     if not runs:
         raise ValueError("no runs: give folders of trained runs; rsnape train and make demo write them to runs/")
-    from rsnape_kit.report.findings import noted_warnings
-    from rsnape_kit.report.structured_report import need_highdicom
+    if ensemble and tta is None:
+        from rsnape_kit.ensemble.ensemble import as_ensemble
 
-    if sr:
-        need_highdicom()  # before the work
-    with noted_warnings() as noted:
-        source, work = rk.SliceStore(*store) if store else rk.DicomSource(rk.scan(dicom)), out / "results"
-        if ensemble and tta is None:
-            from rsnape_kit.ensemble.ensemble import as_ensemble
-
-            tta = as_ensemble(ensemble).views
-        preds = rk.predict(runs, source, tta, work, time_budget=seconds)
-    for name, pred in preds.items():
-        pred.save(out / name)
-        if not json:
-            print(f"{out / name}: {pred}")
+        tta = as_ensemble(ensemble).views
     if dicom:
-        left = max(seconds - (time.monotonic() - began), 0)
-        _write_findings(out, preds, source, json, runs, tta, fitted=ensemble, noted=noted, heat=heat, sr=sr, time_budget=left)
+        from rsnape_kit.report.findings import predict_dicom
 
-
-def _write_findings(out: Path, preds: dict, source, json: bool, runs: list, tta, **settings):
-    "Write and print what was found; raise if a study has no prediction."
-    from rsnape_kit.inference.predict_runs import plan_predictions
-    from rsnape_kit.report.answer_tables import answer_text
-    from rsnape_kit.report.answers import NOTE
-    from rsnape_kit.report.findings import unpredicted, write_findings
-
-    problems = plan_predictions(runs, source, out / "results", tta).problems()
-    answer = write_findings(out, preds, source, runs, tta=tta, problems=problems, **settings)
-    if json:
-        print((out / "answer.json").read_text(encoding="utf-8"), end="")
-    else:
-        print(f"\n{answer_text(answer)}\n\n{out / 'report.html'}\n{out / 'answer.json'}\n{NOTE}")
-    if lost := unpredicted(answer):
-        raise RuntimeError(f"{len(lost)} of {len(answer.studies)} studies were not predicted, the first is {lost[0]}: "
-                           f"{problems.get(lost[0], 'the time budget was used up')}")
+        predict_dicom(runs, dicom, out, ensemble, tta, seconds, heat, sr, json)
+        return
+    for name, pred in rk.predict(runs, rk.SliceStore(*store), tta, out / "results", time_budget=seconds).items():
+        pred.save(out / name)
+        print(f"{out / name}: {pred}")
 
 # %% ../nbs/16_commands.ipynb #f4657763
 def report(runs: list[Path] = (), *, train_csv: Path, ensemble: Path = Path("ensemble.json"), store: list[Path] = (),
