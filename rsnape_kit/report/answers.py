@@ -216,7 +216,15 @@ def _slice_values(own: pd.DataFrame, values: list[dict]) -> tuple[SliceValue, ..
     return tuple(SliceValue(**value, slice=uid, series=series, order=None if pd.isna(at) else int(at), position=_plain(mm), problem=note or "")
                  for value, uid, series, at, mm, note in zip(values, own[SLICE], own[SERIES], order, position, problem))
 
-# %% ../../nbs/12_report/07_answers.ipynb #bc5b146a
+# %% ../../nbs/12_report/07_answers.ipynb #f4412c09
+def _slice_notes(own: pd.DataFrame) -> list[str]:
+    "Return how many slices have which note in their column `problem`."
+    if "problem" not in own:
+        return []
+    notes = own["problem"].fillna("").str.split("; ").explode()
+    return [f"{count} of {len(own)} slices: {note}" for note, count in notes[notes != ""].value_counts().items()]
+
+
 def study_slices_of(table: pd.DataFrame, study: str) -> pd.DataFrame:  # with the row numbers of the table as index
     "Return a study's slices, each once, series by series, feet to head."
     own = table.reset_index(drop=True)
@@ -237,28 +245,29 @@ def make_answer(stages: Stages, table: pd.DataFrame, runs: tuple[RunUsed, ...] =
             reason (text) and, where it is known, description, as `Selection.series` of `dicom.selection`; default: those of the
             table, all used.
         problems: study, or anything else such as the folder of a run -> what went wrong.
-        warnings: further warnings.
+        warnings: further warnings; one that begins with "study ID: " becomes a warning of that study.
         ensemble: how the models were blended.
         created: time; default: now.
 
     Returns:
         The answer, with the studies in the order of the predictions.
     """
-    problems, studies = dict(problems or {}), []
+    problems, warnings, studies = dict(problems or {}), list(warnings), []
     by_study = dict(iter(table.reset_index(drop=True).groupby(STUDY, sort=False)))
     exams = list(EXAM_LABELS)
     for study in stages.blended.exams.index:
         own = study_slices_of(by_study[study], study)
         labels = _values(stages, lambda pred, study=study: pred.exams.loc[study, exams].to_numpy(float))
         slices = _values(stages, lambda pred, study=study, own=own: pred.images[study].reindex(own[SLICE]).to_numpy(float))
-        noted = own["problem"].fillna("").value_counts().drop("", errors="ignore") if "problem" in own else {}
-        notes = [f"{count} of {len(own)} slices: {note}" for note, count in noted.items()]
+        notes = _slice_notes(own)
         found = _series_found(study, own, series)
         notes += [f"series {each.series or 'without an id'} left out ({each.slices} file{'s' * (each.slices != 1)}): {each.reason}"
                   for each in found if not each.used]
         told = [problems.pop(study)] if study in problems else []
+        told += [text.removeprefix(f"study {study}: ") for text in warnings if text.startswith(f"study {study}: ")]
         studies.append(StudyAnswer(study, found, {label: Value(**each) for label, each in zip(exams, labels)},
-                                   _slice_values(own, slices), (*told, *notes)))
+                                   _slice_values(own, slices), tuple(dict.fromkeys((*told, *notes)))))
     when = (created or datetime.now(UTC)).isoformat(timespec="seconds")
-    rest = (*(f"{name}: {why}" for name, why in problems.items()), *warnings)
+    of_studies = tuple(f"study {each.study}: " for each in studies)
+    rest = (*(f"{name}: {why}" for name, why in problems.items()), *(text for text in warnings if not text.startswith(of_studies)))
     return Answer("answer", 1, NOTE, when, software_versions(), runs, ensemble, tuple(studies), rest)

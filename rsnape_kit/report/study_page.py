@@ -22,7 +22,7 @@ from .viewer import viewer, viewer_files
 from ..store.dicom_source import PixelSource
 from ..utils.files import atomic_write
 
-# %% ../../nbs/12_report/10_study_page.ipynb #63524c3b
+# %% ../../nbs/12_report/10_study_page.ipynb #00d82008
 def likeliest(
     probability,  # float [n], feet to head
     count: int = 6,
@@ -39,7 +39,8 @@ def likeliest(
 def marked_slices(study: StudyAnswer, count: int = 5) -> list[int]:
     "Return the places of a study's slices that are marked on its page; none where none is predicted."
     probability = np.array([each.blended for each in study.slices], float)
-    return [int(i) for i in likeliest(probability, count) if np.isfinite(probability[i])]
+    apart = max(3, len(probability) // 40)
+    return [int(i) for i in likeliest(probability, count, apart) if np.isfinite(probability[i])]
 
 # %% ../../nbs/12_report/10_study_page.ipynb #57244886
 def _verdict(value: Value) -> Markup | str:
