@@ -129,6 +129,7 @@ def _rows(paths):
         (short, "file shorter than its pixels"),
         ((area > 0) & ((one["frames"] > 1) | (one["samples"] != 1)), "not one grayscale frame"),
         (area == 0, "not an image"),
+        ((one["slope"] == 0) | (np.abs(one["slope"]) > 1e3) | (np.abs(one["intercept"]) > 32768), "RescaleSlope or RescaleIntercept of no CT"),
     ):
         problem[where & (problem == "")] = text
     table = dict(zip(("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"), zip(*texts)))
