@@ -200,47 +200,61 @@ def _listed(losses: dict) -> str:
 # %% ../nbs/16_commands.ipynb #36352a06
 def predict(runs: list[Path] = (), *, competition: Path | None = None, store: list[Path] = (), dicom: Path | None = None,
             ensemble: Path | None = None, out: Path = Path("predictions"), submission: Path | None = None, tta: Views | None = None,
-            hours: Positive | None = None):
+            hours: Positive | None = None, series: str = ""):
     """Predict a competition's test set, a store or a folder of DICOM.
 
     Args:
         runs: folders of trained runs, any models and folds
         competition: folder with test/, test.csv and sample_submission.csv; writes a submission
         store: folders of a slice store, all its parts
-        dicom: folder of DICOM, one study or many; prints the exam labels and writes report.html
+        dicom: folder of DICOM, one study or many, a zip of it, or one file; prints the exam labels and writes report.html
         ensemble: ensemble.json of rsnape blend (default: all models with equal weight)
         out: folder for the predictions
         submission: file to write (default: OUT/submission.csv)
         tta: augmented views beside the plain one (default: those that the ensemble was fitted on, else each run's own)
         hours: time budget
+        series: SeriesInstanceUID in --dicom to predict as it is (default: of each study the series that shows the chest best)
     """
     seconds = float("inf") if hours is None else 3600 * hours
-    if sum(map(bool, (competition, store, dicom))) != 1:
-        raise ValueError("no input or several: give one of --competition FOLDER, --store FOLDER... and --dicom FOLDER")
+    if sum(map(bool, (competition, store, dicom))) != 1 or (series and not dicom):
+        raise ValueError("no input or several: give one of --competition FOLDER, --store FOLDER... and --dicom FOLDER; --series is for --dicom")
     if ensemble and not ensemble.is_file():
         raise FileNotFoundError(f"{ensemble} does not exist; rsnape blend writes it")
     if competition:
-        rk.submit(runs, ensemble, competition=competition, out=submission or out / "submission.csv", work=out / "work",
-                  time_budget=seconds, tta=tta)
-        return
+        return rk.submit(runs, ensemble, competition=competition, out=submission or out / "submission.csv", work=out / "work",
+                         time_budget=seconds, tta=tta)
     if not runs:
         raise ValueError("no runs: give folders of trained runs; rsnape train and make demo write them to runs/")
-    source, work = rk.SliceStore(*store) if store else rk.DicomSource(rk.scan(dicom)), out / "results"
     if ensemble and tta is None:
         from rsnape_kit.ensemble.ensemble import as_ensemble
-
         tta = as_ensemble(ensemble).views
-    preds = rk.predict(runs, source, tta, work, time_budget=seconds)
+    if dicom:
+        return _predict_dicom(runs, ensemble, out, dicom, series, tta, seconds)
+    _predict_source(runs, rk.SliceStore(*store), out, tta, seconds)
+
+
+def _predict_source(runs, source, out: Path, tta, seconds: float) -> dict:
+    "Predict a source with all runs, save the predictions and return them."
+    preds = rk.predict(runs, source, tta, out / "results", time_budget=seconds)
     for name, pred in preds.items():
         pred.save(out / name)
         print(f"{out / name}: {pred}")
-    if dicom:
-        from rsnape_kit.inference.predict_runs import plan_predictions
-
-        _study_page(runs, ensemble, out, preds, source, plan_predictions(runs, source, work, tta).problems())
+    return preds
 
 
-def _study_page(runs, fitted: Path | None, out: Path, preds: dict, source, problems: dict):
+def _predict_dicom(runs, fitted: Path | None, out: Path, dicom: Path, series: str, tta, seconds: float):
+    "Choose the series of each study, say what is left out, predict and write the study page."
+    from rsnape_kit.inference.predict_runs import plan_predictions
+
+    with rk.dicom_input(dicom) as root:
+        selection = rk.select_slices(root, series)
+        source, chosen = rk.DicomSource(selection.table), selection.describe()
+        print(*filter(None, [chosen, rk.describe_problems(source)]), sep="\n")
+        preds = _predict_source(runs, source, out, tta, seconds)
+        _study_page(runs, fitted, out, preds, source, plan_predictions(runs, source, out / "results", tta).problems(), chosen)
+
+
+def _study_page(runs, fitted: Path | None, out: Path, preds: dict, source, problems: dict, chosen: str):
     "Print the exam labels and write the study page; raise if a study has no prediction."
     from rsnape_kit.competition.labels import SLICE, STUDY
     from rsnape_kit.ensemble.ensemble import as_ensemble, default_ensemble
@@ -248,8 +262,8 @@ def _study_page(runs, fitted: Path | None, out: Path, preds: dict, source, probl
 
     ensemble = as_ensemble(fitted) if fitted else default_ensemble(list(preds))
     pred = mask_unpredicted(ensemble(preds, source.table.drop_duplicates([STUDY, SLICE])), preds)
-    note = f"{len(runs)} runs of {', '.join(preds)}; " + (f"blended as fitted in {fitted}." if fitted else
-                                                          "blended with equal weights, not calibrated.")
+    how = f"blended as fitted in {fitted}." if fitted else "blended with equal weights, not calibrated."
+    note = f"{len(runs)} runs of {', '.join(preds)}; {how} {chosen}".strip()
     page = write_study_page(out / "report.html", pred, source, note=note, problems=problems)
     print(f"\n{exam_table(pred).T.round(3).to_string(na_rep=NOT_PREDICTED)}\n\n{page}\n{NOTE}")
     lost = pred.images.groupby(level=0).count().loc[lambda predicted: predicted == 0].index
