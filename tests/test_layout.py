@@ -14,7 +14,7 @@ NOTEBOOKS = sorted([*NBS.glob("[0-9]*/[0-9]*.ipynb"), *NBS.glob("[0-9]*.ipynb")]
 
 
 def module_of(notebook: Path) -> str:
-    "The module that a notebook exports, from its path: 02_dicom/05_slices.ipynb -> dicom.slices."
+    "The module that a notebook exports, from its path: 02_dicom/06_slices.ipynb -> dicom.slices."
     number, name = notebook.stem.split("_", 1)
     package = notebook.parent.name.split("_", 1)[1] if notebook.parent != NBS else ""
     return ".".join(filter(None, [package, "__init__" if number == "00" else name]))
