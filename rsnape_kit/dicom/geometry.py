@@ -51,16 +51,20 @@ def order_of(
     instance: np.ndarray,  # float [n], InstanceNumber, NaN where missing
     names,  # n file names, sorted
     series: str = "",  # the series' id, for the warning
+    location: np.ndarray | None = None,  # float [n], SliceLocation in mm, NaN where missing
 ) -> np.ndarray:  # int [n]
-    "Indices that sort the slices from feet to head: by position, else InstanceNumber, else file name."
+    "Indices that sort the slices from feet to head: by position, else InstanceNumber, else SliceLocation, else file name."
     if not np.isnan(position).any():
         return np.lexsort((instance, position))
     lacks = f"series {series}: {np.isnan(position).sum()} of {len(position)} slices have no ImagePositionPatient"
-    if not np.isnan(instance).any():
-        warnings.warn(f"{lacks}, ordered by InstanceNumber", stacklevel=2)
-        valid = ~np.isnan(position)
-        falling = valid.sum() > 1 and np.polyfit(instance[valid], position[valid], 1)[0] < 0
-        return np.argsort(-instance if falling else instance, kind="stable")
+    by = {"InstanceNumber": instance} | ({} if location is None else {"SliceLocation": location})
+    distinct = {name: 0 if np.isnan(values).any() else len(np.unique(values)) for name, values in by.items()}
+    best = max(distinct, key=lambda name: distinct[name])  # the first, InstanceNumber, if they tell equally many slices apart
+    if distinct[best] > min(1, len(position) - 1):
+        warnings.warn(f"{lacks}, ordered by {best}", stacklevel=2)
+        key, valid = by[best], ~np.isnan(position)
+        falling = len(np.unique(key[valid])) > 1 and np.polyfit(key[valid], position[valid], 1)[0] < 0
+        return np.argsort(-key if falling else key, kind="stable")
     warnings.warn(f"{lacks}, {np.isnan(instance).sum()} no InstanceNumber, ordered by file name", stacklevel=2)
     return np.array(sorted(range(len(names)), key=lambda i: _natural(names[i])))
 
@@ -106,7 +110,7 @@ def _join(notes, more):
     return np.array([f"{a}; {b}" if a and b else a + b for a, b in zip(notes, more)], object)
 
 # %% ../../nbs/02_dicom/05_geometry.ipynb #7d912a4d
-def arrange(table: pd.DataFrame) -> pd.DataFrame:  # table: rows of a scan, with the columns CORNER and ORIENTATION
+def arrange(table: pd.DataFrame) -> pd.DataFrame:  # table: rows of a scan, with the columns CORNER and ORIENTATION, perhaps location
     "The slices table: sorted by study, series and position, with columns position, order, flips and problem."
     table = table.sort_values(["StudyInstanceUID", "SeriesInstanceUID", "path"], ignore_index=True)
     series = table.StudyInstanceUID + "/" + table.SeriesInstanceUID
@@ -115,6 +119,7 @@ def arrange(table: pd.DataFrame) -> pd.DataFrame:  # table: rows of a scan, with
     orientation, instance, names = own.copy(), table.instance.to_numpy(float), table.path.to_numpy()
     size, readable = table["rows"].to_numpy() * 65536 + table["columns"].to_numpy(), table["rows"].to_numpy() > 0
     position, notes, indices = np.full(len(table), np.nan), np.full(len(table), "", object), []
+    location = table.location.to_numpy(float) if "location" in table else np.full(len(table), np.nan)
     first = np.append(True, series[1:].to_numpy() != series[:-1].to_numpy())[:len(table)]
     starts = np.flatnonzero(first).tolist()
     for start, stop in zip(starts, [*starts[1:], len(table)]):
@@ -125,7 +130,7 @@ def arrange(table: pd.DataFrame) -> pd.DataFrame:  # table: rows of a scan, with
         orientation[here] = np.where(np.isnan(orientation[here]), main, orientation[here])
         position[here], estimated = slice_positions(corner[here], normals(main[None])[0], instance[here])
         if len(here):
-            order = order_of(position[here], instance[here], names[here], table.SeriesInstanceUID[start])
+            order = order_of(position[here], instance[here], names[here], table.SeriesInstanceUID[start], location[here])
             here, estimated = here[order], estimated[order]
             found = series_warnings(position[here], own[here], main, size[here]) | {
                 "position from InstanceNumber": estimated, "rotated in plane": np.abs(orientation[here, 0]) < .7,
@@ -134,7 +139,7 @@ def arrange(table: pd.DataFrame) -> pd.DataFrame:  # table: rows of a scan, with
                 if where.any():
                     notes[here[where]] = _join(notes[here[where]], np.full(where.sum(), text))
         indices += [here, unreadable]
-    table = table.drop(columns=CORNER + ORIENTATION)
+    table = table.drop(columns=[*CORNER, *ORIENTATION, "location"], errors="ignore")
     twice = table.duplicated(["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"], keep=False)
     notes[twice] = _join(notes[twice], np.full(twice.sum(), "duplicate SOPInstanceUID"))
     table["position"], table["problem"] = position, _join(table.problem, notes)

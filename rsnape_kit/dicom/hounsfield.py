@@ -96,7 +96,7 @@ def _is_plain(buf, got, size, at, length, n):
     area, place = n[_rows] * n[_rows + 1], at[_photometric]
     return (
         n[_samples] == 1 and n[_allocated] == 16 and 1 <= n[_stored] <= 16 and (n[_signed] == 0 or n[_signed] == 1)
-        and area > 0 and length[-1] == 2 * area and at[-1] + length[-1] == size
+        and (n[_high] == n[_stored] - 1 or np.isnan(n[_high])) and area > 0 and length[-1] == 2 * area and at[-1] + length[-1] == size
         and (at[_frames_at] < 0 or n[_frames] == 1) and at[_lut] < 0
         and (at[_slope_at] < 0) == np.isnan(n[_slope]) and (at[_slope_at - 1] < 0) == np.isnan(n[_slope - 1])
         and (at[_slope_at] < 0) == (at[_slope_at - 1] < 0)
@@ -111,8 +111,8 @@ def plain_format(n):
     slope, intercept = (1.0, 0.0) if np.isnan(n[_slope]) else (n[_slope], n[_slope - 1])
     return (int(n[_rows]), int(n[_rows + 1])), int(n[_stored]), n[_signed] == 1, slope, intercept
 
-_rows, _samples, _allocated, _stored, _signed, _frames, _slope = (
-    NUMBER[name] for name in ("rows", "samples", "allocated", "stored", "signed", "frames", "slope"))
+_rows, _samples, _allocated, _stored, _high, _signed, _frames, _slope = (
+    NUMBER[name] for name in ("rows", "samples", "allocated", "stored", "high", "signed", "frames", "slope"))
 _photometric, _charset, _lut, _frames_at, _slope_at = (
     FIELD[name] for name in ("photometric", "charset", "lut", "frames", "slope"))
 

@@ -12,7 +12,7 @@ import re
 import numpy as np
 import pandas as pd
 
-from .decode import read_dataset
+from .dataset import read_dataset
 
 # %% ../../nbs/02_dicom/08_kinds.ipynb #3552de82
 DETAILS = {"modality": "Modality", "sop_class": "SOPClassUID", "image_type": "ImageType", "frame": "FrameOfReferenceUID",

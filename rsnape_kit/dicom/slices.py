@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from .decode import read_dataset, to_dicom_error
+from .dataset import is_gzip, numbers_of, read_dataset
+from .decode import rescale_of, to_dicom_error
 from .geometry import CORNER, ORIENTATION, arrange
 from .header import FIELD, FIELDS, FOUND, MORE, NUMBER, NUMBERS, walk_many
 from ..utils.native import raw_paths, read_beginnings
@@ -72,12 +73,12 @@ def _read_with_pydicom(path):
     except Exception as error:  # whatever pydicom raises for a damaged file
         return ("",) * 4, numbers, to_dicom_error(path, error).args[1]
     for name, tag, _, count in FIELDS:
-        try:
-            values = np.ravel(np.asarray(ds[tag].value, float)) if count and tag in ds else ()
-        except Exception:  # noqa: S112  a value that is not a number is a missing value
-            continue
-        if count and len(values) == count:
-            numbers[NUMBER[name]:NUMBER[name] + count] = values
+        if count and (values := numbers_of(ds, tag, count)) is not None:
+            numbers[NUMBER[name]:NUMBER[name] + count] = values  # NaN, as if missing, for a text that is no number
+    try:
+        rescale_of(ds)
+    except ValueError as error:  # `read_hu` refuses the file too
+        return texts, numbers, "" if "only one" in str(error) else str(error)
     return texts, numbers, ""
 
 # %% ../../nbs/02_dicom/06_slices.ipynb #f1c70cba
@@ -124,6 +125,8 @@ def _rows(paths):
     rows, columns, bits = (np.nan_to_num(one[name]).astype(np.int64) for name in ("rows", "columns", "stored"))
     area, problem = rows * columns, np.array(problems, object)
     short = np.isin(syntax := [text[3] for text in texts], _native) & (size < area * np.nan_to_num(one["allocated"]) / 8)
+    if short.any():
+        short &= [not (is_short and is_gzip(path)) for path, is_short in zip(paths, short)]
     for where, text in (
         (np.isnan(one["slope"]) != np.isnan(one["intercept"]), "only one of RescaleSlope and RescaleIntercept"),
         (short, "file shorter than its pixels"),
@@ -142,7 +145,19 @@ def _rows(paths):
     }
     for names, field in ((CORNER, "corner"), (ORIENTATION, "orientation")):
         table |= dict(zip(names, numbers[:, NUMBER[field]:NUMBER[field] + len(names)].T))
+    lacking = np.flatnonzero(np.isnan(numbers[:, NUMBER["corner"]:NUMBER["corner"] + 3]).any(1) & (area > 0))
+    if len(lacking):
+        table["location"] = np.full(len(paths), np.nan)
+        table["location"][lacking] = [_location(paths[i]) for i in lacking]
     return pd.DataFrame(table | {"problem": problem})
+
+def _location(path):
+    "SliceLocation of a file in mm, NaN if it has none."
+    try:
+        found = numbers_of(read_dataset(path, pixels=False, tags=["SliceLocation"]), 0x00201041, 1)
+    except Exception:  # the header has been read once: the file has changed
+        return np.nan
+    return np.nan if found is None else found[0]
 
 # %% ../../nbs/02_dicom/06_slices.ipynb #40b3beb8
 def _fill_missing_ids(table):
