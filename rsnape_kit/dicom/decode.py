@@ -104,10 +104,11 @@ def read_with_pydicom(path, lowest) -> tuple:
     if decoder and not lut:
         values, bits = decode(ds, decoder)
         return values, slope, intercept, bits
-    shift = unused_bits(ds)
+    shift = 0 if lut else unused_bits(ds)
     if shift:  # pydicom would clear the bits above BitsStored
         ds.BitsStored += shift
     values, bits = ds.pixel_array, ds.BitsStored - shift
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)
     if values.ndim != 2:
         raise ValueError(f"expected one grayscale frame, found an array of {values.shape}")
     if values.dtype in (np.int16, np.uint16) and not lut:

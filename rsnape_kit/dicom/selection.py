@@ -105,7 +105,7 @@ def choose_slices(headers: pd.DataFrame, series: str = "") -> Selection:
     Raises:
         ValueError: there is no such series, or no study has a series that can be used; lists what there is.
     """
-    t = headers.assign(**{name: "" for name in DETAILS if name not in headers}).reset_index(drop=True)
+    t = _one_study(headers.assign(**{name: "" for name in DETAILS if name not in headers}).reset_index(drop=True))
     fault = object_faults(t)
     known = competition_studies(t) & (not series)
     used, reason, body = known.copy(), np.where(known, "", fault).astype(object), codes(t, SERIES[:1])
@@ -129,6 +129,13 @@ def choose_slices(headers: pd.DataFrame, series: str = "") -> Selection:
     return _selection(t, used, reason, body)
 
 # %% ../../nbs/02_dicom/10_selection.ipynb #3b03f25e
+def _one_study(t) -> pd.DataFrame:
+    "Give files whose study id is theirs alone, but whose frame of reference is the same, one study id."
+    alone = t.groupby("StudyInstanceUID").path.transform("size").eq(1) & (t.frame != "")
+    frames = t[alone].groupby("frame").StudyInstanceUID
+    return t.assign(StudyInstanceUID=t.StudyInstanceUID.where(~alone | (frames.transform("size").reindex(t.index, fill_value=0) < 3),
+                                                              frames.transform("first").reindex(t.index)))
+
 def _split(rows, body) -> list[np.ndarray]:
     "The rows of each body, in the order of their first."
     return [rows[body[rows] == each] for each in dict.fromkeys(body[rows].tolist())]

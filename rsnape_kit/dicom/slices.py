@@ -45,14 +45,14 @@ def _is_kind(entry, kind):
 
 # %% ../../nbs/02_dicom/06_slices.ipynb #120e9728
 def _kind(path):
-    "A file's folder and extension."
-    extension = os.path.splitext(path)[1].lower()
+    "A file's folder and extension, of a packed file the one before .gz."
+    extension = os.path.splitext(path.lower().removesuffix(".gz"))[1]
     return os.path.dirname(path), extension if extension[1:2].isalpha() else ""
 
 def non_dicom_files(table: pd.DataFrame) -> pd.Series:
     "bool [n]: files that are neither DICOM nor damaged slices, by the columns path and problem."
     invalid = table.problem.str.startswith("InvalidDicomError")
-    candidates = invalid & ~table.path.str.lower().str.endswith(".dcm")
+    candidates = invalid & ~table.path.str.lower().str.endswith((".dcm", ".dcm.gz"))
     if candidates.any():
         kind = table.path.map(_kind)
         candidates &= ~kind.isin(kind[~invalid])
