@@ -19,6 +19,7 @@ from .dataset import is_gzip, numbers_of, read_dataset
 from .decode import rescale_of, to_dicom_error
 from .geometry import CORNER, ORIENTATION, arrange
 from .header import FIELD, FIELDS, FOUND, MORE, NUMBER, NUMBERS, walk_many
+from ..utils.files import valid_text
 from ..utils.native import raw_paths, read_beginnings
 
 # %% ../../nbs/02_dicom/06_slices.ipynb #a5b514be
@@ -47,7 +48,7 @@ def _is_kind(entry, kind):
 def _kind(path):
     "A file's folder and extension, of a packed file the one before .gz."
     extension = os.path.splitext(path.lower().removesuffix(".gz"))[1]
-    return os.path.dirname(path), extension if extension[1:2].isalpha() else ""
+    return valid_text(os.path.dirname(path)), extension if extension[1:2].isalpha() else ""
 
 def non_dicom_files(table: pd.DataFrame) -> pd.Series:
     "bool [n]: files that are neither DICOM nor damaged slices, by the columns path and problem."
@@ -166,12 +167,12 @@ def _fill_missing_ids(table):
     missing, nameless = (table[ids] == "").any(axis=1), table.SOPInstanceUID == ""
     if not missing.any() and not nameless.any():
         return table
-    folder = table.path.map(os.path.dirname)
+    folder = table.path.map(lambda path: valid_text(os.path.dirname(path)))  # pandas takes names that are not UTF-8 for equal
     for where, files in table[folder.isin(folder[missing].unique())].groupby(folder):
         counts = files.loc[~missing[files.index], ids].value_counts()
         names = ["", *os.path.normpath(where).split(os.sep)][-2:]
         table.loc[files.index[missing[files.index]], ids] = counts.index[0] if len(counts) else names
-    table.loc[nameless, "SOPInstanceUID"] = [os.path.splitext(os.path.basename(p))[0] for p in table.path[nameless]]
+    table.loc[nameless, "SOPInstanceUID"] = [os.path.splitext(os.path.basename(valid_text(p)))[0] for p in table.path[nameless]]
     return table
 
 # %% ../../nbs/02_dicom/06_slices.ipynb #131cee7f

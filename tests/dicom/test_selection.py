@@ -233,3 +233,25 @@ def test_a_damaged_member_of_a_zip_is_an_error(tmp_path):
     path.write_bytes(raw)
     with pytest.raises(ValueError, match="study.zip cannot be unpacked"), dicom_input(path):
         pass
+
+
+def test_names_that_are_not_utf8(tmp_path, capsys):
+    "A folder from a Latin-1 CD: files without ids take its name, a study is cached, and the table is saved."
+    from rsnape_kit.commands import scan as scan_command
+    from rsnape_kit.inference.results import fetch_study
+    from rsnape_kit.store import DicomSource
+
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/J\xfcrgen"))
+    series(folder, "7", 3)
+    (folder / "damaged.dcm").write_bytes(b"no slice")
+    series(folder / "none", "8", 2, StudyInstanceUID=None, SeriesInstanceUID=None)
+    table = scan(folder)
+    assert r"J\udcfcrgen" in set(table.StudyInstanceUID) and os.path.exists(table.path.iloc[0])
+    assert all(text.isascii() for text in table[["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"]].stack())
+    source, rows = DicomSource(table, size=8), np.arange(len(table))
+    plain = fetch_study(source, rows).pixels
+    for _ in range(2):  # written, and read again
+        np.testing.assert_array_equal(fetch_study(source, rows, tmp_path / "cached").pixels, plain)
+    assert (tmp_path / "cached").exists()
+    scan_command(folder, out=tmp_path / "slices.parquet")
+    assert len(pd.read_parquet(tmp_path / "slices.parquet")) == 6 and "6 slices" in capsys.readouterr().out
