@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         write_submission,
     )
     from rsnape_kit.data import GroupBatches, ImageBatches, StudyBatches
-    from rsnape_kit.dicom import DicomError, read_hu, scan
+    from rsnape_kit.dicom import DicomError, dicom_input, read_hu, scan, select_slices
     from rsnape_kit.ensemble import (
         BlendWeights,
         Ensemble,
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
         load_config,
         recipe_table,
     )
-    from rsnape_kit.store import DicomSource, PixelSource, SliceStore, build_store, read_tfrecords
+    from rsnape_kit.store import DicomSource, PixelSource, SliceStore, build_store, describe_problems, read_tfrecords
     from rsnape_kit.testing import ArraySource, simulate_model, simulate_truth
     from rsnape_kit.training import train, train_all
     from rsnape_kit.transforms import (

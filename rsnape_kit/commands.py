@@ -200,19 +200,20 @@ def _listed(losses: dict) -> str:
 # %% ../nbs/16_commands.ipynb #36352a06
 def predict(runs: list[Path] = (), *, competition: Path | None = None, store: list[Path] = (), dicom: Path | None = None,
             ensemble: Path | None = None, out: Path = Path("predictions"), submission: Path | None = None, tta: Views | None = None,
-            hours: Positive | None = None, heat: Natural = 0, sr: bool = False, json: bool = False):
+            hours: Positive | None = None, series: str = "", heat: Natural = 0, sr: bool = False, json: bool = False):
     """Predict a competition's test set, a store or a folder of DICOM.
 
     Args:
         runs: folders of trained runs, any models and folds
         competition: folder with test/, test.csv and sample_submission.csv; writes a submission
         store: folders of a slice store, all its parts
-        dicom: folder of DICOM, one study or many; prints the exam labels and writes report.html, a page to look through each study
+        dicom: folder of DICOM, one study or many, a zip of it, or one file; prints the exam labels and writes report.html, a page to look through each study
         ensemble: ensemble.json of rsnape blend (default: all models with equal weight)
         out: folder for the predictions; with --dicom for answer.json and answer.csv too
         submission: file to write (default: OUT/submission.csv)
         tta: augmented views beside the plain one (default: those that the ensemble was fitted on, else each run's own)
         hours: time budget
+        series: SeriesInstanceUID in --dicom to predict as it is (default: of each study the series that shows the chest best)
         heat: heat maps to make for each study of --dicom, of its most suspicious slices; each costs some hundred predictions of a slice
         sr: write a DICOM Structured Report of each study of --dicom into OUT/sr, marked as research output; needs highdicom
         json: print answer.json and nothing else; goes with --dicom
@@ -222,8 +223,8 @@ def predict(runs: list[Path] = (), *, competition: Path | None = None, store: li
         raise ValueError("no input or several: give one of --competition FOLDER, --store FOLDER... and --dicom FOLDER")
     if ensemble and not ensemble.is_file():
         raise FileNotFoundError(f"{ensemble} does not exist; rsnape blend writes it")
-    if (heat or sr or json) and not dicom:
-        raise ValueError("--heat, --sr and --json are about studies to read: give them with --dicom FOLDER")
+    if (series or heat or sr or json) and not dicom:
+        raise ValueError("--series, --heat, --sr and --json are about studies to read: give them with --dicom FOLDER")
     if competition:
         rk.submit(runs, ensemble, competition=competition, out=submission or out / "submission.csv", work=out / "work",
                   time_budget=seconds, tta=tta)
@@ -237,7 +238,7 @@ def predict(runs: list[Path] = (), *, competition: Path | None = None, store: li
     if dicom:
         from rsnape_kit.report.findings import predict_dicom
 
-        predict_dicom(runs, dicom, out, ensemble, tta, seconds, heat, sr, json)
+        predict_dicom(runs, dicom, out, ensemble, tta, seconds, series, heat, sr, json)
         return
     for name, pred in rk.predict(runs, rk.SliceStore(*store), tta, out / "results", time_budget=seconds).items():
         pred.save(out / name)

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..competition.predictions import Predictions
-from ..dicom.slices import scan
+from ..dicom.selection import dicom_input, select_slices
 from ..ensemble.ensemble import as_ensemble, default_ensemble
 from ..inference.heatmaps import heat_maps
 from ..inference.predict_runs import plan_predictions, predict
@@ -25,7 +25,7 @@ from .answers import NOTE, Answer, make_answer, predict_stages, runs_used, study
 from .structured_report import need_highdicom, write_structured_reports
 from .study_page import marked_slices, write_study_page
 from .viewer import heat_picture, window_stack
-from ..store.dicom_source import DicomSource, PixelSource
+from ..store.dicom_source import DicomSource, PixelSource, describe_problems
 from ..utils.files import atomic_write, file_digest
 
 # %% ../../nbs/12_report/12_findings.ipynb #017e1173
@@ -102,16 +102,17 @@ def _unpredicted(answer: Answer) -> list[str]:  # studies
 
 # %% ../../nbs/12_report/12_findings.ipynb #d7362903
 def predict_dicom(runs: Iterable[Path | str], dicom: Path | str, out: Path | str, fitted: Path | str | None = None, tta: int | dict | None = None,
-                  time_budget: float = float("inf"), heat: int = 0, sr: bool = False, json: bool = False) -> Answer:
-    """Predict a folder of DICOM, write everything about it, and print the answer.
+                  time_budget: float = float("inf"), series: str = "", heat: int = 0, sr: bool = False, json: bool = False) -> Answer:
+    """Choose the series of each study, predict them, write everything about them, and print the answer.
 
     Args:
         runs: folders of trained runs.
-        dicom: folder of DICOM, one study or many.
+        dicom: folder of DICOM, one study or many, a zip of it, or one file.
         out: folder for predictions and findings.
         fitted: ensemble.json; default: equal weights.
         tta: augmented views, as in `predict`.
         time_budget: seconds for predictions and heat maps.
+        series: SeriesInstanceUID to predict as it is; default: of each study the series that shows the chest best.
         heat: number of heat maps of each study.
         sr: write DICOM Structured Reports.
         json: print answer.json and nothing else.
@@ -125,17 +126,20 @@ def predict_dicom(runs: Iterable[Path | str], dicom: Path | str, out: Path | str
     """
     if sr:
         need_highdicom()  # before the work
-    out, began = Path(out), time.monotonic()
-    with noted_warnings() as noted:
-        source = DicomSource(scan(dicom))
-        preds = predict(runs, source, tta, out / "results", time_budget=time_budget)
-    for name, pred in preds.items():
-        pred.save(out / name)
-        if not json:
-            print(f"{out / name}: {pred}")
-    problems = plan_predictions(runs, source, out / "results", tta).problems()
-    left = max(time_budget - (time.monotonic() - began), 0)
-    answer = write_findings(out, preds, source, runs, fitted, tta, None, problems, noted, heat, left, sr)
+    out, began, say = Path(out), time.monotonic(), (lambda *text, **more: None) if json else print
+    with dicom_input(dicom) as root:
+        with noted_warnings() as noted:
+            selection = select_slices(root, series)
+            source = DicomSource(selection.table)
+            say(*filter(None, [selection.describe(), described := describe_problems(source)]), sep="\n")
+            preds = predict(runs, source, tta, out / "results", time_budget=time_budget)
+        for name, pred in preds.items():
+            pred.save(out / name)
+            say(f"{out / name}: {pred}")
+        problems = plan_predictions(runs, source, out / "results", tta).problems()
+        left = max(time_budget - (time.monotonic() - began), 0)
+        answer = write_findings(out, preds, source, runs, fitted, tta, selection.series, problems, [*noted, *described.splitlines()],
+                                heat, left, sr)
     printed = f"\n{answer_text(answer)}\n\n{out / 'report.html'}\n{out / 'answer.json'}\n{NOTE}"
     print((out / "answer.json").read_text(encoding="utf-8").rstrip() if json else printed)
     if lost := _unpredicted(answer):

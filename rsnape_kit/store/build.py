@@ -24,7 +24,7 @@ from ..dicom.slices import list_files, scan
 from .dicom_source import DicomSource, PixelSource, RowSubset, StoreInput
 from .slice_store import INDEX, KIND, read_end, read_footer, read_index, slices_in, write_shard
 from .tfrecords import is_tfrecord, read_tfrecords
-from ..utils.files import atomic_file
+from ..utils.files import atomic_file, valid_text
 from ..utils.manifest import MANIFEST, write_manifest
 from ..utils.processes import exclusive, executor_for, map_ahead
 from ..utils.table_files import TableSchema
@@ -62,7 +62,7 @@ def fingerprint(table: pd.DataFrame, meta: dict) -> str:
 
 def _short(path):
     "The last three components of a path (study, series and slice in the competition), as valid UTF-8."
-    return "/".join(Path(path).parts[-3:]).encode("utf-8", "backslashreplace").decode()
+    return valid_text("/".join(Path(path).parts[-3:]))
 
 def make_shard(source: StoreInput, path: Path, meta: dict) -> int:
     "Write one shard of all slices of a source; return their number. Its table includes the notes that reading adds."
