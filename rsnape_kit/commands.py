@@ -207,7 +207,7 @@ def predict(runs: list[Path] = (), *, competition: Path | None = None, store: li
         runs: folders of trained runs, any models and folds
         competition: folder with test/, test.csv and sample_submission.csv; writes a submission
         store: folders of a slice store, all its parts
-        dicom: folder of DICOM, one study or many, a zip of it, or one file; prints the exam labels and writes report.html
+        dicom: folder of DICOM or volumes (NIfTI, MetaImage, NRRD), a zip of it, or one file; prints the exam labels and writes report.html
         ensemble: ensemble.json of rsnape blend (default: all models with equal weight)
         out: folder for the predictions
         submission: file to write (default: OUT/submission.csv)
@@ -247,7 +247,7 @@ def _predict_dicom(runs, fitted: Path | None, out: Path, dicom: Path, series: st
     from rsnape_kit.inference.predict_runs import plan_predictions
 
     with rk.dicom_input(dicom) as root:
-        selection = rk.select_slices(root, series)
+        selection = rk.select_study(root, series)
         source, chosen = rk.DicomSource(selection.table), selection.describe()
         print(*filter(None, [chosen, rk.describe_problems(source)]), sep="\n")
         preds = _predict_source(runs, source, out, tta, seconds)
