@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         write_submission,
     )
     from rsnape_kit.data import GroupBatches, ImageBatches, StudyBatches
-    from rsnape_kit.dicom import DicomError, dicom_input, read_hu, scan, select_slices
+    from rsnape_kit.dicom import DicomError, dicom_input, read_hu, scan, scan_volume, select_slices, select_study
     from rsnape_kit.ensemble import (
         BlendWeights,
         Ensemble,

@@ -207,7 +207,7 @@ def predict(runs: list[Path] = (), *, competition: Path | None = None, store: li
         runs: folders of trained runs, any models and folds
         competition: folder with test/, test.csv and sample_submission.csv; writes a submission
         store: folders of a slice store, all its parts
-        dicom: folder of DICOM, one study or many, a zip of it, or one file; prints the exam labels and writes report.html, a page to look through each study
+        dicom: folder of DICOM or volumes (NIfTI, MetaImage, NRRD), a zip of it, or one file; prints the exam labels and writes report.html, a page to look through each study
         ensemble: ensemble.json of rsnape blend (default: all models with equal weight)
         out: folder for the predictions; with --dicom for answer.json and answer.csv too
         submission: file to write (default: OUT/submission.csv)

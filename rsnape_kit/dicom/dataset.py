@@ -11,6 +11,7 @@ import gzip
 import io
 import struct
 import warnings
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,7 @@ def _open(path) -> tuple:
     "(a file that begins with the prefix or, if the second is true, with the data set, whether it lacks the prefix)."
     from pydicom.errors import InvalidDicomError
 
-    file = gzip.open(path) if is_gzip(path) else open(path, "rb")
+    file: Any = gzip.open(path) if is_gzip(path) else open(path, "rb")
     start = file.read(132)
     found = start[:2] in _first or start[:4] == b"DICM" or start[128:] == b"DICM"
     if found and isinstance(file, gzip.GzipFile):
@@ -183,8 +184,9 @@ def read_dataset(path, pixels: bool = True, tags=None):  # tags: keywords of the
     from pydicom.errors import InvalidDicomError
     from pydicom.filereader import read_partial
     from pydicom.tag import Tag
+    from pydicom.uid import UID
 
-    passed = []
+    passed: list[int] = []
 
     def stop(tag, *_):  # before the pixels, or with the first element after them
         reached = bool(passed) or (tag in _pixel_tags and not pixels)
@@ -204,7 +206,7 @@ def read_dataset(path, pixels: bool = True, tags=None):  # tags: keywords of the
     if tags is None:
         make_regular(ds)
         if "TransferSyntaxUID" not in ds.file_meta:
-            ds.file_meta.TransferSyntaxUID = _guess_syntax(ds) if pixels else read_dataset(path).file_meta.TransferSyntaxUID
+            ds.file_meta.TransferSyntaxUID = UID(_guess_syntax(ds) if pixels else read_dataset(path).file_meta.TransferSyntaxUID)
     return ds
 
 def _guess_syntax(ds) -> str:

@@ -47,9 +47,9 @@ DECODERS = {f"1.2.840.10008.1.2.4.{k}": name for name, kinds in (  # transfer sy
 # %% ../../nbs/02_dicom/03_decode.ipynb #b1ca7030
 def unused_bits(ds) -> int:
     "Bits of a word below the samples, by HighBit and BitsStored."
-    high, stored, allocated = (getattr(ds, name, None) for name in ("HighBit", "BitsStored", "BitsAllocated"))
-    known = all(isinstance(each, int) for each in (high, stored, allocated))  # pydicom names what is missing
-    return max(high + 1 - stored, 0) if known and high < allocated else 0
+    found = [getattr(ds, name, None) for name in ("HighBit", "BitsStored", "BitsAllocated")]
+    high, stored, allocated = (each if isinstance(each, int) else 0 for each in found)  # pydicom names what is missing
+    return max(high + 1 - stored, 0) if stored and high < allocated else 0
 
 def right_aligned(values: np.ndarray, shift: int) -> np.ndarray:  # values: int16 or uint16; shift: from `unused_bits`
     "Stored values whose lowest bit is the sample's lowest."

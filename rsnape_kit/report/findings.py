@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 
 from ..competition.predictions import Predictions
-from ..dicom.selection import dicom_input, select_slices
+from ..dicom.selection import dicom_input
+from ..dicom.volumes import select_study
 from ..ensemble.ensemble import as_ensemble, default_ensemble
 from ..inference.heatmaps import heat_maps
 from ..inference.predict_runs import plan_predictions, predict
@@ -107,7 +108,7 @@ def predict_dicom(runs: Iterable[Path | str], dicom: Path | str, out: Path | str
 
     Args:
         runs: folders of trained runs.
-        dicom: folder of DICOM, one study or many, a zip of it, or one file.
+        dicom: folder of DICOM or volumes (NIfTI, MetaImage, NRRD), one study or many, a zip of it, or one file.
         out: folder for predictions and findings.
         fitted: ensemble.json; default: equal weights.
         tta: augmented views, as in `predict`.
@@ -129,7 +130,7 @@ def predict_dicom(runs: Iterable[Path | str], dicom: Path | str, out: Path | str
     out, began, say = Path(out), time.monotonic(), (lambda *text, **more: None) if json else print
     with dicom_input(dicom) as root:
         with noted_warnings() as noted:
-            selection = select_slices(root, series)
+            selection = select_study(root, series)
             source = DicomSource(selection.table)
             say(*filter(None, [selection.describe(), described := describe_problems(source)]), sep="\n")
             preds = predict(runs, source, tta, out / "results", time_budget=time_budget)
