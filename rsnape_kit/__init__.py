@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         write_submission,
     )
     from rsnape_kit.data import GroupBatches, ImageBatches, StudyBatches
-    from rsnape_kit.dicom import DicomError, read_hu, scan
+    from rsnape_kit.dicom import DicomError, dicom_input, read_hu, scan, scan_volume, select_slices, select_study
     from rsnape_kit.ensemble import (
         BlendWeights,
         Ensemble,
@@ -40,11 +40,11 @@ if TYPE_CHECKING:
         make_consistent,
         preset_weights,
     )
-    from rsnape_kit.inference import FeatureStore, compute_features, predict
+    from rsnape_kit.inference import FeatureStore, compute_features, heat_maps, occlusion_map, predict
     from rsnape_kit.kaggle import attach, export_kernels, make_bundle, submit
     from rsnape_kit.models import build_model, fetch_weights, list_models, register_model, verify_weights
     from rsnape_kit.phantom import make_competition
-    from rsnape_kit.report import write_report, write_study_page
+    from rsnape_kit.report import Answer, make_answer, predict_stages, write_report, write_study_page
     from rsnape_kit.runs import (
         MACHINES,
         RECIPES,
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
         load_config,
         recipe_table,
     )
-    from rsnape_kit.store import DicomSource, PixelSource, SliceStore, build_store, read_tfrecords
+    from rsnape_kit.store import DicomSource, PixelSource, SliceStore, build_store, describe_problems, read_tfrecords
     from rsnape_kit.testing import ArraySource, simulate_model, simulate_truth
     from rsnape_kit.training import train, train_all
     from rsnape_kit.transforms import (

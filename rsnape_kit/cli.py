@@ -226,6 +226,8 @@ def main(arguments=None):
     "Run a command: the entry point of `rsnape`."
     args = vars(parser().parse_args(arguments))
     debug, run = args.pop("debug"), args.pop("run")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files that are not UTF-8, or that the terminal cannot show
     try:
         run(**args)
     except KeyboardInterrupt:

@@ -200,62 +200,49 @@ def _listed(losses: dict) -> str:
 # %% ../nbs/16_commands.ipynb #36352a06
 def predict(runs: list[Path] = (), *, competition: Path | None = None, store: list[Path] = (), dicom: Path | None = None,
             ensemble: Path | None = None, out: Path = Path("predictions"), submission: Path | None = None, tta: Views | None = None,
-            hours: Positive | None = None):
+            hours: Positive | None = None, series: str = "", heat: Natural = 0, sr: bool = False, json: bool = False):
     """Predict a competition's test set, a store or a folder of DICOM.
 
     Args:
         runs: folders of trained runs, any models and folds
         competition: folder with test/, test.csv and sample_submission.csv; writes a submission
         store: folders of a slice store, all its parts
-        dicom: folder of DICOM, one study or many; prints the exam labels and writes report.html
+        dicom: folder of DICOM or volumes (NIfTI, MetaImage, NRRD), a zip of it, or one file; prints the exam labels and writes report.html, a page to look through each study
         ensemble: ensemble.json of rsnape blend (default: all models with equal weight)
-        out: folder for the predictions
+        out: folder for the predictions; with --dicom for answer.json and answer.csv too
         submission: file to write (default: OUT/submission.csv)
         tta: augmented views beside the plain one (default: those that the ensemble was fitted on, else each run's own)
         hours: time budget
+        series: SeriesInstanceUID in --dicom to predict as it is (default: of each study the series that shows the chest best)
+        heat: heat maps to make for each study of --dicom, of its most suspicious slices; each costs some hundred predictions of a slice
+        sr: write a DICOM Structured Report of each study of --dicom into OUT/sr, marked as research output; needs highdicom
+        json: print answer.json and nothing else; goes with --dicom
     """
     seconds = float("inf") if hours is None else 3600 * hours
     if sum(map(bool, (competition, store, dicom))) != 1:
         raise ValueError("no input or several: give one of --competition FOLDER, --store FOLDER... and --dicom FOLDER")
     if ensemble and not ensemble.is_file():
         raise FileNotFoundError(f"{ensemble} does not exist; rsnape blend writes it")
+    if (series or heat or sr or json) and not dicom:
+        raise ValueError("--series, --heat, --sr and --json are about studies to read: give them with --dicom FOLDER")
     if competition:
         rk.submit(runs, ensemble, competition=competition, out=submission or out / "submission.csv", work=out / "work",
                   time_budget=seconds, tta=tta)
         return
     if not runs:
         raise ValueError("no runs: give folders of trained runs; rsnape train and make demo write them to runs/")
-    source, work = rk.SliceStore(*store) if store else rk.DicomSource(rk.scan(dicom)), out / "results"
     if ensemble and tta is None:
         from rsnape_kit.ensemble.ensemble import as_ensemble
 
         tta = as_ensemble(ensemble).views
-    preds = rk.predict(runs, source, tta, work, time_budget=seconds)
-    for name, pred in preds.items():
+    if dicom:
+        from rsnape_kit.report.findings import predict_dicom
+
+        predict_dicom(runs, dicom, out, ensemble, tta, seconds, series, heat, sr, json)
+        return
+    for name, pred in rk.predict(runs, rk.SliceStore(*store), tta, out / "results", time_budget=seconds).items():
         pred.save(out / name)
         print(f"{out / name}: {pred}")
-    if dicom:
-        from rsnape_kit.inference.predict_runs import plan_predictions
-
-        _study_page(runs, ensemble, out, preds, source, plan_predictions(runs, source, work, tta).problems())
-
-
-def _study_page(runs, fitted: Path | None, out: Path, preds: dict, source, problems: dict):
-    "Print the exam labels and write the study page; raise if a study has no prediction."
-    from rsnape_kit.competition.labels import SLICE, STUDY
-    from rsnape_kit.ensemble.ensemble import as_ensemble, default_ensemble
-    from rsnape_kit.report.pages import NOT_PREDICTED, NOTE, exam_table, mask_unpredicted, write_study_page
-
-    ensemble = as_ensemble(fitted) if fitted else default_ensemble(list(preds))
-    pred = mask_unpredicted(ensemble(preds, source.table.drop_duplicates([STUDY, SLICE])), preds)
-    note = f"{len(runs)} runs of {', '.join(preds)}; " + (f"blended as fitted in {fitted}." if fitted else
-                                                          "blended with equal weights, not calibrated.")
-    page = write_study_page(out / "report.html", pred, source, note=note, problems=problems)
-    print(f"\n{exam_table(pred).T.round(3).to_string(na_rep=NOT_PREDICTED)}\n\n{page}\n{NOTE}")
-    lost = pred.images.groupby(level=0).count().loc[lambda predicted: predicted == 0].index
-    if len(lost):
-        raise RuntimeError(f"{len(lost)} of {len(pred.exams)} studies were not predicted, the first is {lost[0]}: "
-                           f"{problems.get(lost[0], 'the time budget was used up')}")
 
 # %% ../nbs/16_commands.ipynb #f4657763
 def report(runs: list[Path] = (), *, train_csv: Path, ensemble: Path = Path("ensemble.json"), store: list[Path] = (),

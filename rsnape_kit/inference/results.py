@@ -28,7 +28,7 @@ from ..runs.folder import run_settings, run_views, run_weights
 from ..store.codec import decompress
 from ..store.dicom_source import PixelSource
 from ..store.slice_store import read_footer, write_shard
-from ..utils.files import atomic_write
+from ..utils.files import atomic_write, valid_text
 from ..utils.processes import hold_lock
 
 # %% ../../nbs/09_inference/04_results.ipynb #f4ce6155
@@ -76,9 +76,10 @@ def fetch_study(source: PixelSource, rows, cached: Path | str | None = None) -> 
         if study is not None:
             return study
         study = read_study(source, rows)
+        texts = {name: study.table[name].map(valid_text) for name in ("path", "problem") if name in study.table}
         with suppress(OSError):  # disk full or folder removed: the study is not cached
             if shutil.disk_usage(Path(cached).parent).free - study.pixels.nbytes > RESERVE:
-                write_shard(cached, study.table, iter(study.pixels), {"size": study.size})
+                write_shard(cached, study.table.assign(**texts), iter(study.pixels), {"size": study.size})
         return study
 
 

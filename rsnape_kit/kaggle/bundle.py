@@ -26,7 +26,7 @@ def copy_package(out: Path):  # a folder for sys.path
     "Copy this package without caches; empty files get a line end, because an upload may lose them."
     package = Path(rsnape_kit.__file__).parent
     for path in sorted(package.rglob("*")):
-        if path.is_file() and path.suffix in (".py", ".txt", ".json", ".css", ".sh"):
+        if path.is_file() and path.suffix in (".py", ".txt", ".json", ".css", ".js", ".sh"):
             target = Path(out, package.name, path.relative_to(package))
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes() or b"\n")

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from ..utils import lazy_exports
 
 if TYPE_CHECKING:
-    from rsnape_kit.report.pages import write_report, write_study_page
+    from rsnape_kit.report.answers import Answer, make_answer, predict_stages
+    from rsnape_kit.report.pages import write_report
+    from rsnape_kit.report.study_page import write_study_page
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__)

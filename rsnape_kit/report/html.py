@@ -21,9 +21,9 @@ def join_html(*parts) -> Markup:  # parts: text is escaped, Markup is not, None 
     return Markup("").join(part for part in parts if part is not None)
 
 
-def tag(name: str, *inside, **attributes) -> Markup:  # inside: as in `join_html`; attributes: class_ for class
+def tag(name: str, *inside, **attributes) -> Markup:  # inside: as in `join_html`; attributes: class_ for class, data_x for data-x
     "Return an HTML element."
-    given = "".join(f' {key.rstrip("_")}="{escape(value)}"' for key, value in attributes.items())
+    given = "".join(f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"' for key, value in attributes.items())
     return Markup(f"<{name}{given}>{join_html(*inside)}</{name}>")
 
 
@@ -74,9 +74,9 @@ COLOURS = {  # name -> (light, dark)
     "ink": ("#1f2430", "#e8eaf0"), "soft": ("#5d6575", "#a3abbb"), "paper": ("#fdfdfc", "#14171d"),
     "card": ("#f3f4f6", "#1d222b"), "line": ("#d8dbe1", "#363d4a"), "grid": ("#e4e6ea", "#2b313c"),
     "one": ("#0b6bb8", "#5db4f5"), "two": ("#c95a00", "#f29a4c"), "three": ("#00855f", "#3fc79e"),
-    "four": ("#a3487f", "#dd8fbd"), "prior": ("#7d8594", "#8d96a8"),
+    "four": ("#a3487f", "#dd8fbd"), "five": ("#7d6600", "#d9c25c"), "prior": ("#7d8594", "#8d96a8"),
 }
-SERIES_COLOURS = ("one", "two", "three", "four")
+SERIES_COLOURS = ("one", "two", "three", "four", "five")
 
 
 def light(name: str) -> str:
@@ -128,6 +128,8 @@ def page(
     title: str,
     intro,  # below the title, above the links
     sections: dict,  # heading -> Markup; None leaves a section out
+    head="",  # Markup for the end of the head
+    end="",  # Markup for the end of the body
 ) -> str:
     "Return an HTML document."
     sections = {heading: body for heading, body in sections.items() if body is not None}
@@ -137,4 +139,4 @@ def page(
     body = join_html(tag("h1", title), tag("header", intro, links), tag("main", *parts))
     return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width,initial-scale=1">\n'
-            f"<title>{escape(title)}</title>\n<style>{_style()}</style></head>\n<body>{body}</body></html>\n")
+            f"<title>{escape(title)}</title>\n<style>{_style()}</style>{head}</head>\n<body>{body}{end}</body></html>\n")

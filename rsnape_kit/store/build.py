@@ -21,10 +21,11 @@ from tqdm.auto import tqdm
 from ..competition.labels import AUX_LABELS, EXAM_LABELS, IMAGE_LABEL, SLICE, STUDY
 from ..dicom.series import FILLED
 from ..dicom.slices import list_files, scan
+from ..dicom.volumes import is_volume, scan_volume, volume_names
 from .dicom_source import DicomSource, PixelSource, RowSubset, StoreInput
 from .slice_store import INDEX, KIND, read_end, read_footer, read_index, slices_in, write_shard
 from .tfrecords import is_tfrecord, read_tfrecords
-from ..utils.files import atomic_file
+from ..utils.files import atomic_file, valid_text
 from ..utils.manifest import MANIFEST, write_manifest
 from ..utils.processes import exclusive, executor_for, map_ahead
 from ..utils.table_files import TableSchema
@@ -62,7 +63,7 @@ def fingerprint(table: pd.DataFrame, meta: dict) -> str:
 
 def _short(path):
     "The last three components of a path (study, series and slice in the competition), as valid UTF-8."
-    return "/".join(Path(path).parts[-3:]).encode("utf-8", "backslashreplace").decode()
+    return valid_text("/".join(Path(path).parts[-3:]))
 
 def make_shard(source: StoreInput, path: Path, meta: dict) -> int:
     "Write one shard of all slices of a source; return their number. Its table includes the notes that reading adds."
@@ -90,10 +91,11 @@ def _is_dicom(path):
         return False
 
 def open_source(*paths: str | os.PathLike, size: int = 256, keep_padding: bool = False, max_unreadable: float = .5) -> DicomSource:
-    """Open DICOM or TFRecords as a pixel source.
+    """Open DICOM, volumes (NIfTI, MetaImage, NRRD) or TFRecords as a pixel source.
 
     Args:
-        *paths: folders, searched at any depth, or files; all of DICOM or all of the organisers' TFRecords.
+        *paths: folders, searched at any depth, or files; all of DICOM or all of the organisers' TFRecords, or volumes
+            without DICOM.
         size: pixels along each side of the source.
         keep_padding: keep values below -1024 HU, down to -8192.
         max_unreadable: largest share of a study's slices that are filled, see `DicomSource`.
@@ -110,9 +112,13 @@ def open_source(*paths: str | os.PathLike, size: int = 256, keep_padding: bool =
             raise ValueError(f"both kinds of file: {len(records)} of TFRecords, such as {records[0]}, and DICOM, such as {dicom}; "
                              "give the folder of one kind")
         return read_tfrecords(records, size, keep_padding, max_unreadable)
+    volumes = [file for file in files if is_volume(file)]
     try:
         table = scan(files)
     except FileNotFoundError:
+        if volumes:
+            table = pd.concat(map(scan_volume, volumes, volume_names(volumes)), ignore_index=True)
+            return DicomSource(table, size, lowest=-8192 if keep_padding else -1024, max_unreadable=max_unreadable)
         kinds = Counter(os.path.splitext(file)[1] or "without extension" for file in files)
         found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(3)) or "no files"
         raise FileNotFoundError(f"{', '.join(map(str, paths))}: neither DICOM nor TFRecords (.tfrec) among {found}") from None

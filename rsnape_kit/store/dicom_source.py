@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SLICES', 'PixelSource', 'StoreInput', 'as_row_numbers', 'RowIndexing', 'output_array', 'RowSubset', 'check_slices',
-           'check_files', 'DicomSource']
+           'check_files', 'DicomSource', 'describe_problems']
 
 # %% ../../nbs/03_store/03_dicom_source.ipynb #5b4061a9
 import os
@@ -18,8 +18,9 @@ import numpy as np
 import pandas as pd
 
 from ..competition.labels import SERIES, SLICE, STUDY
-from ..dicom.series import FILLED, FILLED_WITH_AIR, add_note, read_or_fill, read_slice
+from ..dicom.series import FILLED, FILLED_WITH_AIR, add_note, odd_values, read_or_fill
 from ..dicom.slices import scan
+from ..dicom.volumes import NO_AIR, read_any_slice
 from .downsample import AIR, is_exact, read_many, stored_to_fixed_point
 from ..utils.native import raw_paths
 from ..utils.table_files import TableSchema
@@ -160,12 +161,13 @@ class DicomSource(RowIndexing):
         on_error: 'fill' an unreadable slice from its nearest readable neighbour, or, with a warning, with air where its
             series has none, and note that in the table's `problem` column; or 'raise' `DicomError`.
         lowest: HU in [-8192, 0]; everything below is raised to it. Default: air; -8192 keeps the raw padding.
-        reader: (row, lowest, finish) -> result of `finish`, oriented: reads one slice, for other formats.
+        reader: (row, lowest, finish) -> result of `finish`, oriented: reads one slice. Default: of DICOM or of a volume.
         max_unreadable: largest share of a study's slices that are filled, 0 to 1; with more of them unreadable, reading
             raises ValueError. 1 allows studies of air.
 
     Attributes:
-        table: the slices table with a column `exact` and absolute paths; reading adds notes to `problem`.
+        table: the slices table with a column `exact` and absolute paths; reading adds notes to `problem`
+            on slices that are filled and on values that no CT has.
         size, on_error, lowest, reader, max_unreadable: as given.
 
     Raises:
@@ -173,7 +175,7 @@ class DicomSource(RowIndexing):
         FileNotFoundError: the folder contains no DICOM, or the files of the table are gone.
     """
     def __init__(self, table: pd.DataFrame | str | os.PathLike, size: int = 256, on_error: str = "fill",
-                 lowest: float = AIR, reader: Callable = read_slice, max_unreadable: float = .5):
+                 lowest: float = AIR, reader: Callable = read_any_slice, max_unreadable: float = .5):
         if on_error not in ("raise", "fill"):
             raise ValueError(f"on_error={on_error!r}: choose 'raise' or 'fill'")
         if size < 1:
@@ -194,7 +196,7 @@ class DicomSource(RowIndexing):
         self._bad: dict[int, str] = {}
         self._warned: set[tuple] = set()
         self._lock = threading.Lock()
-        plain = (table["rows"] > 0) & ~(table["flip_rows"] | table["flip_columns"]) & (self.reader is read_slice)
+        plain = (table["rows"] > 0) & ~(table["flip_rows"] | table["flip_columns"]) & (self.reader is read_any_slice)
         names = [path if "\0" not in path else "" for path in table["path"]]
         self._paths = raw_paths([*names, ""])  # the last one does not exist: rows that `read_many` must skip point to it
         self._place = np.where(plain, np.arange(len(names)), len(names))
@@ -215,6 +217,8 @@ class DicomSource(RowIndexing):
             if done < len(rows):
                 self._fill(int(rows[done]), out[done])
                 done += 1
+        for k, note in odd_values(out, 4).items():
+            self._mark(int(rows[k]), note)
         return out
 
     def _fill(self, i, out):
@@ -252,10 +256,12 @@ class DicomSource(RowIndexing):
                           f"air: {fault}", stacklevel=4)
 
     def _mark(self, i, note):
-        "Note once in the table that a slice is filled."
+        "Note once in the table that a slice is filled, which is not repeated for its values, or that these are odd."
         with self._lock:
-            if note not in self.table.at[i, "problem"]:
+            known, filled = self.table.at[i, "problem"], note.startswith(FILLED)
+            if note not in known and (filled or FILLED not in known):
                 add_note(self.table, i, note)
+            if filled:
                 self.table.at[i, "exact"] = False
 
     def take(self, rows) -> "DicomSource":
@@ -267,3 +273,19 @@ class DicomSource(RowIndexing):
 
     def __reduce__(self):
         return DicomSource, (self.table, self.size, self.on_error, self.lowest, self.reader, self.max_unreadable)
+
+# %% ../../nbs/03_store/03_dicom_source.ipynb #b1ca7012
+def describe_problems(source: "DicomSource", few: int = 9) -> str:
+    "Lines on the notes in `problem` of each study, after a few of its slices were read; '' if there are none."
+    lines = []
+    for study, rows in source.table.groupby(STUDY, sort=False).indices.items():
+        some, lowest = rows[np.unique(np.linspace(0, len(rows) - 1, few).astype(int))], np.nan
+        try:
+            lowest = source.read(some).min() / 4
+        except (ValueError, OSError) as error:  # too many are unreadable: the prediction of this study says so, too
+            lines.append(str(error))
+        if lowest > NO_AIR:
+            lines.append(f"study {study}: no air in {len(some)} slices, the lowest value is {lowest:g} HU: its intercept is wrong or missing")
+        notes = source.table["problem"].iloc[rows].str.split("; ").explode()
+        lines += [f"study {study}: {count} of {len(rows)} slices: {note}" for note, count in notes[notes != ""].value_counts().items()]
+    return "\n".join(lines)

@@ -118,6 +118,7 @@ def _fill_from(fd, place, numbers, lowest, memory, out):
 
 @compiled
 def _read_many(names, edges, rows, lowest, memory, buf, at, length, numbers, out):
+    "`read_many` on the arrays of `raw_paths` and `header_buffers`; regular samples end at bit 15, HighBit says."
     for k in range(len(rows)):
         i = rows[k]
         if not 0 <= i < len(edges) - 1:

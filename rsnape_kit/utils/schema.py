@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Count', 'Natural', 'Views', 'Seed', 'Positive', 'NonNegative', 'Share', 'Rate', 'OpenShare', 'Factor', 'Measured',
-           'WORDS', 'Limits', 'describe', 'convert', 'annotations_of', 'Checked', 'parse', 'JSONFile']
+           'WORDS', 'Limits', 'describe', 'convert', 'annotations_of', 'Checked', 'parse', 'JSONFile', 'json_schema']
 
 # %% ../../nbs/00_utils/05_schema.ipynb #14740e91
 import math
@@ -226,3 +226,34 @@ class JSONFile:
     def load(cls, path: Path | str):
         "Read a file written by `save`; raise ValueError with its path for any other."
         return convert(cls, read_json(path), f"{path}:")
+
+# %% ../../nbs/00_utils/05_schema.ipynb #52587f3d
+_JSON_TYPES = {int: "integer", float: "number", bool: "boolean", str: "string", NoneType: "null"}
+
+
+def json_schema(kind) -> dict:
+    "Return the JSON Schema of an annotation's values in a file; arrays stand for tuples, objects for dataclasses with all their fields."
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return json_schema(inner[0]) | {key: each for text in inner[1:] for key, each in _schema_words(text).items()}
+    if origin in (Union, UnionType):
+        return {"anyOf": [json_schema(each) for each in inner]}
+    if origin is Literal:
+        return {"enum": list(inner)}
+    if is_dataclass(kind):
+        properties = {name: json_schema(each) for name, each in annotations_of(kind).items()}
+        return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    if (origin or kind) in (tuple, list, Sequence):
+        return {"type": "array"} | ({"items": json_schema(inner[0])} if inner else {})
+    if (origin or kind) in (dict, Mapping):
+        return {"type": "object"} | ({"additionalProperties": json_schema(inner[1])} if inner else {})
+    return {"type": _JSON_TYPES[kind]} if kind in _JSON_TYPES else {}
+
+
+def _schema_words(extra) -> dict:  # Limits or a text
+    if isinstance(extra, str):
+        return {"description": extra}
+    if not isinstance(extra, Limits):
+        return {}
+    low, high = "exclusiveMinimum" if extra.above else "minimum", "exclusiveMaximum" if extra.below else "maximum"
+    return {name: edge for name, edge in ((low, extra.low), (high, extra.high)) if math.isfinite(edge)}

@@ -176,12 +176,12 @@ def test_faults_of_the_machine_are_raised_unchanged(tmp_path, monkeypatch, fault
     for path in (plain, packed):
         with monkeypatch.context() as patch, pytest.raises(type(fault)) as error:
             patch.setattr("rsnape_kit.dicom.hounsfield.open_plain", lambda *_: -1)  # as if no file could be opened
-            patch.setattr(pydicom, "dcmread", fails)
+            patch.setattr("pydicom.filereader.read_partial", fails)
             read_hu(path)
         assert error.value is fault
     with monkeypatch.context() as patch, pytest.raises(type(fault)):
         patch.setattr("rsnape_kit.dicom.slices.read_beginnings", lambda names, edges, bufs, got, size: got.fill(0))
-        patch.setattr(pydicom, "dcmread", fails)
+        patch.setattr("pydicom.filereader.read_partial", fails)
         scan(tmp_path)
 
 
@@ -234,7 +234,7 @@ def test_plain_files_need_no_pydicom(tmp_path, monkeypatch):
         path = ct_file(tmp_path / "slice.dcm", stored_values((512, 512), bits=12), syntax)
         expected = reference(path)
         with monkeypatch.context() as patch:
-            patch.setattr(pydicom, "dcmread", lambda *a, **k: pytest.fail("pydicom was called"))
+            patch.setattr("pydicom.filereader.read_partial", lambda *a, **k: pytest.fail("pydicom was called"))
             np.testing.assert_array_equal(read_hu(path), expected)
 
 

@@ -272,7 +272,10 @@ def same_as_pydicom(row):
         try:
             values = np.ravel(np.asarray(ds.get(keyword, []), float))
         except Exception:
-            return [default] * count
+            try:  # a decimal comma is read, which pydicom does not do
+                values = np.array([float(part.replace(",", ".")) for part in np.atleast_1d(ds.get_item(keyword).value)])
+            except Exception:
+                return [default] * count
         return np.where(np.isnan(values), default, values) if values.size == count else [default] * count
 
     assert [row.StudyInstanceUID, row.SeriesInstanceUID, row.SOPInstanceUID] == ids

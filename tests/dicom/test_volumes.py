@@ -1,0 +1,110 @@
+"Volumes as slices tables: every format and orientation gives the same axial slices; masks are left out."
+import gzip
+import struct
+import sys
+
+import numpy as np
+import pytest
+
+from rsnape_kit.dicom.decode import DicomError
+from rsnape_kit.dicom.volumes import is_volume, read_volume, scan_volume, select_study
+from rsnape_kit.store import DicomSource, SliceStore, build_store, describe_problems
+
+itk = pytest.importorskip("SimpleITK", reason="reading volumes needs SimpleITK: pip install rsnape_kit[volumes]")
+
+RNG = np.random.default_rng(0)
+HU = RNG.integers(-1000, 500, (6, 16, 12)).astype(np.int16)  # z to the head, y to the back, x to the left
+SPACING, ORIGIN = (.75, .5, 2.5), (-10., -20., 30.)
+
+
+def image_of(hu=HU):
+    image = itk.GetImageFromArray(hu)
+    image.SetSpacing(SPACING)
+    image.SetOrigin(ORIGIN)
+    return image
+
+
+def stack(table):
+    source = DicomSource(table, size=4)
+    return np.stack([source.reader(row, -1024, lambda values, *_: values) for row in source.table.itertuples()])
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr"])
+@pytest.mark.parametrize("code", ["LPS", "RAS", "RAI", "SPL", "PIR", "ASL"])
+def test_formats_and_orientations(tmp_path, suffix, code):
+    path = tmp_path / f"case{suffix}"
+    itk.WriteImage(itk.DICOMOrient(image_of(), code), path)
+    table = scan_volume(path)
+    np.testing.assert_array_equal(stack(table), HU)
+    np.testing.assert_allclose(table.position, 30 + 2.5 * np.arange(6), atol=1e-4)
+    np.testing.assert_allclose(table[["spacing_x", "spacing_y", "thickness"]], [SPACING] * 6, atol=1e-6)
+    assert set(table.StudyInstanceUID) == {"case"} and not table.problem.any()
+
+
+def nifti(stored, affine, slope, intercept) -> bytes:
+    "A NIfTI-1 file of int16 [x, y, z], by the format's description: header, sform, voxels with x fastest."
+    header = bytearray(352)
+    struct.pack_into("<i", header, 0, 348)
+    struct.pack_into("<8h", header, 40, 3, *stored.shape, 1, 1, 1, 1)
+    struct.pack_into("<2h", header, 70, 4, 16)
+    struct.pack_into("<8f", header, 76, 1, *np.linalg.norm(affine[:, :3], axis=0), 0, 0, 0, 0)
+    struct.pack_into("<3f", header, 108, 352, slope, intercept)
+    header[123] = 2  # millimetres
+    struct.pack_into("<2h", header, 252, 0, 1)
+    struct.pack_into("<12f", header, 280, *affine.ravel())
+    header[344:348] = b"n+1\0"
+    return bytes(header) + stored.astype("<i2").tobytes(order="F")
+
+
+def test_a_nifti_written_by_hand(tmp_path):
+    "NIfTI's axes run to the right, the front and the head (RAS); this one is stored from the left and the back."
+    stored = ((HU + 1000) * 2).transpose(2, 1, 0)[::-1]  # x from left to right
+    affine = np.array([[.75, 0, 0, -50.], [0, -.5, 0, 20.], [0, 0, 2.5, 30.]])
+    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(nifti(stored, affine, .5, -1000.)))
+    hu, spacing, bottom = read_volume(tmp_path / "a.nii.gz")
+    np.testing.assert_array_equal(hu, HU)
+    assert (spacing, bottom) == (SPACING, 30)
+
+
+def test_a_folder_of_volumes_and_masks(tmp_path):
+    for name in ("p1/ct.nii.gz", "p2/ct.nii.gz", "p2/mask.nii.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        itk.WriteImage(image_of((HU > 0).astype(np.int16) if "mask" in name else HU), tmp_path / name)
+    selection = select_study(tmp_path)
+    assert selection.table.StudyInstanceUID.unique().tolist() == ["p1_ct", "p2_ct"] and len(selection.table) == 12
+    assert selection.left_out.SeriesInstanceUID.tolist() == ["mask"] and "no air" in selection.describe()
+    assert set(select_study(tmp_path, "mask").table.StudyInstanceUID) == {"mask"}
+    with pytest.raises(ValueError, match="no volume 'ct'; there are p1_ct, p2_ct, mask"):
+        select_study(tmp_path, "ct")
+    with pytest.raises(ValueError, match="no volume to use.*\n.*mask"):
+        select_study([str(tmp_path / "p2/mask.nii.gz")])
+    assert "no air" in describe_problems(DicomSource(select_study(tmp_path, "mask").table, 8))
+
+
+def test_a_store_of_volumes(tmp_path):
+    itk.WriteImage(image_of(RNG.integers(-1000, 500, (3, 512, 512)).astype(np.int16)), tmp_path / "case.nrrd")
+    build_store(tmp_path / "case.nrrd", tmp_path / "store")
+    hu = read_volume(tmp_path / "case.nrrd")[0].reshape(3, 256, 2, 256, 2)
+    np.testing.assert_array_equal(SliceStore(tmp_path / "store")[:], hu.sum((2, 4)))
+
+
+def test_what_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "a.nii").write_bytes(b"no volume")
+    itk.WriteImage(itk.JoinSeries([image_of(), image_of()]), tmp_path / "four.nii")
+    for name, cause in (("a.nii", "no readable volume"), ("four.nii", "one 3D volume"), ("none.nii", "No such file")):
+        with pytest.raises(DicomError, match=f"{name}: .*{cause}"):
+            scan_volume(tmp_path / name)
+    itk.WriteImage(image_of(), tmp_path / "b.nii")
+    monkeypatch.setitem(sys.modules, "SimpleITK", None)
+    with pytest.raises(ImportError, match="pip install SimpleITK"):
+        scan_volume(tmp_path / "b.nii")
+    assert is_volume("A.NII.GZ") and not is_volume("a.dcm.gz")
+
+
+def test_a_real_volume_and_its_masks_agree(real_ct):
+    "The pulmonary artery of an angiography is bright: its mask, turned like the CT, finds contrast agent."
+    folder = real_ct / "totalseg_cta"
+    hu, artery = (read_volume(folder / f"{name}.nii.gz")[0] for name in ("ct_cropped", "pulmonary_artery"))
+    assert hu.shape == artery.shape and set(np.unique(artery)) == {0, 1}
+    assert hu[artery > 0].mean() > 400 > 200 > hu[artery == 0].mean()
+    assert abs(hu[::-1][artery > 0].mean() - hu[artery > 0].mean()) > 100  # the wrong way round would not fit

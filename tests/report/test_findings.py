@@ -1,0 +1,86 @@
+"predict --dicom without a network: what is left out, warned of and predicted reaches the files and the terminal."
+import json
+
+import numpy as np
+import pandas as pd
+import pydicom
+import pytest
+
+from rsnape_kit.competition.labels import EXAM_LABELS, STUDY
+from rsnape_kit.competition.predictions import Predictions
+from rsnape_kit.competition.tables import slice_index
+from rsnape_kit.phantom.generate import make_competition
+from rsnape_kit.report import findings
+from rsnape_kit.report.answers import Answer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "A synthetic study with a localizer beside it."
+    out = tmp_path_factory.mktemp("dicom")
+    root = make_competition(out, 1, 1, slices=12, size=64, difficulty="demo", clean=True) / "test"
+    first = next(root.rglob("*.dcm"))
+    ds = pydicom.dcmread(first)
+    ds.ImageType, ds.SeriesInstanceUID, ds.SOPInstanceUID = ["ORIGINAL", "PRIMARY", "LOCALIZER"], "2.5", "2.5.1"
+    ds.save_as(first.parent / "scout.dcm")
+    return root
+
+
+@pytest.fixture
+def networks(monkeypatch):
+    "A stand-in for trained runs: the middle slice is the most suspicious one; heat maps are a corner."
+    def predict(runs, source, tta, out, time_budget):
+        index = slice_index(source.table)
+        p = .9 * np.exp(-(source.table["order"] - 6.)**2 / 8)
+        exams = pd.DataFrame([np.linspace(.1, .9, 9)] * len(index.unique(0)), index.unique(0), EXAM_LABELS)
+        return {"m": Predictions(exams, pd.Series(p.to_numpy(), index))}
+
+    class Plan:
+        def problems(self):
+            return {}
+
+    def corner(runs, source, rows, out, time_budget):
+        return {row: np.pad(np.ones((8, 8), np.float32), (0, 56)) for row in rows}
+
+    monkeypatch.setattr(findings, "predict", predict)
+    monkeypatch.setattr(findings, "plan_predictions", lambda *args: Plan())
+    monkeypatch.setattr(findings.study_heat_maps, "__defaults__", (None, corner))
+
+
+def test_everything_is_written_and_told(folder, networks, tmp_path, capsys):
+    answer = findings.predict_dicom([], folder, tmp_path / "out", heat=2)
+    told = capsys.readouterr().out
+    assert answer == Answer.load(tmp_path / "out" / "answer.json")
+    study, = answer.studies
+    used, scout = sorted(study.series, key=lambda each: not each.used)
+    assert (used.slices, used.used, scout.slices, scout.used) == (12, True, 1, False) and "localizer" in scout.reason
+    assert len(study.slices) == 12 and study.slices[6].blended == pytest.approx(.9)
+    assert any("left out" in text and "localizer" in text for text in study.warnings)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names >= {"answer.json", "answer.csv", "report.html", "m", "heatmaps"}
+    assert len(list((tmp_path / "out" / "heatmaps").glob("study1-slice*.png"))) == 2
+    assert (tmp_path / "out" / "heatmaps" / "study1-slice7.png").exists()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "localizer" in page and "heat-switch" in page and study.study in page
+    assert all(label in told for label in EXAM_LABELS) and "localizer" in told and "not a medical device" in told
+    assert pd.read_csv(tmp_path / "out" / "answer.csv", dtype=str)[STUDY].nunique() == 1
+
+
+def test_json_is_all_that_is_printed(folder, networks, tmp_path, capsys):
+    findings.predict_dicom([], folder, tmp_path / "out", json=True)
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "out" / "answer.json").read_text())
+
+
+def test_a_study_without_a_prediction_is_an_error_after_all_is_written(folder, networks, tmp_path, monkeypatch):
+    whole = findings.predict
+
+    def nothing(*args, **more):
+        pred = whole(*args, **more)["m"]
+        return {"m": Predictions(pred.exams * np.nan, pred.images * np.nan)}
+
+    monkeypatch.setattr(findings, "predict", nothing)
+    with pytest.raises(RuntimeError, match="1 of 1 studies were not predicted.*the time budget was used up"):
+        findings.predict_dicom([], folder, tmp_path / "out")
+    assert "No model predicted" in (tmp_path / "out" / "report.html").read_text()
+    values = Answer.load(tmp_path / "out" / "answer.json").studies[0].labels
+    assert {value.blended for value in values.values()} == {None}
