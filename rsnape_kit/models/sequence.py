@@ -13,7 +13,15 @@ from scipy.special import logit
 from ..competition.labels import CHRONICITY, EXAM_LABELS, LOCATIONS, NOT_POSITIVE, RV_LV
 from .keras_backend import import_keras, use_precision
 from .registry import sequence_inputs
-from .sequence_layers import GATES, attention, dense, each_network, padding_layers, project, recurrent_layers
+from rsnape_kit.models.sequence_layers import (
+    GATES,
+    attention,
+    dense,
+    each_network,
+    padding_layers,
+    project,
+    recurrent_layers,
+)
 
 # %% ../../nbs/07_models/11_sequence.ipynb #31f3bf50
 def _normalised(x, name: str):
