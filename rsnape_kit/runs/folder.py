@@ -197,8 +197,12 @@ def run_weights(run: Path | str) -> Path:
 def seal_run(run: Path | str):
     "Write the manifest of a finished run, if it has none: settings, history and best weights, which no longer change."
     own = ("config.json", "history.csv", "best.npz", "weights.pt")
-    if not Path(run, MANIFEST).exists():
-        write_manifest(run, "run", [name for name in own if Path(run, name).exists()])
+    if Path(run, MANIFEST).exists():
+        return
+    checkpoint = complete_folder(Path(run) / "checkpoint")
+    if checkpoint is not None:  # if the training was killed after its last checkpoint, the run's history lacks a row
+        atomic_write(Path(run) / "history.csv", (checkpoint / "history.csv").read_text())
+    write_manifest(run, "run", [name for name in own if Path(run, name).exists()])
 
 # %% ../../nbs/08_runs/03_folder.ipynb #2d725a72
 def find_runs(name: str | None, *roots: Path | str, depth: int = 5) -> list[Path]:
