@@ -1,10 +1,10 @@
-"folds.json and saved predictions: what is wrong with each, and what the kit does."
+"folds.json, saved predictions and histories of trainings: what is wrong with each, and what the kit does."
 
 from functools import partial
 from pathlib import Path
 
 from cases_train_csv import as_dict, table_of_train
-from matrix import Case, either, error, flips, sound, survives
+from matrix import Case, cuts, either, error, flips, sound, survives
 
 FOLDS = {
     "is empty": "",
@@ -133,4 +133,50 @@ def flipped_predictions(folder: Path, name: str):
 CASES += [
     Case("saved predictions", f"one flipped bit in {name}", partial(flipped_predictions, name=name), either())
     for name in ("exams.parquet", "images.parquet")
+]
+
+
+# ------------------------------------------------------------------ histories of trainings
+@sound
+def checkpoint(folder: Path):
+    "A run after two epochs."
+    from rsnape_kit.runs.folder import saving_checkpoint
+
+    with saving_checkpoint(folder, {"epoch": 2}, [{"epoch": 0, "loss": 0.61}, {"epoch": 1, "loss": 0.1 + 0.2}]):
+        pass
+
+
+def history_with(folder: Path, text: str):
+    "Load a checkpoint of an earlier version, without checksums, with another history."
+    from rsnape_kit.runs.folder import load_checkpoint
+
+    run = checkpoint(folder)
+    (run / "checkpoint" / "manifest.json").unlink()
+    (run / "checkpoint" / "history.csv").write_text(text)
+    return load_checkpoint(run)
+
+
+def damaged_history(folder: Path, damage):
+    from rsnape_kit.runs.folder import load_checkpoint
+
+    path = checkpoint(folder) / "checkpoint" / "history.csv"
+    return survives(path, lambda path: load_checkpoint(path.parents[1])[1:], damage)
+
+
+HISTORIES = {
+    "a loss is text": ("epoch,loss\n0,low\n", ("row 1", "loss", "'low'")),
+    "a loss is infinite": ("epoch,loss\n0,.5\n1,inf\n", ("row 2", "loss")),
+    "has no epochs": ("loss\n.5\n", ("'epoch'",)),
+    "lacks a row": ("epoch,loss\n0,.6\n2,.4\n", ("row 2", "epoch 2", "expected 1")),
+    "an epoch is a fraction": ("epoch,loss\n0.5,.6\n", ("row 1", "epoch")),
+    "a row has more cells": ("epoch,loss\n0,.6\n1,.5,.4\n", ("3",)),
+    "is a page": ("<html>\nSign in\n", ("web page",)),
+}
+CASES += [
+    Case("history of a training", what, partial(history_with, text=text), error(ValueError, "history.csv", *words))
+    for what, (text, words) in HISTORIES.items()
+]
+CASES += [
+    Case("history of a training", f"{what} with its checksum", partial(damaged_history, damage=damage), either())
+    for what, damage in (("one flipped bit", flips), ("cut", cuts))
 ]
