@@ -4,7 +4,7 @@ import os
 from functools import partial
 from pathlib import Path
 
-from matrix import Case, error, fallback, sound, unchanged
+from matrix import Case, either, error, fallback, flips, rsnape, sound, survives, unchanged
 
 
 @sound
@@ -115,7 +115,26 @@ def store_of_moved(folder: Path):
     return build_store(table, folder / "store", 32)
 
 
+def flipped_pages(folder: Path):
+    "The table as `rsnape scan` writes it; bits of its values flip, not those of the names at the end of the file."
+    from rsnape_kit.competition.tables import read_parquet
+    from rsnape_kit.store.dicom_source import DicomSource
+
+    where = series(folder)
+    rsnape("scan", where, "--out", folder / "slices.parquet")
+    raw = (folder / "slices.parquet").read_bytes()
+    pages = len(raw) - 8 - int.from_bytes(raw[-8:-4], "little")
+
+    def read(path: Path):
+        return DicomSource(read_parquet(path), 32).table
+
+    return survives(
+        folder / "slices.parquet", read, lambda raw: (each + raw[pages:] for each in flips(raw[:pages], few=100))
+    )
+
+
 CASES += [
+    Case("slices table", "one flipped bit in the values of its parquet file", flipped_pages, either()),
     Case(
         "slices table",
         "is used in another working directory: read all the same",
