@@ -47,7 +47,7 @@ def slices_table(folder: Path, cache: Path) -> pd.DataFrame:  # cache: parquet f
     if not cache.exists():
         table = rk.scan(folder)
         with atomic_file(cache) as fresh:
-            table.to_parquet(fresh)
+            table.to_parquet(fresh, write_page_checksum=True)
     return read_parquet(cache)
 
 
