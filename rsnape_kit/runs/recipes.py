@@ -162,7 +162,7 @@ BACKBONE_FROM = {"efficientnet3d": "efficientnet"}  # model -> model whose best.
 def quick(config: FitConfig) -> FitConfig:
     "Return settings that train for a few steps."
     if isinstance(config, SequenceConfig):
-        return replace(config, phases=(replace(config.phases[-1], epochs=1),), steps=2, inner=2, views=1, network={"units": 8})
+        return replace(config, phases=(replace(config.phases[-1], epochs=1),), steps=2, inner=2, views=1, tta=0, network={"units": 8})
     warmup = config.slice_warmup and replace(config.slice_warmup, steps=2, batch=8)
     short = replace(config, phases=(replace(config.phases[-1], epochs=1),), slice_warmup=warmup, tta=0)
     return short if isinstance(config, PetaFormerConfig) else replace(short, steps=4, batch=min(config.batch, 8))
