@@ -74,7 +74,7 @@ def scan(folder: Path, *, out: Path = Path("slices.parquet")):
     table = rk.scan(folder)
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(out) as fresh:
-        table.to_parquet(fresh)
+        table.to_parquet(fresh, write_page_checksum=True)
     odd = table.problem[table.problem != ""]
     print(f"{len(table)} slices of {table.StudyInstanceUID.nunique()} studies in {out}")
     print(f"{len(odd)} slices with a problem:\n{odd.value_counts().to_string()}" if len(odd) else "no problems")

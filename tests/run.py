@@ -1,7 +1,8 @@
 """Run every notebook and every test file, each in a process of its own, two at a time, and print what took longest.
 
 Processes are forked from one that has imported what they need: a start of TensorFlow or PyTorch costs four CPU-seconds.
-Files that name no framework, or need to import it themselves, start from a process without any.
+Files that name no framework, or need to import it themselves, start from a process without any. Before many files,
+compiled functions are compiled once: processes that start together without a cache would each do it.
 
     python tests/run.py                                               # all
     python tests/run.py nbs/01_competition/04_metric.ipynb tests/dicom
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +28,7 @@ STARTS_WORKERS = re.compile(r"\b(demo|here|predict|submit|train_all)\(")
 COLD = "03_adapters", "08_registry"  # look at which frameworks are imported
 FIRST = "test_demo", "test_submit", "test_learning", "16_commands", "test_predict", "test_rehearse"  # the longest
 AT_ONCE = 2
+MANY = 10  # files for which it pays to compile first
 
 
 class Times:
@@ -90,11 +92,30 @@ def start(path: Path, folder: Path) -> int:
     return pid
 
 
+def compile_functions(folder: Path):
+    "Use what the library compiles: the first process fills the cache, later ones load it from there for their forks."
+    from concurrent.futures import ThreadPoolExecutor
+
+    import tqdm
+
+    import rsnape_kit as rk
+
+    tqdm.tqdm.monitor_interval = 0  # no thread, which forks would lack
+    with ThreadPoolExecutor(1) as one, open(os.devnull, "w") as bars, redirect_stderr(bars):
+        made = rk.make_competition(folder / "made", 4, 1, slices=6, size=64, difficulty="demo", executor=one)
+        store = rk.SliceStore(rk.build_store(rk.scan(made / "train"), folder / "store", executor=one))
+    truth = rk.Predictions.from_train_csv(made / "train.csv")
+    for pixels in (rk.InputConfig(size=32), rk.InputConfig((rk.PE,), "fixed", 48, "bilinear")):
+        rk.ImageBatches(store, truth, batch=4, pixels=pixels, mask=rk.SideMask(), affine=rk.AffineRange())[0]
+
+
 def run(paths: list, imports: tuple, scratch: Path) -> list:
     "Run files from a process that has imported some modules; (name, passed, seconds, CPU-seconds) of each."
     for name in imports:
         importlib.import_module(name)
     importlib.import_module("numba").njit(lambda: 0)()  # the first compiled function loads the rest of numba
+    if len(paths) > MANY:
+        compile_functions(scratch)
     gc.freeze()  # collections in the forks pass over what was imported
     waiting, running, done = list(paths), {}, []
     while waiting or running:

@@ -97,7 +97,7 @@ def read_csv(path: Path | str, schema: TableSchema | None = None) -> pd.DataFram
 
 def read_arrow(source, columns: list | None = None) -> pa.Table:  # source: path or open file
     "Read a parquet file in this thread: pyarrow 26.0.1 aborts some processes at their end that started its threads."
-    with pq.ParquetFile(source, pre_buffer=False) as file:
+    with pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=True) as file:
         return file.read(columns, use_threads=False, use_pandas_metadata=True)
 
 

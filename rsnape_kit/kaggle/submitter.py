@@ -35,7 +35,7 @@ from rsnape_kit.utils.files import atomic_file
 from rsnape_kit.utils.processes import end_with_parent
 end_with_parent()
 with atomic_file(sys.argv[2]) as fresh:
-    scan(sys.argv[1]).to_parquet(fresh)
+    scan(sys.argv[1]).to_parquet(fresh, write_page_checksum=True)
 """
 
 

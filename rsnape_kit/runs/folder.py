@@ -25,6 +25,7 @@ from .. import __version__
 from ..utils.files import atomic_write, complete_folder, read_json, validate_name, write_json
 from ..utils.manifest import MANIFEST, atomic_folder, check_manifest, refuse_links, write_manifest
 from ..utils.schema import Measured, Natural, convert
+from ..utils.table_files import TableSchema, read_csv_file
 
 # %% ../../nbs/08_runs/03_folder.ipynb #e4ba3fd2
 def run_settings(run: Path | str) -> dict:
@@ -139,6 +140,7 @@ def _with_defaults(settings: dict, kind: type) -> dict:
 
 # %% ../../nbs/08_runs/03_folder.ipynb #383c72b9
 CHECKPOINT_FILES = "state.json", "history.csv", "best.npz", "state.npz", "state.pt"
+RESTART = "take another copy of the run, or remove this folder to start again"
 
 
 @contextmanager
@@ -155,9 +157,6 @@ def saving_checkpoint(
     atomic_write(Path(run) / "history.csv", pd.DataFrame(history).to_csv(index=False))
 
 
-RESTART = "take another copy of the run, or remove this folder to start again"
-
-
 def load_checkpoint(
     run: Path | str,
     whole: bool = False,  # check the arrays too, not only state and history
@@ -168,13 +167,24 @@ def load_checkpoint(
         return None, {}, []
     check_manifest(folder, "checkpoint", None if whole else ("state.json", "history.csv"), RESTART)
     try:
-        history = (folder / "history.csv").read_text().strip()
-        rows = pd.read_csv(folder / "history.csv", float_precision="round_trip").to_dict("records") if history else []
-        state = read_json(folder / "state.json")
+        rows, state = _history(folder / "history.csv"), read_json(folder / "state.json")
         convert(Natural, state.get("epoch", 0), "epoch"), convert(Measured, state.get("best", 0.), "best")
         return folder, state, rows
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder} is damaged ({error}): {RESTART}") from error
+
+
+def _history(path: Path) -> list:  # a dict per epoch
+    "Return the rows of a history; raise ValueError if one is lost or holds something else than numbers."
+    if not path.read_text().strip():  # no epoch is finished
+        return []
+    table = read_csv_file(path)
+    columns = {"epoch": "integer"} | dict.fromkeys(table.columns.drop("epoch", "ignore"), "number")
+    rows = TableSchema("the history of a training", columns).check(table, path).to_dict("records")
+    lost = next((k for k, row in enumerate(rows) if row["epoch"] != k), None)
+    if lost is not None:
+        raise ValueError(f"{path}: row {lost + 1} is of epoch {rows[lost]['epoch']}; expected {lost}")
+    return rows
 
 
 def epochs_done(run: Path | str) -> int:
@@ -197,8 +207,12 @@ def run_weights(run: Path | str) -> Path:
 def seal_run(run: Path | str):
     "Write the manifest of a finished run, if it has none: settings, history and best weights, which no longer change."
     own = ("config.json", "history.csv", "best.npz", "weights.pt")
-    if not Path(run, MANIFEST).exists():
-        write_manifest(run, "run", [name for name in own if Path(run, name).exists()])
+    if Path(run, MANIFEST).exists():
+        return
+    checkpoint = complete_folder(Path(run) / "checkpoint")
+    if checkpoint is not None:  # if the training was killed after its last checkpoint, the run's history lacks a row
+        atomic_write(Path(run) / "history.csv", (checkpoint / "history.csv").read_text())
+    write_manifest(run, "run", [name for name in own if Path(run, name).exists()])
 
 # %% ../../nbs/08_runs/03_folder.ipynb #2d725a72
 def find_runs(name: str | None, *roots: Path | str, depth: int = 5) -> list[Path]:

@@ -21,7 +21,7 @@ from rsnape_kit.store.build import build_store  # noqa: E402
 from rsnape_kit.store.slice_store import SliceStore  # noqa: E402
 from rsnape_kit.training.trainer import train  # noqa: E402
 
-SMALLER = {"efficientnet": ["pixels.size=64", "steps=14"],
+SMALLER = {"efficientnet": ["pixels.size=64", "steps=10"],
            "petaformer": ["groups=20", "slice_warmup.steps=250", "slice_warmup.batch=48", "phases.0.epochs=6"]}
 PLACES = {"train": "train", "test": "test", "twins": "truth/twins"}
 
@@ -30,7 +30,7 @@ PLACES = {"train": "train", "test": "test", "twins": "truth/twins"}
 def world(tmp_path_factory):
     "Stores, slices tables and truths of 120 training studies, 60 held-out ones, and their twins without clots."
     folder = tmp_path_factory.mktemp("learning")
-    made = make_competition(folder / "made", 120, 60, slices=20, size=256, seed=5, difficulty="demo", clean=True,
+    made = make_competition(folder / "made", 120, 60, slices=20, size=128, seed=5, difficulty="demo", clean=True,
                             twins=True)
     tables = {part: scan(made / place) for part, place in PLACES.items()}
     stores = {part: SliceStore(build_store(table, folder / part)) for part, table in tables.items()}

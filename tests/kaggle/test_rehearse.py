@@ -12,7 +12,7 @@ from test_kernels import competition
 from rsnape_kit.kaggle.bundle import make_bundle
 from rsnape_kit.kaggle.dataset import check_dataset
 from rsnape_kit.kaggle.preflight import KERNEL, check_kernel
-from rsnape_kit.kaggle.rehearsal import CORE, LAYOUTS, make_environment, rehearse, why_not
+from rsnape_kit.kaggle.rehearsal import LAYOUTS, make_environment, rehearse, why_not
 from rsnape_kit.kaggle.runtime import HEADER
 from rsnape_kit.kaggle.static_check import imports, parse, reached, read_code
 from rsnape_kit.kaggle.wheels import IMAGES, NEVER, image
@@ -98,26 +98,6 @@ def test_the_whole_rerun_offline_from_the_bundle_alone(bundles, python, contest,
     assert went.submission.read_text().splitlines()[0] == "id,label"
 
 
-@pytest.mark.slow
-def test_a_trained_model_predicts_in_the_rehearsal(shelf, tmp_path):
-    "Keras on JAX, from DICOM to submission.csv; PyTorch and TensorFlow are too large for this test."
-    if reason := why_not():
-        pytest.skip(reason)
-    run = keras_run(tmp_path / "runs", "efficientnet3d")
-    try:
-        bundle = make_bundle(tmp_path / "kit", owner="me", wheels=shelf / "wheels", runs=[run])
-        packages = (*CORE, *NEEDED_BY_WHEELS, "pydicom", "numba", "scikit-image", "keras", "jax")
-        python, skipped = make_environment(shelf / "jax", packages=packages)
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    assert not skipped
-    made = make_competition(tmp_path / "made", 2, 2, slices=6, size=64, difficulty="demo")
-    shutil.rmtree(made / "truth")
-    went = rehearse(bundle, made, ROOT / "kernels" / "submit", python, out=tmp_path / "out")
-    assert went.ok, went.problem + went.log
-    assert "2 studies, 2 predicted by every model" in went.log, went.log
-
-
 def test_a_file_that_the_upload_lost_is_named(bundles, python, contest, tmp_path):
     bundle = shutil.copytree(bundles["gpu"], tmp_path / "bundle")
     (bundle / "rsnape_kit" / "competition" / "priors.py").unlink()
@@ -178,3 +158,23 @@ def test_what_the_bundle_brings_works_on_kaggles_python(bundles, python, contest
     text = BOTH + (TPU if target == "tpu" else "") + PRINT
     went = rehearse(bundles[target], contest, code(tmp_path / "kernel", text), python)
     assert went.ok, went.problem + went.log
+
+
+@pytest.mark.slow
+def test_a_trained_model_predicts_in_the_rehearsal(shelf, python, tmp_path):
+    """Keras on JAX, from DICOM to submission.csv; PyTorch and TensorFlow are too large for this test.
+
+    It is the last one, since it adds packages to the environment that the others use."""
+    run = keras_run(tmp_path / "runs", "efficientnet3d")
+    try:
+        bundle = make_bundle(tmp_path / "kit", owner="me", wheels=shelf / "wheels", runs=[run])
+        more = "pydicom", "numba", "scikit-image", "keras", "jax"
+        python, skipped = make_environment(shelf / "python", packages=more)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    assert not skipped
+    made = make_competition(tmp_path / "made", 2, 2, slices=6, size=64, difficulty="demo")
+    shutil.rmtree(made / "truth")
+    went = rehearse(bundle, made, ROOT / "kernels" / "submit", python, out=tmp_path / "out")
+    assert went.ok, went.problem + went.log
+    assert "2 studies, 2 predicted by every model" in went.log, went.log

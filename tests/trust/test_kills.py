@@ -191,6 +191,32 @@ def test_killed_at_random_moments_and_started_again_it_ends_the_same(world, tmp_
     assert_same(stage.read(folder), stage.read(tmp_path / "unbroken"))
 
 
+BEFORE_THE_HISTORY = """
+import os, signal
+from rsnape_kit.runs import folder
+real = folder.atomic_write
+
+def write(path, text, **how):
+    if path.name == "history.csv" and text.count(chr(10)) == {rows}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(path, text, **how)
+
+folder.atomic_write = write
+"""  # at the end of the last epoch: its checkpoint is there, the run's own history lacks its row
+
+
+@pytest.mark.skipif(not FULL, reason=LEFT_OUT)
+@pytest.mark.parametrize(("name", "epochs"), [("train with Keras", 12), ("train with PyTorch", 4)])
+def test_killed_between_its_last_checkpoint_and_its_history_it_ends_the_same(world, tmp_path, name, epochs):
+    stage = STAGES[name]
+    finish(world, stage, tmp_path / "unbroken")
+    (tmp_path / "killed").mkdir()
+    dying = Stage(BEFORE_THE_HISTORY.replace("{rows}", str(1 + epochs)) + stage.code, stage.read, 1)
+    assert world.start(dying, tmp_path / "killed").wait(600) == -signal.SIGKILL
+    finish(world, stage, tmp_path / "killed")
+    assert_same(stage.read(tmp_path / "killed"), stage.read(tmp_path / "unbroken"))
+
+
 def children_of(pid: int) -> list:
     tasks = Path(f"/proc/{pid}/task").iterdir()
     return [int(child) for task in tasks for child in (task / "children").read_text().split()]
