@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import rsnape_kit as rk
-from .utils.files import atomic_file, name_full_disk
+from .utils.files import atomic_file, name_full_disk, valid_text
 from .utils.processes import worker_pool
 from .utils.schema import Count, Natural, Positive, Seed, Views
 
@@ -74,7 +74,7 @@ def scan(folder: Path, *, out: Path = Path("slices.parquet")):
     table = rk.scan(folder)
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(out) as fresh:
-        table.to_parquet(fresh, write_page_checksum=True)
+        table.assign(path=table.path.map(valid_text)).to_parquet(fresh, write_page_checksum=True)
     odd = table.problem[table.problem != ""]
     print(f"{len(table)} slices of {table.StudyInstanceUID.nunique()} studies in {out}")
     print(f"{len(odd)} slices with a problem:\n{odd.value_counts().to_string()}" if len(odd) else "no problems")

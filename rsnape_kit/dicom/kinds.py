@@ -53,7 +53,7 @@ def object_faults(t: pd.DataFrame) -> np.ndarray:  # t: rows of headers with det
     types = t.image_type.map({text: set(text.upper().split("\\")) for text in t.image_type.unique()})
     drawn = types.map(lambda each: ", ".join(sorted(each & _projections)))
     for where, text in (
-        ((t.sop_class == _directory) | (t.path.map(os.path.basename).str.upper() == "DICOMDIR"), "DICOMDIR, an index of files"),
+        (t.sop_class == _directory, "DICOMDIR, an index of files"),
         (~t.modality.isin(["", "CT"]), "modality " + t.modality + names.map(lambda name: f", {name}" * bool(name))),
         (~t.sop_class.isin(["", *CT_STORAGE]), names),
         (types.map(lambda each: bool(each & _localizers)), "localizer"),
@@ -62,7 +62,7 @@ def object_faults(t: pd.DataFrame) -> np.ndarray:  # t: rows of headers with det
         (t.problem == "not one grayscale frame", "several frames or colours in one file; convert it to one grayscale file per slice"),
     ):
         faults = np.where((faults == "") & where & readable, text, faults)
-    return faults
+    return np.where(t.path.map(os.path.basename).str.upper() == "DICOMDIR", "DICOMDIR, an index of files", faults)  # readable or not
 
 # %% ../../nbs/02_dicom/08_kinds.ipynb #587a75a6
 _sharp = {"LUNG", "BONE", "BONEPLUS", "EDGE", "SHARP", "ULTRA", "D", "E", "L", "YB", "YC", "YD", "YE"}

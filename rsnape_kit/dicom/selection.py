@@ -192,7 +192,11 @@ def dicom_input(path: str | os.PathLike) -> Iterator[str | list[str]]:
     elif path.lower().endswith(".zip") or zipfile.is_zipfile(path):
         with tempfile.TemporaryDirectory(prefix="rsnape-") as folder:
             _unpack(path, folder)
-            yield folder
+            try:
+                yield folder
+            except (OSError, ValueError) as error:  # name the archive instead of the folder, which is deleted
+                error.args = tuple(each.replace(folder, path) if isinstance(each, str) else each for each in error.args)
+                raise
     else:
         yield [path]
 

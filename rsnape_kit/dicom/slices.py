@@ -189,7 +189,7 @@ def _serial_or_threaded(batches):
 def read_headers(root: str | os.PathLike | list[str], executor: Executor | None = None, batch_files: int = 2048) -> pd.DataFrame:
     "The rows of `scan` before they are sorted, with the columns CORNER and ORIENTATION: the input of `arrange`."
     paths = sorted(map(os.path.abspath, root)) if isinstance(root, list) else list_files(os.path.abspath(root))
-    place = "in a list" if isinstance(root, list) else f"below {os.fspath(root)!r}"
+    place = f"in a list that begins with {paths[:1]}" if isinstance(root, list) else f"below {os.fspath(root)!r}"
     if not paths:
         raise FileNotFoundError(f"no files {place}; give a folder of DICOM series")
     batches = [paths[i:i + batch_files] for i in range(0, len(paths), batch_files)]

@@ -6,8 +6,13 @@
 __all__ = ['VOLUMES', 'NO_AIR', 'is_volume', 'read_volume', 'volume_names', 'scan_volume', 'read_any_slice', 'select_study']
 
 # %% ../../nbs/02_dicom/11_volumes.ipynb #40f6fcc8
+import gzip
+import math
 import os
+import struct
 import threading
+import zlib
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor
 from functools import lru_cache
@@ -15,6 +20,7 @@ from functools import lru_cache
 import numpy as np
 import pandas as pd
 
+from .dataset import is_gzip
 from .decode import DicomError
 from .hounsfield import to_hu
 from .selection import SERIES_COLUMNS, Selection, select_slices
@@ -30,10 +36,37 @@ def is_volume(path: str | os.PathLike) -> bool:
     "Whether a file is named like a NIfTI, MetaImage or NRRD volume."
     return os.fspath(path).lower().endswith(VOLUMES)
 
+def _nifti_bytes(head: bytes) -> int:
+    "Bytes that a NIfTI file has by its header; 0 if it is none."
+    order = "<" if head[:2] in (b"\x5c\x01", b"\x1c\x02") else ">"
+    if len(head) < 4 or (size := struct.unpack_from(order + "i", head)[0]) not in (348, 540):
+        return 0
+    if len(head) < size:
+        return size
+    places = (("8h", 40), ("h", 72), ("f", 108)) if size == 348 else (("8q", 16), ("h", 14), ("q", 168))  # versions 1 and 2
+    dims, (bits,), (start,) = (struct.unpack_from(order + code, head, at) for code, at in places)
+    return int(start) + math.prod(dims[1:1 + min(max(dims[0], 0), 7)]) * bits // 8
+
+def _check_nifti(path):
+    "Raise DicomError if a NIfTI file is truncated: ITK fills what is missing with zeros."
+    try:
+        with gzip.open(path) if is_gzip(path) else open(path, "rb") as file:
+            size = len(head := file.read(544))
+            while part := file.read(1 << 20):
+                size += len(part)
+    except (EOFError, OSError, zlib.error) as error:
+        raise DicomError(path, f"the file is damaged ({error}); copy it again") from error
+    if size < (need := _nifti_bytes(head)):
+        raise DicomError(path, f"the file is truncated, it has {size} of {need} bytes; copy it again")
+
 @lru_cache(maxsize=2)
 def _load(path, _changed) -> tuple:  # _changed: time and size of the file, so that another one is read again
     "(int16 HU [slices, H, W], spacing (x, y, z) and position of the lowest slice in mm)."
     itk = require_module("SimpleITK", "NIfTI, MetaImage and NRRD need it: pip install SimpleITK")
+    if valid_text(path) != path:  # SimpleITK would end the process
+        raise DicomError(path, "SimpleITK cannot open a path that is not UTF-8; rename the file and the folders above it")
+    if path.lower().endswith((".nii", ".nii.gz")):
+        _check_nifti(path)
     try:
         image = itk.ReadImage(path)
         if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
@@ -41,7 +74,7 @@ def _load(path, _changed) -> tuple:  # _changed: time and size of the file, so t
         image = itk.DICOMOrient(image, "LPS")
         hu = np.nan_to_num(itk.GetArrayFromImage(image), nan=-1024., posinf=32767, neginf=-1024)
     except RuntimeError as error:
-        raise DicomError(path, f"no readable volume: {' '.join(str(error).split())[-200:]}") from error
+        raise DicomError(path, f"no readable volume, copy or convert it again: {' '.join(str(error).split()).split('ERROR: ')[-1][-200:]}") from error
     return np.clip(np.rint(hu), -32768, 32767).astype(np.int16), image.GetSpacing(), image.GetOrigin()[2]
 
 _lock = threading.Lock()
@@ -59,12 +92,17 @@ def read_volume(path: str | os.PathLike) -> tuple[np.ndarray, tuple, float]:
 NO_AIR = -300  # HU: lungs and the air around a patient are below it
 
 def volume_names(paths: list[str]) -> list[str]:
-    "Ids of volumes: their names, or folder and name where names repeat."
-    def name(path):
-        base = os.path.basename(path)
-        return valid_text(base[:-len(next(end for end in sorted(VOLUMES, key=len, reverse=True) if base.lower().endswith(end)))])
-    names = [name(path) for path in paths]
-    return [valid_text(os.path.basename(os.path.dirname(path))) + "_" + each if names.count(each) > 1 else each for path, each in zip(paths, names)]
+    "Ids of volumes: their names, where names repeat with as many folders as make them differ, and with the extension if none do."
+    def name(path, folders):
+        return "_".join(filter(None, valid_text(path).split(os.sep)[-1 - folders:]))
+    stems = [path[:-len(next(end for end in sorted(VOLUMES, key=len, reverse=True) if path.lower().endswith(end)))] for path in paths]
+    counts = Counter(stems)
+    stems = [path if counts[stem] > 1 else stem for path, stem in zip(paths, stems)]
+    names, most = [name(stem, 0) for stem in stems], max((stem.count(os.sep) for stem in stems), default=0)
+    for folders in range(1, most + 1):
+        counts = Counter(names)
+        names = [each if counts[each] == 1 else name(stem, folders) for each, stem in zip(names, stems)]
+    return names
 
 def scan_volume(path: str | os.PathLike, name: str = "") -> pd.DataFrame:
     """List the axial slices of a NIfTI, MetaImage or NRRD volume from feet to head.
@@ -120,7 +158,7 @@ def select_study(root: str | os.PathLike | list[str], series: str = "", executor
     Raises:
         FileNotFoundError: neither DICOM nor a volume below `root`.
         ValueError: there is no such series, or none that can be used.
-        DicomError: a volume cannot be read.
+        DicomError: the only volume, or the one that is asked for, cannot be read.
     """
     files = root if isinstance(root, list) else list_files(root)
     volumes = [os.path.abspath(path) for path in files if is_volume(path)]
@@ -137,10 +175,19 @@ def _select_volumes(paths: list[str], series: str) -> Selection:
     names = volume_names(paths)
     if series and series not in names:
         raise ValueError(f"no volume {series!r}; there are {', '.join(names[:20])}")
-    tables = {name: scan_volume(path, name) for path, name in zip(paths, names) if series in ("", name)}
+    tables, lines = {}, []
+    for path, name in zip(paths, names):
+        if series not in ("", name):
+            continue
+        try:
+            tables[name] = scan_volume(path, name)
+        except DicomError as error:
+            if len(paths) == 1 or series:
+                raise
+            lines.append([name, name, "", "", "", np.nan, False, 1, False, error.args[1], path])
     used = {name: bool(series) or not table.problem[0] for name, table in tables.items()}
-    lines = [[name, name, "", "", "", table.thickness[0], False, len(table), used[name], "" if used[name] else table.problem[0], table.path[0]]
-             for name, table in tables.items()]
+    lines += [[name, name, "", "", "", table.thickness[0], False, len(table), used[name], "" if used[name] else table.problem[0], table.path[0]]
+              for name, table in tables.items()]
     selection = Selection(pd.concat([table for name, table in tables.items() if used[name]] or [pd.DataFrame()], ignore_index=True),
                           pd.DataFrame(lines, columns=SERIES_COLUMNS))
     if not any(used.values()):

@@ -225,6 +225,13 @@ def _slice_notes(own: pd.DataFrame) -> list[str]:
     return [f"{count} of {len(own)} slices: {note}" for note, count in notes[notes != ""].value_counts().items()]
 
 
+def _lost_studies(series: pd.DataFrame | None, predicted: pd.Index) -> list[str]:
+    "Return a warning for each series of studies of which nothing is used."
+    lost = [] if series is None else series[~series[STUDY].isin(predicted)].itertuples()
+    return [f"study {row.StudyInstanceUID}: left out: series {row.SeriesInstanceUID}, {row.slices} file{'s' * (row.slices != 1)}: {row.reason}"
+            for row in lost]
+
+
 def study_slices_of(table: pd.DataFrame, study: str) -> pd.DataFrame:  # with the row numbers of the table as index
     "Return a study's slices, each once, series by series, feet to head."
     own = table.reset_index(drop=True)
@@ -269,5 +276,5 @@ def make_answer(stages: Stages, table: pd.DataFrame, runs: tuple[RunUsed, ...] =
                                    _slice_values(own, slices), tuple(dict.fromkeys((*told, *notes)))))
     when = (created or datetime.now(UTC)).isoformat(timespec="seconds")
     of_studies = tuple(f"study {each.study}: " for each in studies)
-    rest = (*(f"{name}: {why}" for name, why in problems.items()), *(text for text in warnings if not text.startswith(of_studies)))
+    rest = (*(f"{name}: {why}" for name, why in problems.items()), *_lost_studies(series, stages.blended.exams.index), *(text for text in warnings if not text.startswith(of_studies)))
     return Answer("answer", 1, NOTE, when, software_versions(), runs, ensemble, tuple(studies), rest)

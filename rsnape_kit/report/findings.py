@@ -17,7 +17,7 @@ import pandas as pd
 
 from ..competition.predictions import Predictions
 from ..dicom.selection import dicom_input
-from ..dicom.volumes import select_study
+from ..dicom.volumes import is_volume, select_study
 from ..ensemble.ensemble import as_ensemble, default_ensemble
 from ..inference.heatmaps import heat_maps
 from ..inference.predict_runs import plan_predictions, predict
@@ -88,12 +88,12 @@ def write_findings(out: Path | str, preds: dict[str, Predictions], source: Pixel
     how = f"fitted: {fitted}, SHA-256 {file_digest(fitted)}" if fitted else "equal weights, not calibrated"
     answer = make_answer(predict_stages(preds, ensemble, source.table), source.table, runs_used(runs, tta), series, problems, noted, how)
     save_answer(answer, out)
-    if sr:
-        write_structured_reports(out / "sr", answer, source.table)
     maps = study_heat_maps(answer, source, runs, heat, out / "heatmaps", time_budget) if heat else {}
     blended = f"as fitted in {fitted}" if fitted else f"with {how}"
     note = f"{len(runs)} runs of {', '.join(preds)}; blended {blended}."
     write_study_page(out / "report.html", answer, source, note=note, heat=maps)
+    if sr:  # last: the files of some scanners cannot be referred to
+        write_structured_reports(out / "sr", answer, source.table)
     return answer
 
 
@@ -131,6 +131,8 @@ def predict_dicom(runs: Iterable[Path | str], dicom: Path | str, out: Path | str
     with dicom_input(dicom) as root:
         with noted_warnings() as noted:
             selection = select_study(root, series)
+            if sr and (volumes := [path for path in selection.table["path"] if is_volume(path)]):
+                raise ValueError(f"{volumes[0]} is no DICOM, to which a Structured Report would refer: leave out --sr")
             source = DicomSource(selection.table)
             say(*filter(None, [selection.describe(), described := describe_problems(source)]), sep="\n")
             preds = predict(runs, source, tta, out / "results", time_budget=time_budget)

@@ -12,6 +12,7 @@ import pandas as pd
 
 from .answers import NOTE, Answer, StudyAnswer, study_slices_of
 from .study_page import marked_slices
+from ..dicom.dataset import read_dataset
 from ..utils import require_module
 from ..utils.files import atomic_file
 
@@ -49,9 +50,7 @@ _TYPE_2 = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "Access
 
 def read_evidence(paths) -> list:  # of pydicom.Dataset
     "Read the headers of slices that a report refers to."
-    import pydicom
-
-    found = [pydicom.dcmread(path, stop_before_pixels=True, force=True) for path in paths]
+    found = [read_dataset(path, pixels=False) for path in paths]
     for dataset in found:
         for keyword in _TYPE_2:
             if keyword not in dataset:
@@ -125,7 +124,7 @@ def write_structured_reports(folder: Path | str, answer: Answer, slices: pd.Data
         places = marked_slices(study, count) or [0]
         try:
             report = structured_report(study, answer, dict(zip(places, read_evidence(paths[place] for place in places))))
-        except (AttributeError, TypeError) as error:  # an attribute that a report must have
+        except (AttributeError, TypeError, ValueError) as error:  # an attribute that a report must have
             raise ValueError(f"{paths[places[0]]} cannot be referred to by a Structured Report: {error}") from error
         with atomic_file(folder / f"study{number}.dcm") as fresh:
             report.save_as(fresh, enforce_file_format=True)

@@ -189,6 +189,7 @@ def test_real_studies_are_used_as_they_are(real_ct):
 INPUTS = {
     "folder": lambda folder: folder,
     "DICOMDIR": lambda folder: document(folder / "DICOMDIR", "1.2.840.10008.1.3.10", "") or folder / "DICOMDIR",
+    "damaged DICOMDIR": lambda folder: (folder / "DICOMDIR").write_bytes(b"damaged") and folder / "DICOMDIR",
     "zip": lambda folder: Path(shutil.make_archive(folder.with_name("study"), "zip", folder)),
     "zip without suffix": lambda folder: INPUTS["zip"](folder).rename(folder.with_name("study")),
 }
@@ -223,6 +224,14 @@ def test_other_inputs_are_refused_by_name(tmp_path, name, content, cause):
         (tmp_path / name).write_bytes(content)
     with pytest.raises((ValueError, FileNotFoundError), match=f"{name} .*{cause}"), dicom_input(tmp_path / name):
         pass
+
+
+def test_errors_name_the_file_that_was_given(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "notes.txt").write_text("no DICOM")
+    for path in (tmp_path / "in" / "notes.txt", Path(shutil.make_archive(tmp_path / "study", "zip", tmp_path / "in"))):
+        with pytest.raises(FileNotFoundError, match=f"{path.name}.*none of them DICOM"), dicom_input(path) as root:
+            select_slices(root)
 
 
 def test_a_damaged_member_of_a_zip_is_an_error(tmp_path):

@@ -1,5 +1,6 @@
 "Volumes as slices tables: every format and orientation gives the same axial slices; masks are left out."
 import gzip
+import os
 import struct
 import sys
 
@@ -108,3 +109,44 @@ def test_a_real_volume_and_its_masks_agree(real_ct):
     assert hu.shape == artery.shape and set(np.unique(artery)) == {0, 1}
     assert hu[artery > 0].mean() > 400 > 200 > hu[artery == 0].mean()
     assert abs(hu[::-1][artery > 0].mean() - hu[artery > 0].mean()) > 100  # the wrong way round would not fit
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_truncated_nifti_is_refused(tmp_path, name):
+    "ITK reads such a file with zeros in place of what is missing."
+    whole, cut = tmp_path / name, tmp_path / f"cut_{name}"
+    itk.WriteImage(image_of(), whole)
+    data = whole.read_bytes()
+    for length in (len(data) * 2 // 3, len(data) - 3, 100, 0):
+        cut.write_bytes(data[:length])
+        with pytest.raises(DicomError, match=r"copy.*again"):
+            read_volume(cut)
+    np.testing.assert_array_equal(read_volume(whole)[0], HU)
+
+
+def test_volumes_with_equal_names_are_studies_of_their_own(tmp_path):
+    names = ["p1/CT/a.nii.gz", "p2/CT/a.nii.gz", "b.nii", "b.mha"]
+    for k, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        itk.WriteImage(image_of(HU[:k + 2]), tmp_path / name)
+    sizes = select_study(tmp_path).table.groupby("StudyInstanceUID").size()
+    assert sizes.to_dict() == {"p1_CT_a": 2, "p2_CT_a": 3, "b.nii": 4, "b.mha": 5}
+
+
+def test_an_unreadable_volume_does_not_hide_the_others(tmp_path):
+    itk.WriteImage(image_of(), tmp_path / "good.mha")
+    (tmp_path / "bad.nrrd").write_bytes(b"")
+    selection = select_study(tmp_path)
+    assert set(selection.table.StudyInstanceUID) == {"good"}
+    assert "left out: series bad, 1 file: no readable volume" in selection.describe()
+    with pytest.raises(DicomError, match=r"bad\.nrrd"):
+        select_study(tmp_path, "bad")
+
+
+def test_a_path_that_is_not_utf8_is_refused(tmp_path):
+    "SimpleITK ends the process there."
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/J\xfcrgen.nii")
+    with open(path, "wb") as file:
+        file.write(bytes(400))
+    with pytest.raises(DicomError, match="not UTF-8; rename"):
+        read_volume(path)

@@ -1,5 +1,6 @@
 "predict --dicom without a network: what is left out, warned of and predicted reaches the files and the terminal."
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -84,3 +85,27 @@ def test_a_study_without_a_prediction_is_an_error_after_all_is_written(folder, n
     assert "No model predicted" in (tmp_path / "out" / "report.html").read_text()
     values = Answer.load(tmp_path / "out" / "answer.json").studies[0].labels
     assert {value.blended for value in values.values()} == {None}
+
+
+def test_a_study_that_is_left_out_whole_is_a_warning_of_the_answer(folder, networks, tmp_path):
+    first = next(folder.rglob("*.dcm"))
+    other = tmp_path / "in"
+    shutil.copytree(folder, other)
+    ds = pydicom.dcmread(first)
+    ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.SOPInstanceUID, ds.Modality = "2.7", "2.8", "2.9", "PT"
+    ds.save_as(other / "pet.dcm")
+    answer = findings.predict_dicom([], other, tmp_path / "out", json=True)
+    assert "2.7" not in {study.study for study in answer.studies}
+    assert any(text.startswith("study 2.7: left out") and "modality PT" in text for text in answer.warnings)
+
+
+def test_a_report_that_cannot_be_made_costs_no_page(folder, networks, tmp_path):
+    pytest.importorskip("highdicom", reason="pip install highdicom")
+    (tmp_path / "in").mkdir()
+    for path in folder.rglob("*.dcm"):
+        ds = pydicom.dcmread(path)
+        del ds.SOPClassUID
+        ds.save_as(tmp_path / "in" / path.name)
+    with pytest.raises(ValueError, match=r"\.dcm cannot be referred to by a Structured Report"):
+        findings.predict_dicom([], tmp_path / "in", tmp_path / "out", sr=True)
+    assert (tmp_path / "out" / "report.html").exists() and (tmp_path / "out" / "answer.json").exists()

@@ -1,7 +1,9 @@
 "Structured Reports, read back with pydicom: patient and study of the images, values of the answer, marks of research."
+import gzip
 import importlib.util
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -112,3 +114,13 @@ def test_slices_without_files_are_refused_by_name(tmp_path):
         return
     with pytest.raises(ValueError, match="--dicom"):
         write_structured_reports(tmp_path, answer, table.drop(columns="path"))
+
+
+def test_packed_files_are_referred_to(tmp_path):
+    pytest.importorskip("highdicom", reason="pip install highdicom")
+    table = write_slices(tmp_path, PatientID="p1")
+    packed = [f"{path}.gz" for path in table["path"]]
+    for path, target in zip(table["path"], packed):
+        Path(target).write_bytes(gzip.compress(Path(path).read_bytes()))
+    path, = write_structured_reports(tmp_path / "sr", answer_of(table), table.assign(path=packed), count=1)
+    assert pydicom.dcmread(path).PatientID == "p1"
