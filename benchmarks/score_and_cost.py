@@ -98,19 +98,22 @@ def parts(truth, pred) -> dict:
 
 
 def picture(table: pd.DataFrame, path: Path):
-    "Draw score against cost, a dot for each blend; names where none is cheaper and better."
+    "Draw score against cost, a dot for each blend; names of models, and of blends better than all that are cheaper."
     from matplotlib.figure import Figure
 
     figure, shown = Figure(figsize=(7, 4.4), dpi=110, layout="tight"), table.dropna(subset=["CPU minutes"])
     axes, best = figure.subplots(), np.inf
     axes.scatter(shown["CPU minutes"], shown["all"], s=14, color="lightsteelblue")
     front = []
-    for name, row in shown.sort_values("CPU minutes").iterrows():
-        if row["all"] < best or "+" not in name:
-            axes.annotate(name, (row["CPU minutes"], row["all"]), fontsize=6, xytext=(3, 3), textcoords="offset points")
-        if row["all"] < best:
-            best = row["all"]
-            front.append((row["CPU minutes"], best))
+    for name, row in shown.sort_values(["CPU minutes", "all"]).iterrows():
+        x, y = row["CPU minutes"], row["all"]
+        if y < best - .0005 or "+" not in name:
+            right = x > shown["CPU minutes"].mean()
+            axes.annotate(name, (x, y), fontsize=7, xytext=(-4 if right else 4, 5), textcoords="offset points",
+                          ha="right" if right else "left")
+        if y < best - .0005:
+            best = y
+            front.append((x, best))
     axes.step(*zip(*front), where="post", color="steelblue", lw=1)
     axes.axhline(table["all"]["position prior"], color="gray", ls=":", lw=1)
     axes.annotate("position prior", (axes.get_xlim()[0], table["all"]["position prior"]), fontsize=6, color="gray")
