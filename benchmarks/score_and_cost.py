@@ -105,7 +105,8 @@ def picture(table: pd.DataFrame, path: Path):
     axes, best = figure.subplots(), np.inf
     axes.scatter(shown["CPU minutes"], shown["all"], s=14, color="lightsteelblue")
     front = []
-    for name, row in shown.sort_values(["CPU minutes", "all"]).iterrows():
+    shown = shown.assign(members=shown.index.str.count(r"\+"))
+    for name, row in shown.sort_values(["CPU minutes", "members"]).iterrows():
         x, y = row["CPU minutes"], row["all"]
         if y < best - .0005 or "+" not in name:
             right = x > shown["CPU minutes"].mean()
