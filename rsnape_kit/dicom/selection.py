@@ -208,8 +208,8 @@ def _unpack(path, folder):
             if size > free:
                 raise ValueError(f"its members have {size / 1e9:.1f} GB, {folder} has room for {free / 1e9:.1f} GB")
             for number, member in enumerate(each for each in archive.infolist() if not each.is_dir()):
-                parts = member.filename.replace("\\", "/").split("/")
-                target = Path(folder, *(part for part in parts if part not in ("", "..", ".")))
+                parts = [part for part in member.filename.replace("\\", "/").split("/") if part not in ("", "..", ".")]
+                target = Path(folder, *(parts or ["member"]))
                 if target.exists():
                     target = target.with_name(f"{number}-{target.name}")
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -188,6 +188,9 @@ def _serial_or_threaded(batches):
 
 def read_headers(root: str | os.PathLike | list[str], executor: Executor | None = None, batch_files: int = 2048) -> pd.DataFrame:
     "The rows of `scan` before they are sorted, with the columns CORNER and ORIENTATION: the input of `arrange`."
+    if not isinstance(root, list) and not os.path.isdir(root):
+        raise (NotADirectoryError if os.path.exists(root) else FileNotFoundError)(
+            f"{os.fspath(root)} {'is no folder' if os.path.exists(root) else 'does not exist'}; give a folder of DICOM series")
     paths = sorted(map(os.path.abspath, root)) if isinstance(root, list) else list_files(os.path.abspath(root))
     place = f"in a list that begins with {paths[:1]}" if isinstance(root, list) else f"below {os.fspath(root)!r}"
     if not paths:

@@ -54,8 +54,10 @@ def _check_nifti(path):
             size = len(head := file.read(544))
             while part := file.read(1 << 20):
                 size += len(part)
-    except (EOFError, OSError, zlib.error) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DicomError(path, f"the file is damaged ({error}); copy it again") from error
+    except OSError as error:
+        raise DicomError(path, error.strerror or error) from error
     if size < (need := _nifti_bytes(head)):
         raise DicomError(path, f"the file is truncated, it has {size} of {need} bytes; copy it again")
 

@@ -27,7 +27,7 @@ from .structured_report import need_highdicom, write_structured_reports
 from .study_page import marked_slices, write_study_page
 from .viewer import heat_picture, window_stack
 from ..store.dicom_source import DicomSource, PixelSource, describe_problems
-from ..utils.files import atomic_write, file_digest
+from ..utils.files import atomic_write, file_digest, valid_text
 
 # %% ../../nbs/12_report/12_findings.ipynb #017e1173
 @contextmanager
@@ -127,6 +127,8 @@ def predict_dicom(runs: Iterable[Path | str], dicom: Path | str, out: Path | str
     """
     if sr:
         need_highdicom()  # before the work
+    if valid_text(str(out)) != str(out):
+        raise ValueError(f"{out} is not UTF-8, and tables are not written there: give another folder with --out")
     out, began, say = Path(out), time.monotonic(), (lambda *text, **more: None) if json else print
     with dicom_input(dicom) as root:
         with noted_warnings() as noted:

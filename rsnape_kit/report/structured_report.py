@@ -99,7 +99,7 @@ def structured_report(study: StudyAnswer, answer: Answer, evidence: dict):  # ev
 
 
 def write_structured_reports(folder: Path | str, answer: Answer, slices: pd.DataFrame, count: int = 5) -> list[Path]:
-    """Write a Structured Report for each study.
+    """Write a Structured Report for each study of which something is predicted.
 
     Args:
         folder: folder for the files, study1.dcm and so on, in the order of the answer.
@@ -120,6 +120,8 @@ def write_structured_reports(folder: Path | str, answer: Answer, slices: pd.Data
     folder, written = Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
     for number, study in enumerate(answer.studies, 1):
+        if all(value.blended is None for value in (*study.labels.values(), *study.slices)):
+            continue
         paths = study_slices_of(slices, study.study)["path"].tolist()
         places = marked_slices(study, count) or [0]
         try:

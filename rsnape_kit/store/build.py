@@ -26,7 +26,7 @@ from .dicom_source import DicomSource, PixelSource, RowSubset, StoreInput
 from .slice_store import INDEX, KIND, read_end, read_footer, read_index, slices_in, write_shard
 from .tfrecords import is_tfrecord, read_tfrecords
 from ..utils.files import atomic_file, valid_text
-from ..utils.manifest import MANIFEST, write_manifest
+from ..utils.manifest import MANIFEST, has_marker, write_manifest
 from ..utils.processes import exclusive, executor_for, map_ahead
 from ..utils.table_files import TableSchema
 
@@ -167,6 +167,14 @@ def _plan(source, out, part, meta):
     finished = [slices_in(path) for path in paths]
     return rows, paths, finished, all(finished) and _is_indexed(out, meta)
 
+def _refuse_foreign(out):
+    "Raise FileExistsError if a folder without shards has files that the store would replace, such as the manifest of a run."
+    if any(out.glob("*.slices")) or has_marker(out, KIND):
+        return
+    for name in (MANIFEST, INDEX, "problems.csv"):
+        if (out / name).exists():
+            raise FileExistsError(f"{out} holds {name} and is no store: nothing was deleted; name another folder, or move this one away")
+
 def _is_indexed(out, meta):
     "Whether a folder has a sound index of a store with these settings."
     try:
@@ -209,6 +217,7 @@ def build_store(source: PixelSource | pd.DataFrame | str | os.PathLike | list, o
         source.table = _with_labels(source.table, labels)
     out, meta = Path(out), {"size": size, "lowest": getattr(source, "lowest", -1024), "part": list(part),
                             "codec": "tiles"}
+    _refuse_foreign(out)
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out):
         rows, paths, finished, done = _plan(source, out, part, meta)

@@ -208,6 +208,9 @@ def test_a_folder_of_other_files(tmp_path):
     (tmp_path / "train.csv").write_text("StudyInstanceUID,label")
     with pytest.raises(FileNotFoundError, match="1 files below .*, none of them DICOM"):
         scan(tmp_path)
+    for name, cause in (("train.csv", "is no folder"), ("none", "does not exist")):
+        with pytest.raises(OSError, match=f"{name} {cause}; give a folder"):
+            scan(tmp_path / name)
 
 
 def test_table_equals_pydicom(tmp_path):

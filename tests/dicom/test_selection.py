@@ -1,6 +1,7 @@
 "Which slices of a study are used: archives' studies with one right answer, and every file accounted for."
 import os
 import shutil
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -213,6 +214,19 @@ def test_members_of_a_zip_stay_in_its_folder(tmp_path):
         inside = [Path(path) for path in scan(root).path]
         assert len(inside) == 2 and all(path.resolve().is_relative_to(Path(root).resolve()) for path in inside)
     assert not Path(root).exists()
+
+
+def test_a_member_without_a_name_stays_in_the_folder_of_its_zip(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("..", b"1")
+        archive.writestr("x/../..", b"2")
+        archive.writestr("./.", b"3")
+    with dicom_input(tmp_path / "a.zip") as root:
+        assert sorted(path.read_bytes() for path in Path(root).rglob("*") if path.is_file()) == [b"1", b"2", b"3"]
+        assert list((tmp_path / "temporary").iterdir()) == [Path(root)]
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 @pytest.mark.parametrize("name, content, cause", [

@@ -1,5 +1,6 @@
 "predict --dicom without a network: what is left out, warned of and predicted reaches the files and the terminal."
 import json
+import os
 import shutil
 
 import numpy as np
@@ -109,3 +110,8 @@ def test_a_report_that_cannot_be_made_costs_no_page(folder, networks, tmp_path):
     with pytest.raises(ValueError, match=r"\.dcm cannot be referred to by a Structured Report"):
         findings.predict_dicom([], tmp_path / "in", tmp_path / "out", sr=True)
     assert (tmp_path / "out" / "report.html").exists() and (tmp_path / "out" / "answer.json").exists()
+
+
+def test_a_folder_for_results_that_is_not_utf8_is_refused_before_the_work(folder, tmp_path):
+    with pytest.raises(ValueError, match="not UTF-8.*--out"):
+        findings.predict_dicom([], folder, os.fsdecode(os.fsencode(tmp_path) + b"/\xfc"))

@@ -124,3 +124,12 @@ def test_packed_files_are_referred_to(tmp_path):
         Path(target).write_bytes(gzip.compress(Path(path).read_bytes()))
     path, = write_structured_reports(tmp_path / "sr", answer_of(table), table.assign(path=packed), count=1)
     assert pydicom.dcmread(path).PatientID == "p1"
+
+
+def test_studies_that_were_not_predicted_have_no_report(tmp_path):
+    pytest.importorskip("highdicom", reason="pip install highdicom")
+    table = write_slices(tmp_path)
+    index = slice_index(table)
+    pred = Predictions(pd.DataFrame(np.nan, index.unique(0), EXAM_LABELS), pd.Series(np.nan, index))
+    answer = make_answer(predict_stages({"m": pred}, default_ensemble(["m"]), table), table)
+    assert write_structured_reports(tmp_path / "sr", answer, table) == []

@@ -469,3 +469,15 @@ def test_real_ct(real_ct, tmp_path):
         np.testing.assert_array_equal(store[i], hu.reshape(256, 2, 256, 2).sum((1, 3)))
     small = SliceStore(build_store(real_ct / "cip_ct64_series", tmp_path / "small"))
     np.testing.assert_array_equal(small[40][::4, ::4], 4 * reference(scan(real_ct / "cip_ct64_series").path[40]))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "index.parquet", "problems.csv"])
+def test_files_of_another_folder_are_not_replaced(tmp_path, name):
+    "Such as the manifest of a run, where the folder of a run was given for a store."
+    (tmp_path / "in").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("mine")
+    ct_file(tmp_path / "in/1.dcm", stored_values((64, 64), bits=12))
+    with pytest.raises(FileExistsError, match=f"holds {name} and is no store"):
+        build_store(tmp_path / "in", tmp_path / "run")
+    assert [(path.name, path.read_text()) for path in (tmp_path / "run").iterdir()] == [(name, "mine")]
