@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..dicom.dataset import read_dataset
 from .answers import NOTE, Answer, StudyAnswer, study_slices_of
 from .study_page import marked_slices
-from ..dicom.dataset import read_dataset
 from ..utils import require_module
 from ..utils.files import atomic_file
 
