@@ -73,7 +73,7 @@ def scan(disk: Path):
 def _wide_table():
     import pandas as pd
 
-    return pd.DataFrame({"StudyInstanceUID": "a", "problem": "", "position": numbers(9000)})
+    return pd.DataFrame({"path": "a", "StudyInstanceUID": "a", "problem": "", "position": numbers(9000)})
 
 
 def phantom(disk: Path):
