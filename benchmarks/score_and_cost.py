@@ -18,12 +18,10 @@ import numpy as np
 import pandas as pd
 
 import rsnape_kit as rk
-from rsnape_kit.competition.labels import IMAGE_LABEL, STUDY
-from rsnape_kit.competition.metric import loss_table
+from rsnape_kit.competition.labels import STUDY
 from rsnape_kit.competition.tables import read_parquet
-from rsnape_kit.demo import SIZES, demo
+from rsnape_kit.demo import SIZES, demo, score
 from rsnape_kit.inference.predict_runs import load_folds, load_oofs, load_views, plan_predictions
-from rsnape_kit.report.scores import gain_over
 from rsnape_kit.runs.folder import load_config
 from rsnape_kit.runs.machine import find_costs
 from rsnape_kit.runs.recipes import BACKBONE_FROM, IMAGE_RUN_FROM
@@ -65,7 +63,7 @@ def total(own: pd.DataFrame, members) -> pd.Series:
     return own.loc[sorted(needed & set(own.index))].sum()
 
 
-def score(folder: Path) -> pd.DataFrame:
+def score_blends(folder: Path) -> pd.DataFrame:
     "Return score, gain and costs of every model and every blend of a finished demo."
     runs = sorted(path for path in (folder / "runs").iterdir() if path.is_dir())
     train, test = (read_parquet(folder / f"{split}.parquet") for split in ("train", "test"))
@@ -74,27 +72,16 @@ def score(folder: Path) -> pd.DataFrame:
     oofs, views, folds = load_oofs(runs), load_views(runs), load_folds(runs)
     preds = plan_predictions(runs, test, folder / "results", views).gather()
     priors = {"constant prior": rk.constant_prior(truth, test), "position prior": rk.position_prior(truth, train, test)}
-    own, rows = costs(folder, list(oofs)), {}
-    for name, prior in priors.items():
-        rows[name] = parts(held_out, prior)
+    blends = {}
     for size in range(1, len(oofs) + 1):
         for members in combinations(oofs, size):
             some = [{name: each[name] for name in members} for each in (oofs, preds, views)]
             if not any(oof.exams.notna().all(axis=None) for oof in some[0].values()):
                 continue  # predicts slices only
-            blended = rk.fit_ensemble(some[0], truth, folds, views=some[2]).blend(some[1], test)
-            gain = gain_over(held_out, blended, priors)
-            gain = {"gain": gain["gain"], "at least": gain["at_least"]}
-            rows[" + ".join(members)] = parts(held_out, blended) | gain | dict(total(own, members))
-    return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def parts(truth, pred) -> dict:
-    "Return the metric in parts."
-    table = loss_table(truth, pred.align(truth))
-    exams = table.loc[list(rk.EXAM_LABELS)]
-    return {"exams": exams.loss @ exams.weight / exams.weight.sum(), "images": table.loss[IMAGE_LABEL],
-            "all": table.loss @ table.weight}
+            blends[members] = rk.fit_ensemble(some[0], truth, folds, views=some[2]).blend(some[1], test)
+    own = costs(folder, list(oofs))
+    spent = pd.DataFrame({" + ".join(members): total(own, members) for members in blends}).T
+    return score({" + ".join(members): pred for members, pred in blends.items()}, priors, held_out).join(spent)
 
 
 def picture(table: pd.DataFrame, path: Path):
@@ -103,11 +90,11 @@ def picture(table: pd.DataFrame, path: Path):
 
     figure, shown = Figure(figsize=(7, 4.4), dpi=110, layout="tight"), table.dropna(subset=["CPU minutes"])
     axes, best = figure.subplots(), np.inf
-    axes.scatter(shown["CPU minutes"], shown["all"], s=14, color="lightsteelblue")
+    axes.scatter(shown["CPU minutes"], shown["loss"], s=14, color="lightsteelblue")
     front = []
     shown = shown.assign(members=shown.index.str.count(r"\+"))
     for name, row in shown.sort_values(["CPU minutes", "members"]).iterrows():
-        x, y = row["CPU minutes"], row["all"]
+        x, y = row["CPU minutes"], row["loss"]
         if y < best - .0005 or "+" not in name:
             right = x > shown["CPU minutes"].mean()
             axes.annotate(name, (x, y), fontsize=7, xytext=(-4 if right else 4, 5), textcoords="offset points",
@@ -116,8 +103,8 @@ def picture(table: pd.DataFrame, path: Path):
             best = y
             front.append((x, best))
     axes.step(*zip(*front), where="post", color="steelblue", lw=1)
-    axes.axhline(table["all"]["position prior"], color="gray", ls=":", lw=1)
-    axes.annotate("position prior", (axes.get_xlim()[0], table["all"]["position prior"]), fontsize=6, color="gray")
+    axes.axhline(table["loss"]["position prior"], color="gray", ls=":", lw=1)
+    axes.annotate("position prior", (axes.get_xlim()[0], table["loss"]["position prior"]), fontsize=6, color="gray")
     axes.set(xlabel="CPU minutes of training", ylabel="competition loss, held-out studies")
     figure.savefig(path)
 
@@ -132,10 +119,10 @@ def main():
         if args.small:
             args.folders = [Path(scratch, "demo")]
             demo(args.folders[0], SIZES["quick"])
-        tables = [score(folder) for folder in args.folders]
+        tables = [score_blends(folder) for folder in args.folders]
     mean = sum(tables) / len(tables)
-    mean["all, each seed"] = [" ".join(f"{table['all'][name]:.3f}" for table in tables) for name in mean.index]
-    print(mean.sort_values("all").round(3).to_string(na_rep="-"))
+    mean["loss, each seed"] = [" ".join(f"{table['loss'][name]:.3f}" for table in tables) for name in mean.index]
+    print(mean.sort_values("loss").round(3).to_string(na_rep="-"))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     picture(mean, args.out)
     print(args.out)

@@ -71,10 +71,11 @@ def scan(folder: Path, *, out: Path = Path("slices.parquet")):
         folder: DICOM files at any depth
         out: table to write
     """
+    from rsnape_kit.competition.tables import write_parquet
+
     table = rk.scan(folder)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(out) as fresh:
-        table.assign(path=table.path.map(valid_text)).to_parquet(fresh, write_page_checksum=True)
+    write_parquet(table.assign(path=table.path.map(valid_text)), out)
     odd = table.problem[table.problem != ""]
     print(f"{len(table)} slices of {table.StudyInstanceUID.nunique()} studies in {out}")
     print(f"{len(odd)} slices with a problem:\n{odd.value_counts().to_string()}" if len(odd) else "no problems")

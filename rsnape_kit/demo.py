@@ -16,12 +16,11 @@ import pandas as pd
 
 import rsnape_kit as rk
 from .competition.labels import IMAGE_LABEL
-from .competition.tables import read_parquet
+from .competition.tables import read_parquet, write_parquet
 from .ensemble.weight_fitting import summary
 from .inference.predict_runs import load_folds, load_oofs, load_views, plan_predictions
 from .report.scores import gain_over
 from .training.cross_validation import CrossValidation
-from .utils.files import atomic_file
 
 # %% ../nbs/15_demo.ipynb #c3fe1fb5
 @dataclass(frozen=True)
@@ -46,9 +45,7 @@ SIZES = {"quick": DemoSettings(24, 8, 16, recipe="quick", models=("efficientnet"
 def slices_table(folder: Path, cache: Path) -> pd.DataFrame:  # cache: parquet file that keeps the table
     "Return the slices table of a DICOM folder, scanned once."
     if not cache.exists():
-        table = rk.scan(folder)
-        with atomic_file(cache) as fresh:
-            table.to_parquet(fresh, write_page_checksum=True)
+        write_parquet(rk.scan(folder), cache)
     return read_parquet(cache)
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEST', 'TRAIN', 'SAMPLE', 'SUBMISSION', 'EXAMS', 'IMAGES', 'check_ids', 'slice_index', 'locate', 'slice_rows',
-           'read_csv', 'read_arrow', 'read_parquet', 'read_train', 'split_train', 'join_submission',
+           'read_csv', 'read_arrow', 'read_parquet', 'write_parquet', 'read_train', 'split_train', 'join_submission',
            'sample_submission', 'labels_of', 'split_submission']
 
 # %% ../../nbs/01_competition/02_tables.ipynb #f36b4cc3
@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .labels import AUX_LABELS, EXAM_LABELS, IMAGE_LABEL, SERIES, SLICE, STUDY, exam_id, parse_ids
+from ..utils.files import atomic_file
 from ..utils.table_files import TableSchema, printable, read_csv_file
 
 # %% ../../nbs/01_competition/02_tables.ipynb #fff54882
@@ -112,6 +113,12 @@ def read_parquet(path: Path | str, columns: list | None = None) -> pd.DataFrame:
             raise
         raise ValueError(f"{path} is damaged or not a parquet file ({printable(error)}); copy it again") from None
     return frame
+
+
+def write_parquet(table: pd.DataFrame, path: Path | str):
+    "Write a table as a parquet file, atomically, with checksums of its values that `read_parquet` compares."
+    with atomic_file(path) as fresh:
+        table.to_parquet(fresh, write_page_checksum=True)
 
 
 def read_train(source: Path | str | pd.DataFrame) -> pd.DataFrame:  # one row per slice, in the file's order

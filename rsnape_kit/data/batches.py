@@ -57,6 +57,10 @@ class ImageBatches(Batches):
                  balanced: bool = False, exam_labels: float = 0., **settings: Any):
         self.balanced, self.exam_labels = balanced, exam_labels
         super().__init__(source, truth, studies, **settings)
+        if exam_labels and truth is not None:
+            share = np.array([EXAM_WEIGHTS[label] for label in POSITIVE_LABELS], np.float32)
+            self.columns = np.r_[1, exam_labels * share / share.sum()].astype(np.float32)
+            self.exams = self.labelled.exams[list(POSITIVE_LABELS)].to_numpy(np.float32)
 
     @property
     def varies(self) -> bool:
@@ -84,15 +88,11 @@ class ImageBatches(Batches):
         return self.order[items], self.order[items], None if self.repeats is None else self.repeats[items]
 
     def _targets(self, i: int, rows: np.ndarray) -> tuple:
-        y, columns = self.labelled.image[rows][:, None], np.ones((), np.float32)
+        y, w = self.labelled.image[rows][:, None], self.weight[rows] / self.mean_weight if self.weights else None
         if self.exam_labels:
-            exams = self.labelled.exams[list(POSITIVE_LABELS)].to_numpy(np.float32)[self.labelled.study[rows]]
-            share = np.array([EXAM_WEIGHTS[label] for label in POSITIVE_LABELS], np.float32)
-            y, columns = np.hstack([y, y * exams]), np.r_[1, self.exam_labels * share / share.sum()].astype(np.float32)
-        if not self.weights:
-            return (y,)
-        w = self.weight[rows] / self.mean_weight
-        return y, np.multiply.outer(w, columns)
+            y = np.hstack([y, y * self.exams[self.labelled.study[rows]]])
+            w = None if w is None else w[:, None] * self.columns
+        return (y,) if w is None else (y, w)
 
 # %% ../../nbs/06_data/05_batches.ipynb #f454e3a9
 class _StudyLevelBatches(Batches):

@@ -31,11 +31,10 @@ from ..utils.processes import last_line, worker_environ
 # %% ../../nbs/13_kaggle/12_submitter.ipynb #c9d2990c
 _SCAN = """import sys
 from rsnape_kit.dicom.slices import scan
-from rsnape_kit.utils.files import atomic_file
+from rsnape_kit.competition.tables import write_parquet
 from rsnape_kit.utils.processes import end_with_parent
 end_with_parent()
-with atomic_file(sys.argv[2]) as fresh:
-    scan(sys.argv[1]).to_parquet(fresh, write_page_checksum=True)
+write_parquet(scan(sys.argv[1]), sys.argv[2])
 """
 
 

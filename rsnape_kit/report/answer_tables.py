@@ -55,8 +55,7 @@ def value_text(value: Value) -> str:
     "Return a value as '0.620 -> no'; the arrow says that the rules moved it across .5."
     if value.blended is None:
         return NOT_PREDICTED
-    moved = value.yes is not (value.blended > .5)
-    return f"{value.blended:.3f} {'->' if moved else '  '} {'yes' if value.yes else 'no '}"
+    return f"{value.blended:.3f} {'->' if value.moved else '  '} {'yes' if value.yes else 'no '}"
 
 
 def _column(study: StudyAnswer) -> list[str]:

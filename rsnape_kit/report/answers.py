@@ -85,6 +85,11 @@ class Value(Checked):
     consistent: Annotated[Probability, "the blend after the competition's label rules; 0.5 plus or minus 0.000001 where they moved it across 0.5"]
     yes: Annotated[bool | None, "whether the consistent value is above 0.5"]
 
+    @property
+    def moved(self) -> bool:
+        "Whether the label rules moved the blend across .5."
+        return self.blended is not None and self.yes is not (self.blended > .5)
+
 
 @dataclass(frozen=True)
 class SliceValue(Value):

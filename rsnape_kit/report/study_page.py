@@ -46,8 +46,8 @@ def marked_slices(study: StudyAnswer, count: int = 5) -> list[int]:
 def _verdict(value: Value) -> Markup | str:
     if value.yes is None:
         return NOT_PREDICTED
-    word, moved = "yes" if value.yes else "no", value.blended is not None and value.yes is not (value.blended > .5)
-    arrow = tag("span", "→ ", class_="moved", title="moved across .5 by the label rules") if moved else ""
+    word = "yes" if value.yes else "no"
+    arrow = tag("span", "→ ", class_="moved", title="moved across .5 by the label rules") if value.moved else ""
     return join_html(arrow, tag("span", word, class_=word))
 
 

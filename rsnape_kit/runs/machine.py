@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MACHINES', 'KEPT', 'FUSED', 'STUDIES', 'SLICES', 'LONGEST', 'SHARE', 'STARTS', 'Machine', 'machine_here', 'Costs',
-           'costs_key', 'find_costs', 'count_costs', 'step_gib', 'fit_to_machine', 'training_cost', 'describe_fit',
-           'fit_and_tell', 'recipe_table']
+           'costs_key', 'find_costs', 'count_costs', 'step_gib', 'fit_to_machine', 'hours_of', 'training_cost',
+           'describe_fit', 'fit_and_tell', 'recipe_table']
 
 # %% ../../nbs/08_runs/04_machine.ipynb #8470cca0
 import os
@@ -205,13 +205,18 @@ STARTS = {"efficientnet": "published weights, B1", "efficientnet3d": "the fold's
           "petaformer": "published weights, ResNet34"}
 
 
+def hours_of(operations: float, model: str, machine: Machine) -> float:
+    "Estimate the hours that a model's operations take, from its share of the machine's peak."
+    return operations / (machine.devices * machine.peak * 1e12 * SHARE.get(model, .1)) / 3600
+
+
 def training_cost(config: TrainConfig, machine: Machine) -> tuple:
     "Return the passes and the hours of a fold on the competition's data; hours are an estimate."
     images = config.entry.kind == "image"
     processes = machine.devices if config.entry.framework == "torch" else 1
     passes = getattr(config, "steps", None) or int(.8 * (SLICES if images else STUDIES)) // (config.batch * processes)
     work = passes * config.all_epochs * config.batch * processes * find_costs(config).flops * (3 + bool(config.network.get("recompute")))
-    return passes * config.all_epochs, work / (machine.devices * machine.peak * 1e12 * SHARE.get(config.model, .1)) / 3600
+    return passes * config.all_epochs, hours_of(work, config.model, machine)
 
 
 def describe_fit(config: TrainConfig, machine: Machine) -> str:
@@ -260,7 +265,7 @@ def _sequence_row(recipe: str, config, machine: Machine) -> dict:
     return {"recipe": recipe, "starts from": "features by the fold's EfficientNet", "input": f"whole studies, {views} views of their slices",
             "views": str(1 + config.tta), "batch x passes": f"{config.batch} x 1", "precision": config.precision, "GiB": f"{gib:.1f}",
             "passes": f"{config.all_epochs * (config.steps or studies // config.batch):,}",
-            "hours": _hours(work / (machine.devices * machine.peak * 1e12 * SHARE[image.model]) / 3600),
+            "hours": _rounded(hours_of(work, image.model, machine)),
             "differs": "not in the 30th-place solution; hours are those of the features"}
 
 
@@ -281,8 +286,8 @@ def _row(recipe: str, config, machine: Machine) -> dict:
     passes, hours = training_cost(config, machine)
     recomputed = ", recomputed" if config.network.get("recompute") else ""
     return row | {"batch x passes": f"{config.batch} x {config.accumulate}", "precision": config.precision + recomputed,
-                  "GiB": f"{step_gib(config, machine):.1f}", "passes": f"{passes:,}", "hours": _hours(hours), "differs": "; ".join(differs)}
+                  "GiB": f"{step_gib(config, machine):.1f}", "passes": f"{passes:,}", "hours": _rounded(hours), "differs": "; ".join(differs)}
 
 
-def _hours(hours: float) -> str:
+def _rounded(hours: float) -> str:
     return f"{hours:.1f}" if hours >= .05 else "< 0.1"
