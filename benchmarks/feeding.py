@@ -28,8 +28,8 @@ from rsnape_kit.store.build import build_store
 from rsnape_kit.store.dicom_source import DicomSource
 from rsnape_kit.store.slice_store import SliceStore
 from rsnape_kit.transforms.affine import AffineRange
+from rsnape_kit.transforms.input_config import InputConfig
 from rsnape_kit.transforms.masks import SideMask
-from rsnape_kit.transforms.render import InputConfig
 
 
 class Same:

@@ -16,7 +16,7 @@ from rsnape_kit.inference.torch_predictor import autocast, group_batches, resolv
 from rsnape_kit.models.petaformer import ATTENTION, PetaFormer, make_attention
 from rsnape_kit.runs.config import PetaFormerConfig
 from rsnape_kit.training.torch_learner import group_loss
-from rsnape_kit.transforms.render import InputConfig
+from rsnape_kit.transforms.input_config import InputConfig
 from rsnape_kit.transforms.windows import PE
 
 

@@ -19,7 +19,7 @@ from rsnape_kit.runs.recipes import override_settings
 from rsnape_kit.testing import ArraySource
 from rsnape_kit.training import torch_checkpoint as resume_torch
 from rsnape_kit.training.trainer import train
-from rsnape_kit.transforms.render import InputConfig
+from rsnape_kit.transforms.input_config import InputConfig
 from rsnape_kit.transforms.windows import PE
 
 

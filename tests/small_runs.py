@@ -5,7 +5,7 @@ from rsnape_kit.models.keras_backend import save_weights
 from rsnape_kit.models.registry import build_model
 from rsnape_kit.runs.config import KerasConfig, PetaFormerConfig
 from rsnape_kit.runs.folder import open_run
-from rsnape_kit.transforms.render import InputConfig
+from rsnape_kit.transforms.input_config import InputConfig
 from rsnape_kit.transforms.windows import PE
 
 PIXELS = InputConfig((PE,), "fixed", 32)

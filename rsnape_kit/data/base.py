@@ -22,8 +22,8 @@ from .sampling import CounterRNG, check_shard, epoch_order, hash_ids
 from .slice_loader import SliceLoader
 from ..store.dicom_source import PixelSource
 from ..transforms.affine import AffineRange, crop_matrix
+from ..transforms.input_config import InputConfig, make_render_params
 from ..transforms.masks import WIDTH, SideMask, fill_values
-from ..transforms.render import InputConfig, make_render_params
 from ..transforms.windows import PE
 
 # %% ../../nbs/06_data/04_base.ipynb #72de3497

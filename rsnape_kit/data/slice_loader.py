@@ -16,7 +16,8 @@ import numpy as np
 
 from ..competition.labels import SLICE
 from ..store.dicom_source import PixelSource
-from ..transforms.render import InputConfig, render_slice
+from ..transforms.input_config import InputConfig
+from ..transforms.render import render_slice
 
 # %% ../../nbs/06_data/02_slice_loader.ipynb #110611b7
 class Buffers:

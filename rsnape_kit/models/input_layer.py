@@ -13,7 +13,7 @@ import numpy as np
 
 from .keras_backend import import_keras
 from ..transforms.affine import FRACTION_BITS
-from ..transforms.render import RENDER_PARAMS, InputConfig
+from ..transforms.input_config import RENDER_PARAMS, InputConfig
 
 # %% ../../nbs/07_models/02_input_layer.ipynb #7f6d41b3
 def _hide_sides(ops, stored, params):  # int32 [n, S, S], int32 [n, 9] -> int32 [n, S, S]

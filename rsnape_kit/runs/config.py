@@ -14,8 +14,8 @@ from typing import Annotated, Literal
 from ..models.keras_backend import jit, resolve_precision
 from ..models.registry import ModelEntry, find_model
 from ..transforms.affine import AffineRange
+from ..transforms.input_config import InputConfig
 from ..transforms.masks import SideMask
-from ..transforms.render import InputConfig
 from ..transforms.windows import PE
 from ..utils.files import validate_name
 from ..utils.schema import Checked, Count, Limits, Natural, NonNegative, Positive, Rate, Seed, Share, Views

@@ -20,7 +20,7 @@ from rsnape_kit.runs.config import (
     default_config,
 )
 from ..transforms.affine import STUDY_RANGE, AffineRange
-from ..transforms.render import InputConfig
+from ..transforms.input_config import InputConfig
 from ..transforms.windows import PE, PE_WINDOWS
 
 # %% ../../nbs/08_runs/02_recipes.ipynb #a0613f91

@@ -12,8 +12,9 @@ from ..utils import lazy_exports
 
 if TYPE_CHECKING:
     from rsnape_kit.transforms.affine import AffineRange, affine_matrix
+    from rsnape_kit.transforms.input_config import InputConfig
     from rsnape_kit.transforms.masks import SideMask
-    from rsnape_kit.transforms.render import InputConfig, render_slice
+    from rsnape_kit.transforms.render import render_slice
     from rsnape_kit.transforms.windows import LUNG, MEDIASTINAL, PE, PE_WINDOWS, Window, apply_windows
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__)

@@ -16,7 +16,7 @@ from rsnape_kit.models.registry import build_model, register_model
 from rsnape_kit.runs.config import KerasConfig
 from rsnape_kit.runs.folder import open_run
 from rsnape_kit.testing import ArraySource, simulate_truth
-from rsnape_kit.transforms.render import InputConfig
+from rsnape_kit.transforms.input_config import InputConfig
 from rsnape_kit.transforms.windows import PE
 
 

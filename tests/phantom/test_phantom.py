@@ -42,8 +42,8 @@ from rsnape_kit.phantom.study import (
 )
 from rsnape_kit.store.build import build_store
 from rsnape_kit.store.slice_store import SliceStore
+from rsnape_kit.transforms.input_config import InputConfig
 from rsnape_kit.transforms.masks import SideMask
-from rsnape_kit.transforms.render import InputConfig
 from rsnape_kit.transforms.windows import Window
 
 TRAIN = 7279  # studies, of which 2,211 have emboli and 157 are indeterminate (the competition's train.csv)

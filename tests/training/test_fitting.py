@@ -245,7 +245,7 @@ from rsnape_kit.models.keras_backend import import_keras
 from rsnape_kit.models.efficientnet import normalised
 from rsnape_kit.models.registry import register_model
 from rsnape_kit.models.volume import add_heads
-from rsnape_kit.transforms.render import InputConfig
+from rsnape_kit.transforms.input_config import InputConfig
 from rsnape_kit.competition.predictions import Predictions
 
 backend, devices, model, first, then, out = sys.argv[1:]

@@ -54,7 +54,7 @@ from rsnape_kit.runs.config import KerasConfig, Phase, SequenceConfig
 from rsnape_kit.runs.folder import open_run
 from rsnape_kit.testing import ArraySource, simulate_truth
 from rsnape_kit.training.trainer import source_fingerprint, train
-from rsnape_kit.transforms.render import InputConfig
+from rsnape_kit.transforms.input_config import InputConfig
 from rsnape_kit.transforms.windows import PE
 
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rsnape_kit.transforms.affine import MODES, AffineRange, crop_matrix
+from rsnape_kit.transforms.input_config import InputConfig, make_render_params
 from rsnape_kit.transforms.masks import SideMask, fill_values
-from rsnape_kit.transforms.render import InputConfig, make_render_params, render_reference, render_slice
+from rsnape_kit.transforms.render import render_reference, render_slice
 from rsnape_kit.transforms.windows import SCALES, Window
 
 DIGEST = """
@@ -22,7 +23,8 @@ import numpy as np
 if {blocked}:
     sys.modules["numba"] = None
 from rsnape_kit.transforms.affine import AffineRange
-from rsnape_kit.transforms.render import InputConfig, make_render_params, render_slice
+from rsnape_kit.transforms.input_config import InputConfig, make_render_params
+from rsnape_kit.transforms.render import render_slice
 from rsnape_kit.transforms.windows import PE
 rng, digest = np.random.default_rng(5), hashlib.sha256()
 with warnings.catch_warnings(record=True) as caught:

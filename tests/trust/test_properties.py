@@ -24,7 +24,7 @@ from rsnape_kit.models.weight_files import read_torch
 from rsnape_kit.runs.config import KerasConfig, PetaFormerConfig, Phase, SequenceConfig
 from rsnape_kit.runs.folder import load_config, open_run
 from rsnape_kit.transforms.affine import AffineRange
-from rsnape_kit.transforms.render import InputConfig
+from rsnape_kit.transforms.input_config import InputConfig
 from rsnape_kit.transforms.windows import PE_WINDOWS, Window
 
 bounded = settings(max_examples=2000 if FULL else 100, deadline=None, derandomize=True, database=None)

@@ -23,7 +23,8 @@ from rsnape_kit.transforms.affine import AffineRange
 from rsnape_kit.dicom.header import parse_decimal
 from rsnape_kit.dicom.hounsfield import read_hu
 from rsnape_kit.dicom.slices import scan
-from rsnape_kit.transforms.render import InputConfig, make_render_params, render_kernel, render_slice
+from rsnape_kit.transforms.input_config import InputConfig, make_render_params
+from rsnape_kit.transforms.render import render_kernel, render_slice
 from rsnape_kit.store.dicom_source import DicomSource
 from rsnape_kit.store.slice_store import SliceStore
 from rsnape_kit.store.build import build_store
