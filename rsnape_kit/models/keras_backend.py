@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['FRAMEWORKS', 'PRECISIONS', 'import_keras', 'use_precision', 'usable', 'resolve_precision', 'jit', 'save_weights',
-           'load_weights', 'zero_weights', 'count_devices', 'all_devices', 'profile']
+           'load_weights', 'zero_weights', 'fused', 'count_devices', 'all_devices', 'profile']
 
 # %% ../../nbs/07_models/01_keras_backend.ipynb #20af199f
 import math
 import os
 import sys
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -127,6 +128,38 @@ def zero_weights():
         yield
     finally:
         scaling.__call__ = random
+
+# %% ../../nbs/07_models/01_keras_backend.ipynb #fadam002
+@cache
+def fused(adam: type) -> type:  # keras.optimizers.Adam or AdamW -> a subclass
+    """Return an Adam whose update of a weight is one TensorFlow operation.
+
+    Source: the arguments and the formula are those of `tf.raw_ops.ResourceApplyAdam`.
+    """
+
+    class Fused(adam):
+        def _backend_update_step(self, grads, variables, learning_rate):
+            self._powers, strategy = None, getattr(self, "_distribution_strategy", None)
+            if strategy is not None and strategy.num_replicas_in_sync == 1:
+                import tensorflow as tf
+                step = tf.cast(self.iterations + 1, "float32")
+                self._powers = [tf.pow(tf.constant(beta, "float32"), step) for beta in (self.beta_1, self.beta_2)]
+            super()._backend_update_step(grads, variables, learning_rate)
+
+        def update_step(self, gradient, variable, learning_rate):
+            if self._powers is None or self.amsgrad:
+                return super().update_step(gradient, variable, learning_rate)
+            import tensorflow as tf
+            at = self._get_variable_index(variable)
+            handles = [each.value.handle for each in (self._momentums[at], self._velocities[at])]
+            constants = [tf.constant(value, "float32") for value in (self.beta_1, self.beta_2, self.epsilon)]
+            tf.raw_ops.ResourceApplyAdam(
+                var=variable.handle, m=handles[0], v=handles[1], beta1_power=self._powers[0],
+                beta2_power=self._powers[1], lr=tf.cast(learning_rate, "float32"), beta1=constants[0], beta2=constants[1],
+                epsilon=constants[2], grad=tf.cast(gradient, "float32"))
+
+    Fused.__name__ = Fused.__qualname__ = adam.__name__
+    return Fused
 
 # %% ../../nbs/07_models/01_keras_backend.ipynb #62e696fa
 def count_devices() -> int:

@@ -19,7 +19,7 @@ import numpy as np
 from ..competition.labels import EXAM_LABELS, NOT_POSITIVE, POSITIVE_LABELS
 from ..competition.predictions import Predictions
 from ..competition.priors import best_constants
-from .keras_backend import import_keras, jit, resolve_precision
+from .keras_backend import fused, import_keras, jit, resolve_precision
 from .losses import pack_targets, weighted_bce
 from ..utils.files import validate_name
 from ..utils.schema import convert
@@ -249,7 +249,7 @@ class _Mirrored:
 def compile_model(model, config):  # keras.Model from build_model, KerasConfig or SequenceConfig -> the same model
     "Compile a Keras model for training, with the optimiser and the loss of its settings."
     keras = import_keras()
-    optimizers = {"adam": keras.optimizers.Adam, "adamax": keras.optimizers.Adamax, "adamw": keras.optimizers.AdamW}
+    optimizers = {"adam": fused(keras.optimizers.Adam), "adamax": keras.optimizers.Adamax, "adamw": fused(keras.optimizers.AdamW)}
     if config.optimizer not in optimizers:
         raise ValueError(f"unknown optimizer {config.optimizer!r}; expected one of {', '.join(optimizers)}")
     kind, settings = optimizers[config.optimizer], {"use_ema": bool(config.ema), "ema_momentum": config.ema or .99}

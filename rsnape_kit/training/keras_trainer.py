@@ -22,7 +22,7 @@ from ..competition.predictions import Predictions
 from ..data.batches import ImageBatches, StudyBatches
 from ..inference.keras_predictor import make_views, predict_batches
 from ..models.input_layer import on_tpu, with_pixels
-from ..models.keras_backend import all_devices, import_keras, jit, resolve_precision, zero_weights
+from ..models.keras_backend import all_devices, fused, import_keras, jit, resolve_precision, zero_weights
 from ..models.losses import pack_targets, weight_targets, weighted_bce
 from ..models.registry import build_model, compile_model
 from ..runs.config import KerasConfig, check_config
@@ -90,7 +90,7 @@ def warm_up_on_slices(
         single = build_model(replace(config, frames=1), truth)
     single.set_weights(network.get_weights())  # the backbone may have trained weights
     image = keras.Model(single.inputs, single.output["images"])
-    image.compile(keras.optimizers.AdamW(warmup.lr, global_clipnorm=5.), weighted_bce(), jit_compile=jit())
+    image.compile(fused(keras.optimizers.AdamW)(warmup.lr, global_clipnorm=5.), weighted_bce(), jit_compile=jit())
     image.optimizer.build(image.trainable_variables)  # TensorFlow traces a step that creates variables twice
     batches = ImageBatches(source, truth, batch=warmup.batch, pixels=config.pixels, mask=config.mask or SideMask(),
                            affine=config.affine, balanced=True, weights=True, shuffle=True, seed=config.seed)
