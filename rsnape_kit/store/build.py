@@ -23,6 +23,7 @@ from ..dicom.series import FILLED
 from ..dicom.slices import list_files, scan
 from ..dicom.volumes import is_volume, scan_volume, volume_names
 from .dicom_source import DicomSource, PixelSource, RowSubset, StoreInput
+from .lungs import lung_columns, sampled_rows, shrink
 from .slice_store import INDEX, KIND, read_end, read_footer, read_index, slices_in, write_shard
 from .tfrecords import is_tfrecord, read_tfrecords
 from ..utils.files import atomic_file, valid_text
@@ -66,15 +67,19 @@ def _short(path):
     return valid_text("/".join(Path(path).parts[-3:]))
 
 def make_shard(source: StoreInput, path: Path, meta: dict) -> int:
-    "Write one shard of all slices of a source; return their number. Its table includes the notes that reading adds."
+    "Write one shard of all slices of a source; return their number. Its table includes lung boxes and the notes that reading adds."
     table = source.table.assign(path=source.table.path.map(_short))
-    image = np.empty((1, source.size, source.size), np.int16)
+    image, low = np.empty((1, source.size, source.size), np.int16), dict.fromkeys(sampled_rows(table).tolist())
 
     def slices():
         for i in range(len(table)):
             yield source.read([i], image)[0]
+            if i in low:
+                low[i] = shrink(image)
         for column in ("problem", "exact"):  # reading may have changed them
             table[column] = source.table[column].to_numpy()
+        boxes = lung_columns(table, lambda rows: np.concatenate([low[row] for row in rows.tolist()]))
+        table[list(boxes)] = boxes
 
     write_shard(path, table, slices(), meta)
     return len(table)
