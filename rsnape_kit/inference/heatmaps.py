@@ -19,6 +19,7 @@ from .predict_runs import Runs, predict
 from ..models.registry import find_model, list_models
 from ..runs.folder import run_settings
 from ..store.dicom_source import PixelSource, RowIndexing, output_array
+from ..store.lungs import COLUMNS, lung_boxes
 
 # %% ../../nbs/09_inference/09_heatmaps.ipynb #906820a5
 CLIP = 1e-6  # probabilities are kept this far from 0 and 1, where log-odds are infinite
@@ -86,7 +87,7 @@ def _occlude(copy: np.ndarray, fill: np.ndarray, places: np.ndarray, number: int
         copy[..., row:row + patch, column:column + patch] = fill[..., row:row + patch, column:column + patch]
 
 # %% ../../nbs/09_inference/09_heatmaps.ipynb #fd64b44b
-GEOMETRY = "rows", "columns", "spacing_y", "spacing_x"
+GEOMETRY = "rows", "columns", "spacing_y", "spacing_x", *COLUMNS
 
 
 class OccludedSlices(RowIndexing):
@@ -169,12 +170,14 @@ def heat_maps(runs: Runs, source: PixelSource, rows: list[int], patch: int = 32,
     chosen = [run for run in runs if _is_image_run(run)] or list(runs)
     depth = 0 if _is_image_run(chosen[0]) else context
     slabs = [slab_rows(source.table, row, depth) for row in rows]
+    boxes = lung_boxes(source, source.table[STUDY].isin(source.table[STUDY].iloc[rows]).to_numpy())  # of whole studies
+    slices = source.table.assign(**{name: boxes[name] for name in COLUMNS})
     found: dict[int, np.ndarray] = {}
     for count in sorted({len(own) for own, _ in slabs}):  # series shorter than a slab
         some = [(row, own, at) for row, (own, at) in zip(rows, slabs) if len(own) == count]
         copies = OccludedSlices(np.stack([source[np.array(own)] for _, own, _ in some]),
                                 [source.table[SLICE].iloc[row] for row, _, _ in some], patch, stride,
-                                source.table.iloc[np.concatenate([own for _, own, _ in some])])
+                                slices.iloc[np.concatenate([own for _, own, _ in some])])
         preds = predict(chosen, copies, tta=0, out=Path(out) / str(count), time_budget=time_budget)
         maps = np.mean([copies.maps(pred.images, [at for *_, at in some]) for pred in preds.values()], 0)
         found |= {row: heat for (row, *_), heat in zip(some, maps) if np.isfinite(heat).all()}

@@ -13,6 +13,7 @@ from ..utils import lazy_exports
 if TYPE_CHECKING:
     from rsnape_kit.store.build import build_store, open_source
     from rsnape_kit.store.dicom_source import DicomSource, PixelSource, describe_problems
+    from rsnape_kit.store.lungs import LungBox, lung_box, lung_boxes
     from rsnape_kit.store.slice_store import SliceStore
     from rsnape_kit.store.tfrecords import read_tfrecords, write_tfrecords
 

@@ -8,7 +8,7 @@ __all__ = ['RENDER_PARAMS', 'InputConfig', 'make_render_params']
 # %% ../../nbs/04_transforms/04_input_config.ipynb #inp00004
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 
@@ -27,7 +27,9 @@ class InputConfig(Checked):
         scale: 'image' stretches each window to the slice's own extremes, 'fixed' uses the window's ends.
         size: side of the result, pixels, even.
         mode: interpolation, 'nearest' or 'bilinear'.
-        crop: side of the central square to keep, mm; None keeps the whole field of view.
+        crop: what to keep: a number is the side of the central square, mm; 'lungs' is the square around the box of both lungs (see
+            `lung_box`), in which nothing is distorted, 'lungs-stretched' that box itself, stretched to the result, which leaves
+            more pixels to the lungs; None is the whole field of view.
         fill: value of hidden pixels: 'air', or 'zero' for a stored 0, as in the original.
         jpeg: training: range of the random quality (from, below) of JPEG noise before the affine transform, e.g. (30, 100),
             the original's for ResNet3D. None: no noise. It needs one or three windows.
@@ -39,7 +41,7 @@ class InputConfig(Checked):
     scale: str = "image"
     size: Annotated[int, Limits(2, 4096)] = 256
     mode: str = "nearest"
-    crop: Positive | None = None
+    crop: Positive | Literal["lungs", "lungs-stretched"] | None = None
     fill: str = "air"
     jpeg: tuple[int, int] | None = None
 
