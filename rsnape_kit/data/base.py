@@ -18,7 +18,7 @@ from ..competition.metric import metric_weights
 from ..competition.predictions import Predictions
 from ..competition.tables import locate, slice_index
 from .adapters import Prefetcher, keras_dataset, torch_loader
-from .sampling import CounterRNG, check_shard, epoch_order, hash_ids
+from .sampling import CounterRNG, check_shard, epoch_order, hash_ids, neighbour_rows
 from .slice_loader import SliceLoader
 from ..store.dicom_source import PixelSource
 from ..store.lungs import lung_boxes
@@ -170,11 +170,12 @@ class _BatchAccess:
     def __getitem__(self, i: int):  # x, (x, y) or (x, y, weight)
         rows, key_rows, repeats = self._select(i)
         params = batch_render_params(self, rows, key_rows, repeats)
+        shown = rows if self.near is None else self.near[rows]
         if self.device:
-            x = {"stored": self.loader.stored(rows.reshape(-1)).reshape(*rows.shape, *[self.loader.source.size] * 2),
+            x = {"stored": self.loader.stored(shown.reshape(-1)).reshape(*shown.shape, *[self.loader.source.size] * 2),
                  "params": params.reshape(*rows.shape, -1)}
         else:
-            x = self.loader.pixels(rows, params, self.pixels, self.channels)
+            x = self.loader.pixels(shown, params, self.pixels, self.channels)
         return (x, *self._targets(i, rows)) if self.has_labels else x
 
     def __iter__(self):
@@ -250,6 +251,9 @@ class Batches(_BatchAccess):
         if device and self.jpeg is not None:
             raise ValueError(f"pixels.jpeg={self.jpeg} is not made on the device: use pixels_on_device=False (device=False), "
                              "or pixels.jpeg=None")
+        if self.channels and not self.pixels.alone:
+            raise ValueError(f"pixels.neighbours={self.pixels.neighbours}: groups have neighbouring slices as channels; leave it out")
+        self.near = None if self.pixels.alone else neighbour_rows(source.table, self.pixels.neighbours, self.pixels.step_mm)
         self.crops = crops_of(source, self.pixels.crop, self.labelled.study >= 0)
         self.set_epoch(0)
         if shuffle and not len(self):

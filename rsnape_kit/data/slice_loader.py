@@ -104,35 +104,45 @@ class SliceLoader:
 
     def pixels(
         self,
-        rows,  # int [..., n]
-        params: np.ndarray,  # int32 [rows.size, 9], render parameters in C order of rows
+        rows,  # int [..., n]; with pixels.neighbours [..., n, K], the slices that become the channels of each of n images
+        params: np.ndarray,  # int32 [images, 9], render parameters in C order of the images
         pixels: InputConfig,
         channels: bool = False,  # the last axis of rows becomes the channels (one window only)
     ) -> np.ndarray:  # uint8 [..., n, size, size, C]; with channels a view [..., size, size, n]
-        "Decode and render slices to network input."
-        rows, side, windows = np.asarray(rows), pixels.size, len(pixels.windows)
-        if channels and windows != 1:
-            raise ValueError(f"{windows} windows: with channels=True, pixels must have exactly one window")
-        out = self.buffers.allocate((*rows.shape, side, side, windows), np.uint8)
-        images, (order, fresh) = out.reshape(-1, side, side, windows), _group_equal(rows.reshape(-1), params)
-        which, order = rows.reshape(-1)[order].tolist(), order.tolist()
+        "Decode each slice once and render it to network input, wherever it occurs."
+        rows, side = np.asarray(rows), pixels.size
+        if channels and pixels.channels != 1:
+            raise ValueError(f"{pixels.channels} channels: with channels=True, pixels must have exactly one window and no neighbours")
+        if not pixels.alone and rows.shape[-1:] != (len(pixels.neighbours),):
+            raise ValueError(f"rows have the shape {rows.shape}: expected {len(pixels.neighbours)} slices in the last axis, pixels.neighbours")
+        out = self.buffers.allocate((*(rows.shape if pixels.alone else rows.shape[:-1]), side, side, pixels.channels), np.uint8)
+        images, (order, starts, same) = out.reshape(-1, side, side, pixels.channels), _group_equal(rows.reshape(-1), params, len(pixels.neighbours))
+        which = rows.reshape(-1)[[order[k] for k in starts[:-1]]].tolist()
+
+        def render(stored, start, stop):  # to all places where the slice is wanted; a mask is drawn into a copy while it is wanted again
+            for k in range(start, stop):
+                image, neighbour = divmod(order[k], len(pixels.neighbours))
+                if k > start and same[k] and pixels.alone:
+                    images[image] = images[order[k - 1]]
+                else:
+                    hides = k + 1 < stop and (params[image, 6] > 0 or params[image, 7] < len(stored))
+                    render_slice(stored.copy() if hides else stored, params[image], pixels, images[image], neighbour)
 
         def task(start, stop):
-            scratch, new = _scratch_slices(self.source.size), [k for k in range(start, stop) if k == start or fresh[k]]
-            for some in (new[i:i + len(scratch)] for i in range(0, len(new), len(scratch))):
-                self._read([which[k] for k in some], scratch[:len(some)])
-                for stored, k in zip(scratch, some):
-                    render_slice(stored, params[order[k]], pixels, images[order[k]])
-            for k in range(start + 1, stop):
-                if not fresh[k]:
-                    images[order[k]] = images[order[k - 1]]
+            scratch = _scratch_slices(self.source.size)
+            for i in range(start, stop, len(scratch)):
+                last = min(i + len(scratch), stop)
+                self._read(which[i:last], scratch[:last - i])
+                for stored, a, b in zip(scratch, starts[i:last], starts[i + 1:]):
+                    render(stored, a, b)
 
         self._spread(task, len(which))
         return np.moveaxis(out[..., 0], -3, -1) if channels else out
 
 
-def _group_equal(rows: np.ndarray, params: np.ndarray) -> tuple:
-    "Return an order in which equal slices are adjacent, and where a new slice or new parameters begin."
+def _group_equal(rows: np.ndarray, params: np.ndarray, neighbours: int) -> tuple:  # rows int [images * neighbours]
+    "Return an order in which equal slices are adjacent, where each begins and the end, and which have the parameters of the one before."
     order = np.argsort(rows, kind="stable")
-    changes = (np.diff(rows[order]) != 0) | (np.diff(params[order], axis=0) != 0).any(1)
-    return order, [True, *changes.tolist()]
+    starts = np.flatnonzero(np.append(True, np.diff(rows[order]))[:len(rows)])
+    same = (np.diff(params[order // neighbours], axis=0) == 0).all(1)
+    return order.tolist(), [*starts.tolist(), len(rows)], [False, *same.tolist()]

@@ -24,6 +24,9 @@ class InputConfig(Checked):
 
     Args:
         windows: one Window (or dict of its fields) per channel.
+        neighbours: slices whose windows become channels, as offsets from the slice itself, feet to head: (0,) is the slice alone, (-1, 0, 1)
+            the slice between its neighbours. At an end of the series the last slice repeats. Channels: for each neighbour its windows.
+        step_mm: distance of two neighbours along the body, mm; each is the slice nearest to that place. None: offsets count slices.
         scale: 'image' stretches each window to the slice's own extremes, 'fixed' uses the window's ends.
         size: side of the result, pixels, even.
         mode: interpolation, 'nearest' or 'bilinear'.
@@ -32,7 +35,7 @@ class InputConfig(Checked):
             more pixels to the lungs; None is the whole field of view.
         fill: value of hidden pixels: 'air', or 'zero' for a stored 0, as in the original.
         jpeg: training: range of the random quality (from, below) of JPEG noise before the affine transform, e.g. (30, 100),
-            the original's for ResNet3D. None: no noise. It needs one or three windows.
+            the original's for ResNet3D. None: no noise. It needs one or three windows; each neighbour is compressed by itself.
 
     Raises:
         ValueError: a value is not as described.
@@ -44,6 +47,8 @@ class InputConfig(Checked):
     crop: Positive | Literal["lungs", "lungs-stretched"] | None = None
     fill: str = "air"
     jpeg: tuple[int, int] | None = None
+    neighbours: tuple[int, ...] = (0,)
+    step_mm: Positive | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -56,6 +61,18 @@ class InputConfig(Checked):
             raise ValueError(f"size is {self.size}: expected an even number of pixels")
         if self.jpeg is not None:
             check_jpeg(self.jpeg, len(self.windows))
+        if not self.neighbours or len(set(self.neighbours)) < len(self.neighbours):
+            raise ValueError(f"neighbours {self.neighbours}: expected different offsets of slices, e.g. (-1, 0, 1), or (0,) for the slice alone")
+
+    @cached_property
+    def alone(self) -> bool:
+        """Whether the channels show the slice itself only."""
+        return self.neighbours == (0,)
+
+    @cached_property
+    def channels(self) -> int:
+        """Channels of the input: windows x neighbours."""
+        return len(self.windows) * len(self.neighbours)
 
     @cached_property
     def ends(self) -> np.ndarray:

@@ -149,7 +149,9 @@ def render_kernel(
     per_image,  # bool: stretch to the slice's own extremes
     nearest,  # bool; else bilinear
     size,  # side of the result
-    out,  # uint8 [size * size * C], written in place
+    out,  # uint8 [size * size * channels], written in place
+    channels,  # of the image
+    first,  # of the image's channels that this slice fills
 ):
     "Mask, transform and window one slice; arguments are not checked."
     source, flat = len(stored), stored.reshape(-1)
@@ -175,51 +177,54 @@ def render_kernel(
                     _nearest_row(flat, params, source, row0 + row, steps, index, line)
                 else:
                     _bilinear_row(flat, params, source, row0 + row, steps, index, weights, near, line)
-        target = out[row0 * size * len(ends):]
-        if len(ends) == 3:
+        target = out[row0 * size * channels + first:]
+        if channels == len(ends) == 3:
             _window3(values, factors, target)
         else:
             for c in range(len(ends)):
                 _window(values, factors[c, 0], factors[c, 1], factors[c, 2], windowed)
-                _interleave(windowed[:values.size], target[c:], len(ends))
+                _interleave(windowed[:values.size], target[c:], channels)
 
 # %% ../../nbs/04_transforms/05_render.ipynb #495a4b85
 def _render_noisy(stored, params, config, out):
     "Window a slice, add the noise of JPEG compression, then apply the affine transform."
     whole, source = np.empty((*stored.shape, len(config.windows)), np.uint8), len(stored)
     still = np.array([1 << FRACTION_BITS, 0, 0, 0, 1 << FRACTION_BITS, 0, *params[6:9]], np.int32)
-    render_slice(stored, still, replace(config, size=source), whole)
+    render_slice(stored, still, replace(config, size=source, neighbours=(0,)), whole)
     noisy = jpeg_noise(whole, params[9])
     if config.mode == "nearest":
-        out[:] = noisy.reshape(-1, out.shape[-1])[nearest_index(params[:6], source, config.size)]
+        out[:] = noisy.reshape(-1, noisy.shape[-1])[nearest_index(params[:6], source, config.size)]
     else:
         for c in range(out.shape[-1]):
             out[..., c] = warp(noisy[..., c].astype(np.int16), params[:6], config.size, config.mode)
 
 
-def render_slice(stored: np.ndarray, params: np.ndarray, config: InputConfig, out: np.ndarray) -> None:
-    """Render one slice (side mask, affine transform, windows) into an image of a batch.
+def render_slice(stored: np.ndarray, params: np.ndarray, config: InputConfig, out: np.ndarray, neighbour: int = 0) -> None:
+    """Render one slice (side mask, affine transform, windows) into its channels of an image of a batch.
 
     Args:
         stored: int16 [S, S], C-contiguous and writable, S even, HU x 4; its hidden columns are overwritten.
         params: int32 [9], a row of `make_render_params`; or [10] with the quality of JPEG noise.
         config: windows, size and interpolation.
-        out: uint8 [size, size, C], C-contiguous: the image, written in place.
+        out: uint8 [size, size, config.channels], C-contiguous: the image, whose other channels stay as they are.
+        neighbour: which of `config.neighbours` the slice is; it fills the windows' channels from `neighbour` x windows on.
 
     Raises:
         ValueError: an array has another dtype, shape or layout.
     """
-    shape = config.size, config.size, len(config.windows)
+    shape = config.size, config.size, config.channels
     if stored.dtype != np.int16 or stored.ndim != 2 or stored.shape[0] != stored.shape[1] or stored.shape[0] % 2:
         raise ValueError(f"stored is {stored.dtype} of shape {stored.shape}: expected a square slice of int16 with an even side")
     if not (stored.flags.c_contiguous and stored.flags.writeable):
         raise ValueError("stored is not C-contiguous or is read-only: expected a writable slice, e.g. stored.copy()")
     if out.dtype != np.uint8 or out.shape != shape or not out.flags.c_contiguous:
         raise ValueError(f"out is {out.dtype} of shape {out.shape}: expected C-contiguous uint8 of shape {shape}")
+    first, windows = neighbour * len(config.windows), len(config.windows)
     if len(params) > RENDER_PARAMS:
-        _render_noisy(stored, params, config, out)
+        _render_noisy(stored, params, config, out[..., first:first + windows])
     elif numba is None:
         warn_once()
-        out[:] = render_reference(stored, params, config)
+        out[..., first:first + windows] = render_reference(stored, params, config)
     else:
-        render_kernel(stored, params, config.ends, config.scale == "image", config.mode == "nearest", config.size, out.reshape(-1))
+        render_kernel(stored, params, config.ends, config.scale == "image", config.mode == "nearest", config.size, out.reshape(-1),
+                      config.channels, first)

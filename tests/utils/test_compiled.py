@@ -55,7 +55,8 @@ for mode in ("nearest", "bilinear"):
         images, same = np.zeros((2, len(store), 32, 32, 3), np.uint8)
         for i, params in enumerate(table_params):
             render_slice(store[i], params, config, images[i])
-            render_kernel(store[i], params, config.ends, scale == "image", mode == "nearest", 32, same[i].reshape(-1))
+            how = scale == "image", mode == "nearest", 32
+            render_kernel(store[i], params, config.ends, *how, same[i].reshape(-1), 3, 0)
         report(f"rendered {mode} {scale}", images)
         np.testing.assert_array_equal(same, images)
 
