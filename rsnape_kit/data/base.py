@@ -134,19 +134,33 @@ def batch_render_params(
     flat, each, labelled = rows.reshape(-1), rows[0].size, batches.labelled
     matrices, hide = np.broadcast_to(np.eye(3), (len(rows), 3, 3)), np.zeros((len(rows), 2), bool)
     if batches.affine is not None or batches.mask is not None:
-        keys = labelled.slice_hash[key_rows] if rows.ndim == 1 else labelled.study_hash[labelled.study[key_rows]]
-        normals, uniforms = CounterRNG(batches.seed, batches.epoch, stream=3).draw(keys, repeats)
+        normals, uniforms = CounterRNG(batches.seed, batches.epoch, stream=3).draw(_item_keys(batches, rows, key_rows), repeats)
         if batches.affine is not None:
             matrices = batches.affine.matrices(normals)
         if batches.mask is not None:
             hide = batches.mask.choose(uniforms, *labelled.sides[key_rows].T)
-    matrices = np.repeat(matrices, each, 0)
+    matrices, mirrored = np.repeat(matrices, each, 0), _draw_flips(batches, rows, key_rows, repeats)
     if batches.crops is not None:
         matrices = batches.crops[flat] @ matrices
     width = WIDTH if batches.mask is None else batches.mask.width
     hide, source = np.repeat(hide, each, 0), batches.loader.source.size
-    params = make_render_params(matrices, hide, batches.fill[flat], source, batches.pixels.size, width)
+    mirrored = None if mirrored is None else np.repeat(mirrored, each)
+    params = make_render_params(matrices, hide, batches.fill[flat], source, batches.pixels.size, width, mirrored)
     return params if batches.jpeg is None else np.column_stack([params, _jpeg_qualities(batches, flat, repeats)])
+
+
+def _item_keys(batches, rows: np.ndarray, key_rows: np.ndarray) -> np.ndarray:  # uint64 [b]
+    "Return the random key of each item of a batch: that of its slice, or of its study."
+    labelled = batches.labelled
+    return labelled.slice_hash[key_rows] if rows.ndim == 1 else labelled.study_hash[labelled.study[key_rows]]
+
+
+def _draw_flips(batches, rows, key_rows, repeats) -> np.ndarray | None:  # bool [b]; arguments as above
+    "Return which items of a batch are mirrored; None if none ever is."
+    if batches.affine is None or not batches.affine.flip:
+        return None
+    _, uniforms = CounterRNG(batches.seed, batches.epoch, stream=6).draw(_item_keys(batches, rows, key_rows), repeats)
+    return uniforms[:, 0] < batches.affine.flip
 
 
 def _jpeg_qualities(batches, rows: np.ndarray, repeats: np.ndarray | None) -> np.ndarray:  # int32, as many as rows
@@ -191,6 +205,10 @@ class _BatchAccess:
         "Return the rows of `source.table` that batch i holds."
         return self._select(i)[0]
 
+    def flips(self, i: int) -> np.ndarray | None:  # bool [b]
+        "Return which items of batch i are mirrored left to right, and the sides of its labels with them; None if none ever is."
+        return _draw_flips(self, *self._select(i)) if self.affine is not None and self.affine.flip else None
+
     def names(self, i: int) -> list[str]:
         "Return the SOPInstanceUIDs of batch i's slices, or the StudyInstanceUIDs of its studies."
         rows = self.rows(i)
@@ -216,7 +234,7 @@ class Batches(_BatchAccess):
         batch: Items per batch.
         pixels: How a slice becomes network input. Default: three windows at 256 px (groups: the PE window).
         mask: Training: hide a side of the image where the labels allow it. Needs `truth`.
-        affine: Training and TTA: random affine transforms. Default: none.
+        affine: Training and TTA: random affine transforms and flips. Default: none.
         seed: Seed of order and augmentation, an integer of at least 0.
         shuffle: Training: a new order each epoch, only complete batches, and JPEG noise if `pixels` has it.
         shard: (i, of), index of this process and number of processes of a data-parallel run.

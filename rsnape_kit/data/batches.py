@@ -14,7 +14,17 @@ import numpy as np
 import pandas as pd
 
 from ..competition.folds import Folds, make_folds  # noqa: F401 (re-exported)
-from ..competition.labels import AUX_LABELS, EXAM_LABELS, EXAM_WEIGHTS, IMAGE_WEIGHT, POSITIVE_LABELS, STUDY
+from rsnape_kit.competition.labels import (
+    AUX_LABELS,
+    EXAM_LABELS,
+    EXAM_WEIGHTS,
+    IMAGE_LABEL,
+    IMAGE_WEIGHT,
+    POSITIVE_LABELS,
+    STUDY,
+    check_sides,
+    mirror_labels,
+)
 from ..competition.metric import metric_weights, positive_share
 from ..competition.predictions import Predictions
 from ..competition.tables import locate, slice_index
@@ -90,8 +100,9 @@ class ImageBatches(Batches):
     def _targets(self, i: int, rows: np.ndarray) -> tuple:
         y, w = self.labelled.image[rows][:, None], self.weight[rows] / self.mean_weight if self.weights else None
         if self.exam_labels:
-            y = np.hstack([y, y * self.exams[self.labelled.study[rows]]])
-            w = None if w is None else w[:, None] * self.columns
+            labels, flips = (IMAGE_LABEL, *POSITIVE_LABELS), self.flips(i)
+            y = mirror_labels(np.hstack([y, y * self.exams[self.labelled.study[rows]]]), labels, flips)
+            w = None if w is None else mirror_labels(w[:, None] * self.columns, labels, flips)
         return (y,) if w is None else (y, w)
 
 # %% ../../nbs/06_data/05_batches.ipynb #f454e3a9
@@ -106,6 +117,8 @@ class _StudyLevelBatches(Batches):
         if unknown:
             raise ValueError(f"labels {', '.join(map(repr, unknown))}: expected some of {', '.join(EXAM_LABELS + AUX_LABELS)}")
         super().__init__(source, truth, studies, batch=batch, **settings)
+        if self.affine is not None and self.affine.flip:
+            check_sides(self.labels)
         if truth is not None:
             self.exams = self.labelled.exams[self.labels].to_numpy(np.float32)
             metric = metric_weights(truth.select(self.labelled.studies)).exams.reindex(columns=self.labels).fillna(0)
@@ -114,12 +127,14 @@ class _StudyLevelBatches(Batches):
 
     def _targets(self, i: int, rows: np.ndarray) -> tuple:
         labelled, study = self.labelled, self.labelled.study[rows.reshape(len(rows), -1)[:, 0]]
-        y = {"exams": self.exams[study], "images": labelled.image[rows]}
+        flips = self.flips(i)
+        y = {"exams": mirror_labels(self.exams[study], self.labels, flips), "images": labelled.image[rows]}
         if not self.weights:
             return (y,)
         shown = self.items_per_study[study] * rows[0].size / labelled.count[study]
         spread = (self.weight[rows].T / shown.astype(np.float32)).T
-        return y, {"exams": (self.exam_weights[study].T / self.items_per_study[study].astype(np.float32)).T, "images": spread}
+        exams = (self.exam_weights[study].T / self.items_per_study[study].astype(np.float32)).T
+        return y, {"exams": mirror_labels(exams, self.labels, flips), "images": spread}
 
     @property
     def items_per_study(self) -> np.ndarray:  # int [studies]; each item has the exam labels as target
@@ -258,6 +273,7 @@ class GroupTargets:
     def __call__(
         self,
         rows,  # int [b, groups, slices], rows of the slices table; negative: padding
+        mirrored=None,  # bool [b], items whose images are mirrored left to right
     ) -> tuple:  # float32: image labels, image weights [b, groups, slices]; exam labels, exam weights [b, 13]
         "Return labels and sample weights of a batch; its loss is sum(weight x log loss) / b."
         rows = np.asarray(rows)
@@ -267,8 +283,9 @@ class GroupTargets:
             missing = at[(study < 0) | np.isnan(self.image[at]).any((1, 2))][0, 0, 0]
             raise ValueError(f"study {self.table[STUDY].iloc[missing]!r} has slices without a label in the truth")
         each = self._image_weight(at, rows) / np.maximum(times, 1) * (times > 0)
-        exam = self.exam[study]
+        exam = mirror_labels(self.exam[study], EXAM_OUTPUTS, mirrored)
         weight = np.broadcast_to(self.exam_weight / self.mean_weight if self.loss == "metric" else 1 / len(EXAM_OUTPUTS), exam.shape)
+        weight = mirror_labels(weight, EXAM_OUTPUTS, mirrored)
         return (self.image[at], each.astype(np.float32), np.nan_to_num(exam),
                 (weight / self.items_per_study[study, None] * ~np.isnan(exam)).astype(np.float32))
 

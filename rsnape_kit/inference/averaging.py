@@ -9,7 +9,7 @@ __all__ = ['RunningMean', 'ProbabilityAverager']
 import numpy as np
 import pandas as pd
 
-from ..competition.labels import SLICE, STUDY
+from ..competition.labels import SLICE, STUDY, mirror_labels
 from ..competition.predictions import Predictions
 from ..competition.tables import slice_index
 from ..data.batches import EXAM_OUTPUTS
@@ -67,6 +67,7 @@ class ProbabilityAverager:
         rows,  # int [B, ...], rows of the table; negative: padding. An item holds slices of one study
         image,  # probabilities, same shape
         exam=None,  # probabilities [B, labels]; None: the model predicts slices only
+        mirrored=None,  # bool [B], items whose images were mirrored left to right: their sides are swapped back
     ):
         "Add the predictions of a batch; raise FloatingPointError if one is NaN or infinite."
         rows = np.asarray(rows).reshape(len(rows), -1)
@@ -77,7 +78,7 @@ class ProbabilityAverager:
         if exam is not None:
             if (invalid := ~np.isfinite(np.asarray(exam, float)).all(1)).any():
                 self._raise_invalid("", study[invalid][0])
-            self.exam.add(study, exam)
+            self.exam.add(study, mirror_labels(np.asarray(exam), self.labels, mirrored))
         self.image.add(rows[real], image[real])
 
     def _raise_invalid(self, which: str, study: int):

@@ -10,6 +10,7 @@ __all__ = ['FeatureExtractor', 'describe_image_run', 'compute_features', 'predic
 import math
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,8 @@ class FeatureExtractor:
         if kind != "image":
             raise ValueError(f"{run} is a run of {run_settings(run)['model']}, a model of kind {kind!r}: {_WITHOUT[kind]}. Features come "
                              "from models of kind 'image'; take a run of efficientnet, or of your own model of this kind")
-        self.config, self.model = load_run(run)
+        config, self.model = load_run(run)
+        self.config = replace(config, affine=config.affine and replace(config.affine, flip=0.))
         self.network, self.batch = with_features(self.model), -(-min(batch, self.config.batch) // devices) * devices
         self.size, self.asked, self.kept = self.network.output["features"].shape[-1], None, {}
 

@@ -95,7 +95,7 @@ def predict_batches(
     averager = ProbabilityAverager(views[0].loader.source.table, EXAM_LABELS, mean)
     for batches in views:
         for i, p in predict_all(model, batches):
-            averager.add(batches.rows(i), p["images"], p.get("exams"))
+            averager.add(batches.rows(i), p["images"], p.get("exams"), batches.flips(i))
     return averager.predictions(interpolate=True)
 
 # %% ../../nbs/09_inference/02_keras_predictor.ipynb #037da179

@@ -110,9 +110,9 @@ def predict_groups(
     import torch
     device = next(model.parameters()).device
     with torch.inference_mode(), autocast(precision):
-        for images, rows in progress(tensors(batches)):
+        for i, (images, rows) in enumerate(progress(tensors(batches))):
             image, exam = model(images.to(device), (rows >= 0).any(2).to(device))
-            averager.add(rows.numpy(), *(logits.float().sigmoid().cpu().numpy() for logits in (image, exam)))
+            averager.add(rows.numpy(), *(logits.float().sigmoid().cpu().numpy() for logits in (image, exam)), batches.flips(i))
     return averager
 
 # %% ../../nbs/09_inference/03_torch_predictor.ipynb #8561c266

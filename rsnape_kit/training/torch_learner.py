@@ -55,8 +55,8 @@ class GroupLoader:
 
     def __iter__(self):
         import torch
-        for images, rows in tensors(self.batches):
-            yield images, (rows >= 0).any(2), *map(torch.as_tensor, self.targets(rows.numpy())), rows
+        for i, (images, rows) in enumerate(tensors(self.batches)):
+            yield images, (rows >= 0).any(2), *map(torch.as_tensor, self.targets(rows.numpy(), self.batches.flips(i))), rows
 
 
 class Loaders:

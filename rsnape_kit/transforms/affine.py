@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STUDY_RANGE', 'FRACTION_BITS', 'MODES', 'affine_matrix', 'AffineRange', 'crop_matrix', 'box_matrix', 'fixed_point',
-           'source_coordinates', 'nearest_index', 'warp']
+           'source_coordinates', 'nearest_index', 'mirror_columns', 'warp']
 
 # %% ../../nbs/04_transforms/03_affine.ipynb #24235b5f
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..utils.schema import Checked, NonNegative
+from ..utils.schema import Checked, NonNegative, Share
 
 # %% ../../nbs/04_transforms/03_affine.ipynb #71da8fe2
 def affine_matrix(rotation: ArrayLike = 0., shear: ArrayLike = 0., zoom: Sequence | np.ndarray = (1., 1.),
@@ -50,6 +50,7 @@ class AffineRange(Checked):
         zoom: standard deviation of the factors for height and width around 1.
         shift: standard deviation of the shifts up and right, as a fraction of the image.
         offset: mean of the shift to the right, likewise; -1/256 in the 30th-place solution, which reads one column too far left.
+        flip: probability that the result is mirrored left to right, which the batches draw and swap the labels of the sides for.
 
     Source: the other defaults are those of the 30th-place solution.
     """
@@ -58,9 +59,10 @@ class AffineRange(Checked):
     zoom: NonNegative = 1 / 20
     shift: NonNegative = 16 / 256
     offset: float = 0.
+    flip: Share = 0.
 
     def matrices(self, normals: np.ndarray) -> np.ndarray:
-        """Return matrices float64 [..., 3, 3] for standard normal draws, float [..., 6]."""
+        """Return matrices float64 [..., 3, 3] for standard normal draws, float [..., 6]; `flip` is not among them."""
         z = np.moveaxis(np.asarray(normals, float), -1, 0)
         zoom = np.maximum(1 + self.zoom * z[2:4], .25)
         return affine_matrix(self.rotation * z[0], self.shear * z[1], zoom, (self.shift * z[4], self.shift * z[5] + self.offset))
@@ -136,6 +138,15 @@ def nearest_index(
     up, right = (np.clip(side + (side >> 31 & (1 << FRACTION_BITS) - 1) >> FRACTION_BITS, 1 - half, half)
                  for side in source_coordinates(fixed, result))
     return (half - up) * source + half - 1 + right
+
+# %% ../../nbs/04_transforms/03_affine.ipynb #dfd74dc5
+def mirror_columns(
+    fixed,  # int32 [..., 6], from fixed_point
+    mirrored=True,  # bool [...]: which of them
+) -> np.ndarray:  # int32 [..., 6]
+    "Return transforms whose results are mirrored left to right, to the pixel."
+    a, b, c, d, e, f = np.moveaxis(np.asarray(fixed, np.int32), -1, 0)
+    return np.where(np.asarray(mirrored)[..., None], np.stack([a, -b, b + c, d, -e, e + f], -1), fixed)
 
 # %% ../../nbs/04_transforms/03_affine.ipynb #3d82dbe6
 MODES = ("nearest", "bilinear")

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from .affine import MODES, fixed_point
+from .affine import MODES, fixed_point, mirror_columns
 from .masks import FILLS, WIDTH, hidden_columns
 from .windows import PE_WINDOWS, SCALES, Window, check_jpeg
 from ..utils.schema import Checked, Limits, Positive
@@ -90,10 +90,13 @@ def make_render_params(
     source: int,  # side of the stored slices
     result: int,  # side of the result
     width: float = WIDTH,  # of a hidden side, as a fraction of the image
+    mirrored=None,  # bool [n], results to mirror left to right; hidden sides stay those of the patient
 ) -> np.ndarray:  # int32 [n, 9]
     "Return the render parameters of n slices."
     table = np.empty((len(matrices), RENDER_PARAMS), np.int32)
     table[:, :6] = fixed_point(matrices, source, result)
+    if mirrored is not None:
+        table[:, :6] = mirror_columns(table[:, :6], mirrored)
     both = hidden_columns(source, True, True, width)
     table[:, 6], table[:, 7] = np.where(np.asarray(hide, bool)[:, ::-1], both, (0, source)).T
     table[:, 8] = fill
