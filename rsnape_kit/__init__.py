@@ -56,7 +56,15 @@ if TYPE_CHECKING:
         load_config,
         recipe_table,
     )
-    from rsnape_kit.store import DicomSource, PixelSource, SliceStore, build_store, describe_problems, lung_box, read_tfrecords
+    from rsnape_kit.store import (
+        DicomSource,
+        PixelSource,
+        SliceStore,
+        build_store,
+        describe_problems,
+        lung_box,
+        read_tfrecords,
+    )
     from rsnape_kit.testing import ArraySource, simulate_model, simulate_truth
     from rsnape_kit.training import train, train_all
     from rsnape_kit.transforms import (
