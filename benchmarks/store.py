@@ -25,11 +25,18 @@ from rsnape_kit.dicom.slices import scan
 from rsnape_kit.store.build import build_store
 from rsnape_kit.store.codec import compress
 from rsnape_kit.store.dicom_source import DicomSource
+from rsnape_kit.store.lungs import lung_box, sampled
 from rsnape_kit.store.slice_store import SliceStore
 
 WINDOWS = ((-600, 1500), (100, 700), (40, 400))
 BLOSC2 = {"typesize": 2, "codec": blosc2.Codec.LZ4, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE],
           "filters_meta": [0], "splitmode": blosc2.SplitMode.NEVER_SPLIT, "nthreads": 1}
+
+
+def box(store, rows):
+    "The lung box of a study, from the slices that it needs."
+    some = rows[sampled(len(rows))]
+    return lung_box(store[some], 1.25, 1.4, 1.4)
 
 
 def usual(path, file):
@@ -149,6 +156,11 @@ def measure(root, folder, rounds):
                                                   "pydicom + apply_modality_lut": 64}
     synthetic.table("Reading", seconds, counts, ["pydicom + apply_modality_lut", "random slices, from DICOM",
                                                "copying decoded slices", "read() of the compressed bytes"])
+
+    boxes = synthetic.alternate({"lung boxes": lambda: [box(store, study) for study in studies],
+                                 "whole studies": read_rows(store, studies)}, rounds)
+    synthetic.table("Lung boxes, with the slices they read", boxes, dict.fromkeys(boxes, len(store)), ["whole studies"])
+    print(f"{1000 * np.median(boxes['lung boxes']) / len(studies):.0f} ms a study")
 
     small, large = (peak(table.iloc[:n], folder) for n in (50, len(table)))
     print(f"\nPeak memory of a build: {small:.0f} MB for 50 slices, {large:.0f} MB for {len(table)}")

@@ -273,8 +273,9 @@ def _with_labels(table, labels):
 def _index(out, paths, meta, table):
     "Join the shards' tables into the store's index and list the problems. An empty part is a store too."
     tables = [read_footer(path)[0].assign(shard=path.name) for path in paths]
-    index = pd.concat(tables, ignore_index=True) if tables else table.iloc[:0].assign(
-        start=0, bytes=0, crc32=0, shard="")
+    empty = table.iloc[:0]
+    index = pd.concat(tables, ignore_index=True) if tables else empty.assign(
+        **lung_columns(empty, shrink), start=0, bytes=0, crc32=0, shard="")
     index = index.sort_values(["StudyInstanceUID", "SeriesInstanceUID", "order"], ignore_index=True, kind="stable")
     columns = ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "path", "problem", "shard"]
     with atomic_file(out / "problems.csv") as fresh:

@@ -168,8 +168,8 @@ def box_of(
         note = "no lungs, the box of the body"
     up, across = (margin / (side if known else FIELD) for side in (height, width))
     rows, columns = low.shape[1:]
-    edges = top / rows - up, bottom / rows + up, left / columns - across, right / columns + across
-    return LungBox(int(first), int(last), *(float(np.clip(edge, 0, 1)) for edge in edges), aspect, source,
+    return LungBox(int(first), int(last), max(float(top / rows - up), 0.), min(float(bottom / rows + up), 1.),
+                   max(float(left / columns - across), 0.), min(float(right / columns + across), 1.), aspect, source,
                    "; ".join(filter(None, [note, *notes])))
 
 # %% ../../nbs/03_store/06_lungs.ipynb #178db331
