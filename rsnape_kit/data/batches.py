@@ -48,7 +48,7 @@ def class_weights(
 class ImageBatches(Batches):
     """Batches of slices: x, (x, y) or (x, y, sample weights).
 
-    x is uint8 [b, size, size, windows], y float32 [b, 1] (1: embolus on the slice), weights float32 [b] with mean 1 over an epoch. With
+    x is uint8 [b, size, size, channels], y float32 [b, 1] (1: embolus on the slice), weights float32 [b] with mean 1 over an epoch. With
     `exam_labels`, y and weights are [b, 8]: seven more columns are 1 on slices with an embolus of studies that have the label.
 
     Args:
@@ -156,7 +156,7 @@ class _StudyLevelBatches(Batches):
 class StudyBatches(_StudyLevelBatches):
     """Batches of whole studies, a fixed number of slices each: x, (x, y) or (x, y, sample weights).
 
-    x is uint8 [b, frames, size, size, windows]; y and the weights are {"exams": float32 [b, labels], "images": float32 [b, frames]}.
+    x is uint8 [b, frames, size, size, channels]; y and the weights are {"exams": float32 [b, labels], "images": float32 [b, frames]}.
 
     Args:
         source: Slices, e.g. a SliceStore (training) or a DicomSource (inference).

@@ -15,11 +15,13 @@ from scipy.ndimage import uniform_filter
 from scipy.special import logit
 
 from ..competition.labels import SERIES, SLICE, STUDY
+from ..data.sampling import neighbour_rows
 from .predict_runs import Runs, predict
 from ..models.registry import find_model, list_models
-from ..runs.folder import run_settings
+from ..runs.folder import load_config, run_settings
 from ..store.dicom_source import PixelSource, RowIndexing, output_array
 from ..store.lungs import COLUMNS, lung_boxes
+from ..transforms.input_config import InputConfig
 
 # %% ../../nbs/09_inference/09_heatmaps.ipynb #906820a5
 CLIP = 1e-6  # probabilities are kept this far from 0 and 1, where log-odds are infinite
@@ -87,7 +89,7 @@ def _occlude(copy: np.ndarray, fill: np.ndarray, places: np.ndarray, number: int
         copy[..., row:row + patch, column:column + patch] = fill[..., row:row + patch, column:column + patch]
 
 # %% ../../nbs/09_inference/09_heatmaps.ipynb #fd64b44b
-GEOMETRY = "rows", "columns", "spacing_y", "spacing_x", *COLUMNS
+GEOMETRY = "rows", "columns", "spacing_y", "spacing_x", "position", *COLUMNS
 
 
 class OccludedSlices(RowIndexing):
@@ -132,9 +134,17 @@ class OccludedSlices(RowIndexing):
         return np.stack([spread(one[0, k] - one[1:, k], self.places, self.patch, self.size) for one, k in zip(odds, at)])
 
 # %% ../../nbs/09_inference/09_heatmaps.ipynb #0738ee74
-def _is_image_run(run) -> bool:
+def _image_pixels(run) -> InputConfig | None:
+    "Return the input configuration of a run of an image model; None for other models."
     model = run_settings(run)["model"]
-    return model in list_models() and find_model(model).kind == "image"
+    return load_config(run).pixels if model in list_models() and find_model(model).kind == "image" else None
+
+
+def _reach(inputs: list[InputConfig], table: pd.DataFrame, rows: list[int]) -> int:
+    "Return how many slices away from some slices the neighbours are that a network sees with them."
+    order = table["order"].to_numpy()
+    found = [neighbour_rows(table, pixels.neighbours, pixels.step_mm)[rows] for pixels in inputs if not pixels.alone]
+    return max((int(np.abs(order[near] - order[rows][:, None]).max()) for near in found), default=0)
 
 
 def slab_rows(table: pd.DataFrame, row: int, context: int) -> tuple[list[int], int]:  # rows of the table, place of `row` among them
@@ -150,8 +160,9 @@ def heat_maps(runs: Runs, source: PixelSource, rows: list[int], patch: int = 32,
               out: Path | str = "heat", time_budget: float | None = None, predict: Callable = predict) -> dict[int, np.ndarray]:
     """Return occlusion maps of some slices by trained runs.
 
-    Models of single slices are asked if there is one among the runs. Otherwise all are, with slabs of neighbouring slices; each patch then
-    costs a prediction of a study, which takes long with full-size models of volumes.
+    Models of single slices are asked if there is one among the runs, with the neighbours that they see as channels, in which the same patch
+    is occluded. Otherwise all are, with slabs of neighbouring slices; each patch then costs a prediction of a study, which takes long with
+    full-size models of volumes.
 
     Args:
         runs: folders of trained runs.
@@ -159,7 +170,7 @@ def heat_maps(runs: Runs, source: PixelSource, rows: list[int], patch: int = 32,
         rows: rows of the slices in the source's table.
         patch: side of a patch, pixels.
         stride: distance of patches, pixels.
-        context: neighbours on each side for models that see more than one slice.
+        context: neighbours on each side for models of studies.
         out: folder in which results are saved; an interrupted call goes on there.
         time_budget: seconds; a map that is not finished is left out.
         predict: `inference.predict`, or a function that takes the same.
@@ -167,8 +178,9 @@ def heat_maps(runs: Runs, source: PixelSource, rows: list[int], patch: int = 32,
     Returns:
         Row -> float32 [S, S], drop of the mean log-odds over the models.
     """
-    chosen = [run for run in runs if _is_image_run(run)] or list(runs)
-    depth = 0 if _is_image_run(chosen[0]) else context
+    seen = {run: _image_pixels(run) for run in runs}
+    chosen, inputs = [run for run in runs if seen[run]] or list(runs), [pixels for pixels in seen.values() if pixels]
+    depth = _reach(inputs, source.table, rows) if inputs else context
     slabs = [slab_rows(source.table, row, depth) for row in rows]
     boxes = lung_boxes(source, source.table[STUDY].isin(source.table[STUDY].iloc[rows]).to_numpy())  # of whole studies
     slices = source.table.assign(**{name: boxes[name] for name in COLUMNS})

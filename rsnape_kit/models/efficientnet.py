@@ -85,8 +85,10 @@ def lite0_arrays(
 
 
 def _for_channels(kernel: np.ndarray, channels: int) -> np.ndarray:  # [h, w, 3, n] -> [h, w, channels, n]
-    "Distribute a first convolution over another number of channels."
-    return kernel if kernel.shape[2] == channels else np.repeat(kernel.mean(2, keepdims=True) * 3 / channels, channels, 2)
+    "Distribute a first convolution over other channels: repeated for each three windows, else its mean; the sum stays."
+    if channels % 3 == 0:
+        return np.tile(kernel, (1, 1, channels // 3, 1)) * np.float32(3 / channels)
+    return np.repeat(kernel.mean(2, keepdims=True) * 3 / channels, channels, 2)
 
 
 def load_published(model, path: Path | str):  # e.g. efficientnet-b1_noisy-student_notop.h5
@@ -121,7 +123,7 @@ def load_trained(model, path: Path | str):  # best.npz of an image model's run
     arrays = [array for _, array in sorted(read_arrays(path).items())[:len(model.weights)]]
     if [array.shape for array in arrays] != [tuple(weight.shape) for weight in model.weights]:
         raise ValueError(f"{path} is not from an image model with this backbone: variant, width, depth and the number of "
-                         "windows must be the same")
+                         "channels (windows x neighbours) must be the same")
     model.set_weights(arrays)
 
 # %% ../../nbs/07_models/05_efficientnet.ipynb #ace955e3
@@ -172,7 +174,7 @@ def normalised(
     if scale == "unit":
         return import_keras().layers.Rescaling(1 / 255, name="scale")
     statistics = ([127 / 255] * 3, [128 / 255] * 3) if variant == "lite0" else (_MEAN, _STD)
-    mean, std = (np.array(v if channels == 3 else [np.mean(v)] * channels) for v in statistics)
+    mean, std = (np.array(v * (channels // 3) if channels % 3 == 0 else [np.mean(v)] * channels) for v in map(list, statistics))
     return import_keras().layers.Rescaling(scale=list(1 / (255 * std)), offset=list(-mean / std), name="scale")
 
 
@@ -184,7 +186,7 @@ def log_odds(p):  # same shape
 def efficientnet(
     variant: str = "b1",  # one of VARIANTS
     size: int = 256,  # pixels
-    channels: int = 3,  # windows
+    channels: int = 3,  # windows x neighbours
     pool: str = "max",  # 'max', 'avg' or 'gem'
     weights: Path | str | None = None,  # published weights or a run's best.npz, for the backbone
     width: Factor = 1.,  # multiplies the variant's width

@@ -58,21 +58,24 @@ def _bilinear(ops, flat, params, source: int, size: int):
 
 # %% ../../nbs/07_models/02_input_layer.ipynb #f21cdadf
 def device_render(
-    stored,  # int16 [..., S, S], HU x 4 (fixed point)
+    stored,  # int16 [..., S, S], HU x 4 (fixed point); with pixels.neighbours [..., K, S, S]
     params,  # int32 [..., 9], from make_render_params
     pixels: InputConfig,
 ):  # uint8 [..., size, size, C]
     "Render a batch (side mask, affine transform, windows) with the backend of Keras."
-    ops = import_keras().ops
-    source, size, lead = stored.shape[-1], pixels.size, tuple(ops.shape(stored)[:-2])
+    ops, neighbours = import_keras().ops, len(pixels.neighbours)
+    source, size, lead = stored.shape[-1], pixels.size, tuple(ops.shape(params)[:-1])
     params = ops.reshape(ops.cast(params, "int32"), (-1, params.shape[-1]))
+    params = params if neighbours == 1 else ops.repeat(params, neighbours, 0)
     stored = _hide_sides(ops, ops.reshape(ops.cast(stored, "int32"), (-1, source, source)), params)
     low, high, factor = _factors(ops, stored, pixels)
     resample = _nearest if pixels.mode == "nearest" else _bilinear
     values = resample(ops, ops.reshape(stored, (-1, source * source)), params, source, size)[..., None]
     steps = ops.minimum(ops.maximum(values, low), high) - low
     rendered = ops.cast((steps * factor + (1 << 21)) // (1 << 22), "uint8")
-    return ops.reshape(rendered, (*lead, size, size, len(pixels.windows)))
+    if neighbours > 1:
+        rendered = ops.moveaxis(ops.reshape(rendered, (-1, neighbours, size * size, len(pixels.windows))), 1, 2)
+    return ops.reshape(rendered, (*lead, size, size, pixels.channels))
 
 # %% ../../nbs/07_models/02_input_layer.ipynb #9d10bee2
 @lru_cache
@@ -91,8 +94,8 @@ def layer_class():  # a keras.layers.Layer
             return keras.ops.moveaxis(rendered[..., 0], -3, -1) if self.channels else rendered
 
         def compute_output_shape(self, shapes):
-            lead, side = shapes["stored"][:-2], self.pixels.size
-            return (*lead[:-1], side, side, lead[-1]) if self.channels else (*lead, side, side, len(self.pixels.windows))
+            lead, side = shapes["params"][:-1], self.pixels.size
+            return (*lead[:-1], side, side, lead[-1]) if self.channels else (*lead, side, side, self.pixels.channels)
 
         def get_config(self):
             base = {name: value for name, value in super().get_config().items() if name not in ("dtype", "trainable")}
@@ -107,8 +110,8 @@ def PixelLayer(
     **settings,  # of a Keras layer
 ):
     "Make the layer that renders stored slices on the device."
-    if channels and len(pixels.windows) != 1:
-        raise ValueError(f"{len(pixels.windows)} windows: with channels=True, pixels must have exactly one window")
+    if channels and pixels.channels != 1:
+        raise ValueError(f"{pixels.channels} channels: with channels=True, pixels must have exactly one window and no neighbours")
     return layer_class()(pixels, channels, **settings)
 
 # %% ../../nbs/07_models/02_input_layer.ipynb #b59461d4
@@ -119,7 +122,8 @@ def with_pixels(
     "Put the pixel layer before a network."
     keras = import_keras()
     side, lead = batches.loader.source.size, batches.rows(0).shape[1:]
-    inputs = {"stored": keras.Input((*lead, side, side), dtype="int16", name="stored"),
+    near = () if batches.pixels.alone else (len(batches.pixels.neighbours),)
+    inputs = {"stored": keras.Input((*lead, *near, side, side), dtype="int16", name="stored"),
               "params": keras.Input((*lead, RENDER_PARAMS), dtype="int32", name="params")}
     model = keras.Model(inputs, network(PixelLayer(batches.pixels, batches.channels)(inputs)))
     model.dtype_policy = network.dtype_policy  # so that compile() scales the loss in float16

@@ -178,7 +178,7 @@ def _keras_arguments(config) -> dict:
     if config.entry.kind == "sequence":
         return {"features": config.features}
     more = {"frames": config.frames} if config.is_volume else {"outputs": 1 + len(POSITIVE_LABELS)} if config.exam_labels else {}
-    return {"size": config.pixels.size, "channels": len(config.pixels.windows)} | more
+    return {"size": config.pixels.size, "channels": config.pixels.channels} | more
 
 
 def _expected(config, truth) -> dict:  # argument of the factory -> probabilities

@@ -159,7 +159,7 @@ def _scaled(blocks: int, n: int, width: float, depth: float) -> tuple:
 def resnet3d(
     frames: int | None = 256,  # slices; None for any number
     size: int = 256,  # pixels
-    channels: int = 3,  # windows
+    channels: int = 3,  # windows x neighbours
     width: Factor = 1.,  # multiplies the channels
     depth: Factor = 1.,  # multiplies the blocks
     momentum: Share = .99,  # of batch normalisation
@@ -193,7 +193,7 @@ def efficientnet3d(
     variant: str = "b0",  # of the backbone
     frames: int | None = 256,  # slices; None for any number
     size: int = 256,  # pixels
-    channels: int = 3,  # windows
+    channels: int = 3,  # windows x neighbours
     weights: Path | str | None = None,  # published weights or a run's best.npz, for the backbone
     width: Factor = 1.,  # multiplies the channels
     depth: Factor = 1.,  # multiplies the blocks

@@ -157,7 +157,7 @@ class KerasConfig(TrainConfig):
         fold: number of the fold that is held out.
         seed: seed of initial weights, order, augmentation and dropout.
         network: further arguments of the model's factory, such as variant, width, depth, pool.
-        pixels: how stored slices become input (windows, field of view, size in pixels).
+        pixels: how stored slices become input (windows, neighbours, field of view, size in pixels).
         frames: slices of a study that a volume model sees at once.
         mask: random masking of sides without an embolus; None: no masks.
         affine: ranges of the random affine transforms in training; None: none.
@@ -293,7 +293,8 @@ def check_config(config: FitConfig):
         raise ValueError(f"clip={config.clip} would make the networks of the bag depend on each other: leave it out")
     if kind == "groups" and any(phase.from_best for phase in config.phases[1:]):
         raise ValueError(f"{config.model} goes on from the last weights: set from_best=False in all phases after the first")
-    if kind == "groups" and len(config.pixels.windows) != 1:
-        raise ValueError(f"{config.model} takes one window, pixels.windows has {len(config.pixels.windows)}")
+    if kind == "groups" and (len(config.pixels.windows) != 1 or not config.pixels.alone):
+        raise ValueError(f"{config.model} takes one window, pixels.windows has {len(config.pixels.windows)}; its channels are neighbouring "
+                         f"slices (`slices`), pixels.neighbours={config.pixels.neighbours} has to be (0,)")
     if kind == "volume" and resolve_precision(config.precision) == "bfloat16" and not jit():
         raise ValueError("TensorFlow on a CPU computes 3-D convolutions in bfloat16 wrongly: set precision='float32' or backend='jax'")

@@ -73,7 +73,7 @@ def costs_key(config: TrainConfig) -> str:
     "Return a text of all settings that costs depend on."
     network = " ".join(f"{name}={value}" for name, value in sorted(config.network.items()))
     sizes = {"image": (), "volume": ("frames",), "groups": ("groups", "slices")}[config.entry.kind]
-    shape = (config.pixels.size, len(config.pixels.windows), *(getattr(config, name) for name in sizes))
+    shape = (config.pixels.size, config.pixels.channels, *(getattr(config, name) for name in sizes))
     return f"{config.model} {network} {'x'.join(map(str, shape))}"
 
 
@@ -275,8 +275,10 @@ def _row(recipe: str, config, machine: Machine) -> dict:
     full = config.network.get("width", 1) == config.network.get("depth", 1) == 1
     fold = config.model in recipes.BACKBONE_FROM and "the fold's EfficientNet"
     differs = recipes.DIFFERS.get(recipe, {}).get(config.model, ())
+    windows, slices = len(config.pixels.windows), len(config.pixels.neighbours)
+    channels = f"{windows} window{'s'[:windows - 1]}" + (f" of {slices} slices" if slices > 1 else "")
     row = {"recipe": recipe, "starts from": (full and STARTS.get(config.model)) or fold or "random weights",
-           "input": f"{len(config.pixels.windows)} window{'s'[:len(config.pixels.windows) - 1]}, {config.pixels.size} px" + (f", {frames} frames" if frames else ""),
+           "input": f"{channels}, {config.pixels.size} px" + (f", {frames} frames" if frames else ""),
            "views": str(1 + config.tta)}
     try:
         config = fit_to_machine(config, machine)

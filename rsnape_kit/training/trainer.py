@@ -104,7 +104,7 @@ def _shares_backbone(run: Path, config: TrainConfig) -> bool:
     try:
         other = load_config(run)
         same = (other.model, other.fold, other.split) == (BACKBONE_FROM[config.model], config.fold, config.split)
-        return (same and len(other.pixels.windows) == len(config.pixels.windows) and (run / "best.npz").exists()
+        return (same and other.pixels.channels == config.pixels.channels and (run / "best.npz").exists()
                 and complete_folder(run / "oof") is not None
                 and all(network_value(other, name) == network_value(config, name) for name in ("variant", "width", "depth", "scale")))
     except (OSError, ValueError, TypeError):  # a damaged run is none to start from
