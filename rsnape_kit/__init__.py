@@ -65,6 +65,7 @@ if TYPE_CHECKING:
         PE,
         PE_WINDOWS,
         AffineRange,
+        Augment,
         InputConfig,
         SideMask,
         Window,
