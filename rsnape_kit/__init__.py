@@ -73,6 +73,7 @@ if TYPE_CHECKING:
         PE,
         PE_WINDOWS,
         AffineRange,
+        Augment,
         InputConfig,
         SideMask,
         Window,

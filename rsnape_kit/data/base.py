@@ -23,7 +23,8 @@ from .slice_loader import SliceLoader
 from ..store.dicom_source import PixelSource
 from ..store.lungs import lung_boxes
 from ..transforms.affine import AffineRange, box_matrix, crop_matrix
-from ..transforms.input_config import InputConfig, make_render_params
+from ..transforms.augment import Augment
+from ..transforms.input_config import RENDER_PARAMS, InputConfig, make_render_params
 from ..transforms.masks import WIDTH, SideMask, fill_values
 from ..transforms.windows import PE
 
@@ -129,8 +130,8 @@ def batch_render_params(
     rows: np.ndarray,  # int [b, ...]
     key_rows: np.ndarray,  # int [b], row of the slice whose key is used, or any row of the study
     repeats: np.ndarray | None,  # int [b], earlier occurrences of the same slice
-) -> np.ndarray:  # int32 [rows.size, 9], or [rows.size, 10] with JPEG noise
-    "Return affine transform, hidden sides, fill value and perhaps JPEG quality of every slice of a batch."
+) -> np.ndarray:  # int32 [rows.size, 9], or more with JPEG noise or augmentation, see `split_params`
+    "Return affine transform, hidden sides, fill value and perhaps more parameters of every slice of a batch."
     flat, each, labelled = rows.reshape(-1), rows[0].size, batches.labelled
     matrices, hide = np.broadcast_to(np.eye(3), (len(rows), 3, 3)), np.zeros((len(rows), 2), bool)
     if batches.affine is not None or batches.mask is not None:
@@ -146,7 +147,12 @@ def batch_render_params(
     hide, source = np.repeat(hide, each, 0), batches.loader.source.size
     mirrored = None if mirrored is None else np.repeat(mirrored, each)
     params = make_render_params(matrices, hide, batches.fill[flat], source, batches.pixels.size, width, mirrored)
-    return params if batches.jpeg is None else np.column_stack([params, _jpeg_qualities(batches, flat, repeats)])
+    more = [] if batches.jpeg is None else [_jpeg_qualities(batches, flat, repeats)]
+    if batches.augment.active:
+        uniforms = CounterRNG(batches.seed, batches.epoch, stream=7).uniforms(_item_keys(batches, rows, key_rows), repeats, batches.augment.draws)
+        drawn = batches.augment.params(uniforms, batches.pixels.ends, batches.pixels.size)
+        more = [*(more or [np.zeros(len(flat), np.int32)]), np.repeat(drawn, each, 0)]
+    return np.column_stack([params, *more]) if more else params
 
 
 def _item_keys(batches, rows: np.ndarray, key_rows: np.ndarray) -> np.ndarray:  # uint64 [b]
@@ -159,7 +165,7 @@ def _draw_flips(batches, rows, key_rows, repeats) -> np.ndarray | None:  # bool 
     "Return which items of a batch are mirrored; None if none ever is."
     if batches.affine is None or not batches.affine.flip:
         return None
-    _, uniforms = CounterRNG(batches.seed, batches.epoch, stream=6).draw(_item_keys(batches, rows, key_rows), repeats)
+    uniforms = CounterRNG(batches.seed, batches.epoch, stream=6).uniforms(_item_keys(batches, rows, key_rows), repeats, 1)
     return uniforms[:, 0] < batches.affine.flip
 
 
@@ -235,6 +241,7 @@ class Batches(_BatchAccess):
         pixels: How a slice becomes network input. Default: three windows at 256 px (groups: the PE window).
         mask: Training: hide a side of the image where the labels allow it. Needs `truth`.
         affine: Training and TTA: random affine transforms and flips. Default: none.
+        augment: Training: random contrast, HU shift and cutouts. Default: none.
         seed: Seed of order and augmentation, an integer of at least 0.
         shuffle: Training: a new order each epoch, only complete batches, and JPEG noise if `pixels` has it.
         shard: (i, of), index of this process and number of processes of a data-parallel run.
@@ -251,7 +258,7 @@ class Batches(_BatchAccess):
 
     def __init__(self, source: PixelSource, truth: Predictions | None = None, studies: Iterable[str] | None = None, *,
                  batch: int = 32, pixels: InputConfig | None = None, mask: SideMask | None = None,
-                 affine: AffineRange | None = None, seed: int = 0, shuffle: bool = False,
+                 affine: AffineRange | None = None, augment: Augment | None = None, seed: int = 0, shuffle: bool = False,
                  shard: tuple[int, int] = (0, 1), weights: bool = False, device: bool = False,
                  workers: int | None = None):
         if truth is None and (weights or mask is not None):
@@ -261,7 +268,7 @@ class Batches(_BatchAccess):
                 raise ValueError(f"{name} {value!r}: expected an integer of at least {least}")
         self.loader, self.labelled = SliceLoader(source, workers), join_labels(source.table, truth, studies)
         self.pixels = pixels or (InputConfig((PE,)) if self.channels else InputConfig())
-        self.batch, self.mask, self.affine, self.seed, self.shuffle = batch, mask, affine, seed, shuffle
+        self.batch, self.mask, self.affine, self.augment, self.seed, self.shuffle = batch, mask, affine, augment or Augment(), seed, shuffle
         self.shard, self.weights, self.device, self.has_labels = check_shard(shard), weights, device, truth is not None
         intercept = source.table.get("intercept", np.full(len(source.table), -1024.))
         self.fill = fill_values(intercept, self.pixels.fill)
@@ -284,7 +291,12 @@ class Batches(_BatchAccess):
     @property
     def varies(self) -> bool:
         "Whether epochs differ; if so, `.keras()` and `.torch()` advance to the next one after each pass."
-        return self.shuffle or self.affine is not None or self.mask is not None
+        return self.shuffle or self.affine is not None or self.mask is not None or self.augment.active
+
+    @property
+    def param_count(self) -> int:
+        "Number of render parameters of a slice, without JPEG noise."
+        return RENDER_PARAMS + (1 + self.augment.count(len(self.pixels.windows)) if self.augment.active else 0)
 
     def _order(self, epoch: int) -> np.ndarray:
         return epoch_order(self.items, self.seed, epoch, self.shuffle, self.shard)

@@ -57,7 +57,7 @@ class ImageBatches(Batches):
         studies: StudyInstanceUIDs to use, e.g. those of a fold. Default: all that the truth has.
         balanced: Draw half of the slices positive, a quarter negative in positive studies, a quarter in other studies.
         exam_labels: Sum of the weights of the seven POSITIVE_LABELS, shared out as the metric weights them; the image label has 1. 0: without.
-        **settings: batch, pixels, mask, affine, seed, shuffle, shard, weights, device and workers: see `Batches`.
+        **settings: batch, pixels, mask, affine, augment, seed, shuffle, shard, weights, device and workers: see `Batches`.
 
     Raises:
         ValueError: An argument is out of range, a label is missing, or no slice is positive or weighted where that is needed.
@@ -165,7 +165,7 @@ class StudyBatches(_StudyLevelBatches):
         frames: Slices of each study, one from each of equal intervals.
         random_frames: Take a random slice of each interval instead of its middle. Default: as `shuffle`.
         **settings: labels (names, default EXAM_LABELS), batch (int, default 1), balanced (bool: weight slices by class);
-            pixels, mask, affine, seed, shuffle, shard, weights, device and workers: see `Batches`.
+            pixels, mask, affine, augment, seed, shuffle, shard, weights, device and workers: see `Batches`.
 
     Raises:
         ValueError: An argument is out of range, a label is unknown, or a study or slice has no label.
@@ -199,7 +199,7 @@ class GroupBatches(_StudyLevelBatches):
         groups: Groups per item, at least 2.
         width: Slices per group.
         **settings: labels (names, default EXAM_LABELS), batch (int, default 1), balanced (bool: weight slices by class);
-            pixels, mask, affine, seed, shuffle, shard, weights, device and workers: see `Batches`.
+            pixels, mask, affine, augment, seed, shuffle, shard, weights, device and workers: see `Batches`.
 
     Raises:
         ValueError: An argument is out of range, a label is unknown, or a study or slice has no label.

@@ -43,6 +43,15 @@ class CounterRNG:
             rng.random(out=uniforms[i])
         return normals, uniforms
 
+    def uniforms(
+        self,
+        keys,  # uint64 or int [n]
+        repeats,  # int [n], earlier occurrences of each key; None: zeros
+        count: int,  # numbers for each key
+    ) -> np.ndarray:  # float64 [n, count] in [0, 1)
+        "Draw random numbers for each key."
+        return np.stack([self.at(key, 0 if repeats is None else repeats[i]).random(count) for i, key in enumerate(keys)])
+
 # %% ../../nbs/06_data/01_sampling.ipynb #bc62be00
 def hash_ids(
     ids,  # str [n]

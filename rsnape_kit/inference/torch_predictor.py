@@ -35,7 +35,8 @@ def group_batches(
     "Return batches of slice groups for a PetaFormer."
     affine = config.affine if training else (config.affine or AffineRange()) if view else None
     batches = GroupBatches(source, None, studies, groups=config.groups, width=config.slices, batch=config.batch,
-                           pixels=config.pixels, seed=config.seed, affine=affine, shuffle=training, shard=shard)
+                           pixels=config.pixels, seed=config.seed, affine=affine, shuffle=training, shard=shard,
+                           augment=config.augment if training else None)
     batches.set_epoch(view)
     return batches
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from .keras_backend import import_keras
 from ..transforms.affine import FRACTION_BITS
-from ..transforms.input_config import RENDER_PARAMS, InputConfig
+from ..transforms.input_config import ENDS, InputConfig
 
 # %% ../../nbs/07_models/02_input_layer.ipynb #7f6d41b3
 def _hide_sides(ops, stored, params):  # int32 [n, S, S], int32 [n, 9] -> int32 [n, S, S]
@@ -22,8 +22,11 @@ def _hide_sides(ops, stored, params):  # int32 [n, S, S], int32 [n, 9] -> int32 
     return ops.where(hidden[:, None], params[:, 8][:, None, None], stored)
 
 
-def _factors(ops, stored, pixels: InputConfig):  # -> lowest, highest, factor: int32 [n or 1, 1, C] each
-    first, last = (ops.convert_to_tensor(pixels.ends[:, side][None, None], "int32") for side in (0, 1))
+def _factors(ops, stored, params, pixels: InputConfig):  # -> lowest, highest, factor: int32 [n or 1, 1, C] each
+    if params.shape[-1] > ENDS:
+        first, last = (params[:, None, ENDS + side:ENDS + pixels.ends.size:2] for side in (0, 1))
+    else:
+        first, last = (ops.convert_to_tensor(pixels.ends[:, side][None, None], "int32") for side in (0, 1))
     if pixels.scale == "image":
         low, high = ops.min(stored, (1, 2))[:, None, None], ops.max(stored, (1, 2))[:, None, None]
         first, last = ops.minimum(ops.maximum(low, first), last), ops.maximum(ops.minimum(high, last), first)
@@ -37,6 +40,16 @@ def _coordinates(ops, params, size: int):  # -> up, right: int32 [n, size * size
     right = np.tile(np.arange(size, dtype=np.int32) - (size // 2 - 1), size)[None]
     up, right = ops.convert_to_tensor(up), ops.convert_to_tensor(right)  # otherwise PyTorch multiplies on the host
     return (params[:, k:k + 1] * up + params[:, k + 1:k + 2] * right + params[:, k + 2:k + 3] for k in (0, 3))
+
+
+def _cut_out(ops, rendered, params, pixels: InputConfig):  # int32 [n, size * size, C], int32 [n, P]
+    at = ops.convert_to_tensor(np.arange(pixels.size**2, dtype=np.int32)[None])
+    row, column = at // pixels.size, at % pixels.size
+    for k in range(ENDS + pixels.ends.size, params.shape[-1], 4):
+        top, bottom, left, right = (params[:, k + side:k + side + 1] for side in range(4))
+        inside = (row >= top) & (row < bottom) & (column >= left) & (column < right)
+        rendered = ops.where(inside[..., None], 0, rendered)
+    return rendered
 
 # %% ../../nbs/07_models/02_input_layer.ipynb #8b8c7a95
 def _nearest(ops, flat, params, source: int, size: int):  # int32 [n, S * S] -> int32 [n, size * size]
@@ -59,7 +72,7 @@ def _bilinear(ops, flat, params, source: int, size: int):
 # %% ../../nbs/07_models/02_input_layer.ipynb #f21cdadf
 def device_render(
     stored,  # int16 [..., S, S], HU x 4 (fixed point); with pixels.neighbours [..., K, S, S]
-    params,  # int32 [..., 9], from make_render_params
+    params,  # int32 [..., 9] from make_render_params, or more with augmentation, see `split_params`
     pixels: InputConfig,
 ):  # uint8 [..., size, size, C]
     "Render a batch (side mask, affine transform, windows) with the backend of Keras."
@@ -68,11 +81,11 @@ def device_render(
     params = ops.reshape(ops.cast(params, "int32"), (-1, params.shape[-1]))
     params = params if neighbours == 1 else ops.repeat(params, neighbours, 0)
     stored = _hide_sides(ops, ops.reshape(ops.cast(stored, "int32"), (-1, source, source)), params)
-    low, high, factor = _factors(ops, stored, pixels)
+    low, high, factor = _factors(ops, stored, params, pixels)
     resample = _nearest if pixels.mode == "nearest" else _bilinear
     values = resample(ops, ops.reshape(stored, (-1, source * source)), params, source, size)[..., None]
     steps = ops.minimum(ops.maximum(values, low), high) - low
-    rendered = ops.cast((steps * factor + (1 << 21)) // (1 << 22), "uint8")
+    rendered = ops.cast(_cut_out(ops, (steps * factor + (1 << 21)) // (1 << 22), params, pixels), "uint8")
     if neighbours > 1:
         rendered = ops.moveaxis(ops.reshape(rendered, (-1, neighbours, size * size, len(pixels.windows))), 1, 2)
     return ops.reshape(rendered, (*lead, size, size, pixels.channels))
@@ -124,7 +137,7 @@ def with_pixels(
     side, lead = batches.loader.source.size, batches.rows(0).shape[1:]
     near = () if batches.pixels.alone else (len(batches.pixels.neighbours),)
     inputs = {"stored": keras.Input((*lead, *near, side, side), dtype="int16", name="stored"),
-              "params": keras.Input((*lead, RENDER_PARAMS), dtype="int32", name="params")}
+              "params": keras.Input((*lead, batches.param_count), dtype="int32", name="params")}
     model = keras.Model(inputs, network(PixelLayer(batches.pixels, batches.channels)(inputs)))
     model.dtype_policy = network.dtype_policy  # so that compile() scales the loss in float16
     return model

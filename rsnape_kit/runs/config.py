@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from ..models.keras_backend import jit, resolve_precision
 from ..models.registry import ModelEntry, find_model
 from ..transforms.affine import AffineRange
+from ..transforms.augment import Augment
 from ..transforms.input_config import InputConfig
 from ..transforms.masks import SideMask
 from ..transforms.windows import PE
@@ -145,6 +146,7 @@ class TrainConfig(FitConfig):
     "Settings of models that take pixels."
     pixels: InputConfig = InputConfig()  # how slices become input
     affine: AffineRange | None = AffineRange()  # random affine transforms in training
+    augment: Augment = Augment()  # random contrast, HU shift and cutouts in training
     slice_warmup: SliceWarmup | None = None  # models of whole studies: steps on single slices first
 
 # %% ../../nbs/08_runs/01_config.ipynb #ff5f625f
@@ -160,7 +162,8 @@ class KerasConfig(TrainConfig):
         pixels: how stored slices become input (windows, neighbours, field of view, size in pixels).
         frames: slices of a study that a volume model sees at once.
         mask: random masking of sides without an embolus; None: no masks.
-        affine: ranges of the random affine transforms in training; None: none.
+        affine: ranges of the random affine transforms in training, and the probability of flips; None: none.
+        augment: ranges of random contrast, HU shift and cutouts in training; by default none.
         exam_labels: image models: weight of seven exam labels in the loss of slices, where the image label has 1; see `ImageBatches`.
         balanced: image models: half the slices of a batch are positive; with loss='metric', slices are weighted by class.
         batch: slices (image) or studies (volume) of a forward pass, over all devices.
@@ -208,16 +211,13 @@ class PetaFormerConfig(TrainConfig):
         slices: neighbouring slices per group.
         affine: ranges of the random affine transforms in training, one transform per study; None: none.
         batch: items of a forward pass and process.
-        accumulate: passes per step of the optimiser.
         phases: epochs and learning rates of transformer and heads, one `Phase` after another.
         backbone_lr: factor on the learning rate for the backbone (the CNN); 0: it is not trained on studies.
         slice_warmup: steps of the backbone on single slices first.
         loss: 'metric' or 'bce', see `GroupTargets`.
         auxiliary: weight of each auxiliary label in the loss.
         weight_decay: weight decay of the optimiser.
-        clip: largest norm of the gradient; None: no clipping.
-        precision: 'auto' (bfloat16 or float16 by the GPU, float32 on a CPU; may change when a run is resumed elsewhere),
-            'bfloat16', 'float16' or 'float32'. On a CPU it is always float32.
+        precision: as in KerasConfig; 'auto' may change when a run is resumed elsewhere, and on a CPU it is always float32.
     """
     model: str = "petaformer"
     pixels: InputConfig = InputConfig((PE,), "fixed", 256)

@@ -70,7 +70,7 @@ def training_batches(
 ) -> ImageBatches | StudyBatches:
     "Return the batches that a run trains on."
     settings = {"batch": config.batch, "pixels": config.pixels, "mask": config.mask, "affine": config.affine,
-                "seed": config.seed, "shuffle": True, "weights": config.loss == "metric", "balanced": config.balanced,
+                "augment": config.augment, "seed": config.seed, "shuffle": True, "weights": config.loss == "metric", "balanced": config.balanced,
                 "device": device}
     if config.is_volume:
         return StudyBatches(source, truth, frames=config.frames, **settings)
@@ -93,7 +93,7 @@ def warm_up_on_slices(
     image.compile(fused(keras.optimizers.AdamW)(warmup.lr, global_clipnorm=5.), weighted_bce(), jit_compile=jit())
     image.optimizer.build(image.trainable_variables)  # TensorFlow traces a step that creates variables twice
     batches = ImageBatches(source, truth, batch=warmup.batch, pixels=config.pixels, mask=config.mask or SideMask(),
-                           affine=config.affine, balanced=True, weights=True, shuffle=True, seed=config.seed)
+                           affine=config.affine, augment=config.augment, balanced=True, weights=True, shuffle=True, seed=config.seed)
     losses = []
     for step in tqdm(range(warmup.steps), desc="single slices", leave=False, disable=not progress):
         epoch, i = divmod(step, len(batches))

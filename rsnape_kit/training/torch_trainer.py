@@ -76,7 +76,7 @@ def warm_up_backbone(
 def _slice_batches(source: PixelSource, studies, truth, config):
     "Yield one balanced batch per step, epoch after epoch."
     batches = ImageBatches(source, truth, studies, balanced=True, batch=config.slice_warmup.batch, pixels=config.pixels,
-                           affine=config.affine, seed=config.seed, shuffle=True)
+                           affine=config.affine, augment=config.augment, seed=config.seed, shuffle=True)
     left, epoch = config.slice_warmup.steps, 0
     while left:
         batches.set_epoch(epoch)

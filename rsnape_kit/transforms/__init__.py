@@ -12,6 +12,7 @@ from ..utils import lazy_exports
 
 if TYPE_CHECKING:
     from rsnape_kit.transforms.affine import AffineRange, affine_matrix
+    from rsnape_kit.transforms.augment import Augment
     from rsnape_kit.transforms.input_config import InputConfig
     from rsnape_kit.transforms.masks import SideMask
     from rsnape_kit.transforms.render import render_slice

@@ -11,21 +11,29 @@ from dataclasses import replace
 import numpy as np
 
 from .affine import FRACTION_BITS, nearest_index, warp
-from .input_config import RENDER_PARAMS, InputConfig
+from .input_config import InputConfig, split_params
 from .windows import apply_factors, jpeg_noise, scale_factors
 from ..utils.native import compiled, numba, warn_once
 
 # %% ../../nbs/04_transforms/05_render.ipynb #1c273647
 def render_reference(
     stored: np.ndarray,  # int16 [S, S], HU x 4; hidden columns are overwritten
-    params: np.ndarray,  # int32 [9]
+    params: np.ndarray,  # int32 [9], or more of them without JPEG noise, see `split_params`
     config: InputConfig,
 ) -> np.ndarray:  # uint8 [size, size, C]
     "Render a slice with the functions of masks, affine and windows."
     stored[:, :params[6]] = params[8]
     stored[:, params[7]:] = params[8]
-    factors = scale_factors(stored.min(), stored.max(), config.windows, config.scale)
-    return apply_factors(warp(stored, params[:6], config.size, config.mode), factors)
+    _, ends, cutouts = split_params(params, config)
+    factors = scale_factors(stored.min(), stored.max(), ends, config.scale)
+    return _cut_out(apply_factors(warp(stored, params[:6], config.size, config.mode), factors), cutouts)
+
+
+def _cut_out(image: np.ndarray, cutouts) -> np.ndarray:  # uint8 [size, size, C], changed in place; int [N, 4]
+    "Set rectangles of an image to 0."
+    for top, bottom, left, right in cutouts:
+        image[top:bottom, left:right] = 0
+    return image
 
 # %% ../../nbs/04_transforms/05_render.ipynb #5b8ea420
 _i32, _u32 = np.int32, np.uint32
@@ -189,9 +197,10 @@ def render_kernel(
 def _render_noisy(stored, params, config, out):
     "Window a slice, add the noise of JPEG compression, then apply the affine transform."
     whole, source = np.empty((*stored.shape, len(config.windows)), np.uint8), len(stored)
-    still = np.array([1 << FRACTION_BITS, 0, 0, 0, 1 << FRACTION_BITS, 0, *params[6:9]], np.int32)
+    quality, ends, _ = split_params(params, config)
+    still = np.array([1 << FRACTION_BITS, 0, 0, 0, 1 << FRACTION_BITS, 0, *params[6:9], 0, *ends.reshape(-1)], np.int32)
     render_slice(stored, still, replace(config, size=source, neighbours=(0,)), whole)
-    noisy = jpeg_noise(whole, params[9])
+    noisy = jpeg_noise(whole, quality)
     if config.mode == "nearest":
         out[:] = noisy.reshape(-1, noisy.shape[-1])[nearest_index(params[:6], source, config.size)]
     else:
@@ -204,7 +213,7 @@ def render_slice(stored: np.ndarray, params: np.ndarray, config: InputConfig, ou
 
     Args:
         stored: int16 [S, S], C-contiguous and writable, S even, HU x 4; its hidden columns are overwritten.
-        params: int32 [9], a row of `make_render_params`; or [10] with the quality of JPEG noise.
+        params: int32 [9], a row of `make_render_params`; or more, see `split_params`.
         config: windows, size and interpolation.
         out: uint8 [size, size, config.channels], C-contiguous: the image, whose other channels stay as they are.
         neighbour: which of `config.neighbours` the slice is; it fills the windows' channels from `neighbour` x windows on.
@@ -220,11 +229,13 @@ def render_slice(stored: np.ndarray, params: np.ndarray, config: InputConfig, ou
     if out.dtype != np.uint8 or out.shape != shape or not out.flags.c_contiguous:
         raise ValueError(f"out is {out.dtype} of shape {out.shape}: expected C-contiguous uint8 of shape {shape}")
     first, windows = neighbour * len(config.windows), len(config.windows)
-    if len(params) > RENDER_PARAMS:
-        _render_noisy(stored, params, config, out[..., first:first + windows])
+    own, (quality, ends, cutouts) = out[..., first:first + windows], split_params(params, config)
+    if quality:
+        _render_noisy(stored, params, config, own)
     elif numba is None:
         warn_once()
-        out[..., first:first + windows] = render_reference(stored, params, config)
+        own[:] = render_reference(stored, params, config)
     else:
-        render_kernel(stored, params, config.ends, config.scale == "image", config.mode == "nearest", config.size, out.reshape(-1),
+        render_kernel(stored, params, ends, config.scale == "image", config.mode == "nearest", config.size, out.reshape(-1),
                       config.channels, first)
+    _cut_out(own, cutouts)

@@ -51,13 +51,13 @@ SCALES = ("image", "fixed")
 def scale_factors(
     low,  # int array [...], smallest value of each slice, HU x 4
     high,  # int array [...], largest
-    windows: Sequence[Window],  # C windows
+    windows: Sequence[Window] | np.ndarray,  # C windows, or int [C, 2], their limits in HU x 4
     scale: str = "image",  # 'image': stretch to the slice's own extremes; 'fixed': to the window's
 ) -> np.ndarray:  # int32 [..., C, 3]: lowest, highest, factor (0 where they are equal)
     "Return the integer parameters of `apply_factors`."
     if scale not in SCALES:
         raise ValueError(f"scale {scale!r}: expected one of {', '.join(SCALES)}")
-    ends = np.array([window.limits for window in windows], np.int32)
+    ends = windows if isinstance(windows, np.ndarray) else np.array([window.limits for window in windows], np.int32)
     low, high = (np.asarray(side, np.int32)[..., None] for side in (low, high))
     if scale == "fixed":
         low, high = np.full_like(low, ends[:, 0].min()), np.full_like(high, ends[:, 1].max())

@@ -227,12 +227,16 @@ def test_fit_trains_on_the_same_epochs_with_every_backend(backend):
 def test_device_pixels_on_every_backend(backend):
     pytest.importorskip(backend)
     run_isolated("""
+        import itertools
         import keras
+        from rsnape_kit.transforms.augment import Augment
         from rsnape_kit.models.input_layer import device_render
         from rsnape_kit.transforms.windows import PE
         source, truth = synthetic(size=64)
-        for pixels in (InputConfig(size=64), InputConfig((PE,), "fixed", 48, "bilinear")):
-            how = dict(batch=30, pixels=pixels, mask=SideMask(p=.7), affine=AffineRange())
+        every = itertools.product((InputConfig(size=64), InputConfig((PE,), "fixed", 48, "bilinear")),
+                                  ((0., None), (.5, Augment(.3, 40, 3))))
+        for pixels, (flip, augment) in every:
+            how = dict(batch=30, pixels=pixels, mask=SideMask(p=.7), affine=AffineRange(flip=flip), augment=augment)
             for raw, seen in zip(ImageBatches(source, truth, device=True, **how), ImageBatches(source, truth, **how)):
                 got = keras.ops.convert_to_numpy(device_render(raw[0]["stored"], raw[0]["params"], pixels))
                 np.testing.assert_array_equal(got, seen[0])
