@@ -98,7 +98,7 @@ def store(source: list[Path], out: Path, *, size: Literal[256, 512] = 256, part:
 
 # %% ../nbs/16_commands.ipynb #1ae7ac71
 def train(model: str, *, store: list[Path], train_csv: Path, fold: list[Natural] = (0,), folds: Count = 5,
-          recipe: Literal["full", "original", "demo", "quick"] = "full", set: Annotated[list, "NAME=VALUE"] = (),
+          recipe: Literal["full", "full-384", "full-512", "original", "demo", "quick"] = "full", set: Annotated[list, "NAME=VALUE"] = (),
           machine: Literal["auto", "here", "t4x2", "v5e-8", "cpu", "none"] = "auto",
           seed: list[Seed] = (0,), out: Path = Path("runs"), earlier: list[Path] = (), weights: str = "auto", tta: Views | None = None,
           hours: Positive | None = None, image_run: list[Path] = (), features: Path | None = None):
@@ -110,7 +110,7 @@ def train(model: str, *, store: list[Path], train_csv: Path, fold: list[Natural]
         train_csv: the competition's train.csv
         fold: the fold to hold out (default: 0), or several, trained one after the other
         folds: number of folds
-        recipe: settings to start from; full for full size, original for the 30th-place solution's as far as they are known
+        recipe: settings to start from; full for full size, full-384 and full-512 for more pixels, original for the 30th-place solution's as far as they are known
         set: a setting such as batch=64 or network.width=.5; can be repeated
         seed: random seed (default: 0), or several; each makes a run of its own
         machine: choose batch, passes, precision and recomputation to fit it; auto is here on Kaggle and none elsewhere

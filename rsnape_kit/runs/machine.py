@@ -128,6 +128,8 @@ def _count_saved(config) -> tuple:
 # %% ../../nbs/08_runs/04_machine.ipynb #1a1b5f65
 _KNOWN = {
     "efficientnet pool=max variant=b1 256x3": Costs(6576513, 168434116, 1484049920),
+    "efficientnet pool=max variant=b1 384x3": Costs(6576513, 378763716, 3336337920),
+    "efficientnet pool=max variant=b1 512x3": Costs(6576513, 673225156, 5929541120),
     "resnet3d  256x3x256": Costs(11261130, 31416759332, 1062468077568),
     "resnet3d recompute=True 256x3x256": Costs(11261130, 13196702756, 1062468077568),
     "efficientnet3d  256x3x256": Costs(12345510, 31996900388, 527636908032),
