@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from rsnape_kit.competition.labels import SLICE, STUDY
-from rsnape_kit.data.base import crops_of
 from rsnape_kit.data.batches import ImageBatches, StudyBatches
+from rsnape_kit.data.crops import crops_of
 from rsnape_kit.inference.features import RowSubset
 from rsnape_kit.inference.heatmaps import OccludedSlices
 from rsnape_kit.inference.results import fetch_study
