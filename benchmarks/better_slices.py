@@ -1,9 +1,12 @@
 """Better slices: what each change of an image model's input brings, at equal steps, on a synthetic competition.
 
-Every variant is the demo's EfficientNet with one change. It is trained on one fold and scored on the held-out studies: the
-image loss beside both priors, as predicted and after Platt scaling (nested: five parts of the studies), since one short
-training is badly calibrated; the gain after scaling over the model without a change (paired bootstrap over studies, one-
-sided 90 % bound); the sensitivity at 90 % specificity by area of the embolus on the slice; CPU-seconds of training.
+Every variant is the demo's EfficientNet with one change. It is trained on one fold and scored on the held-out studies:
+
+- image loss beside both priors, as predicted and after Platt scaling (nested: five parts of the studies), since one
+  short training is badly calibrated
+- gain after scaling over the model without a change (paired bootstrap over studies, one-sided 90 % bound)
+- CPU-seconds of training
+- sensitivity at 90 % specificity by area of the embolus on the slice
 
     python benchmarks/better_slices.py                                  # all variants, the demo's size
     python benchmarks/better_slices.py --seed 1 --variants neighbours "lung box"
@@ -37,7 +40,8 @@ NEIGHBOURS, BASE = "pixels.neighbours=(-1, 0, 1)", "as in the demo"
 PE_WINDOW = "pixels.windows=({'level': 100, 'width': 700},)"
 VARIANTS = {BASE: [], "another seed": ["seed=100"], "neighbours": [NEIGHBOURS],
             "neighbours, PE window": [PE_WINDOW, NEIGHBOURS], "PE window": [PE_WINDOW],
-            "lung box": ["pixels.crop=lungs"], "flips": ["affine.flip=0.5"], "contrast and shift": ["augment={'contrast': .2, 'shift': 20.}"],
+            "lung box": ["pixels.crop=lungs"], "flips": ["affine.flip=0.5"],
+            "contrast and shift": ["augment={'contrast': .2, 'shift': 20.}"],
             "cutouts": ["augment={'cutouts': 2}"], "without exam labels": ["exam_labels=0."]}
 AREAS = 0, 40, 80, 150, np.inf  # mm2 of embolus on the slice
 
@@ -125,7 +129,8 @@ def main():
         over = gain_over(held_out, preds[name], {BASE: preds[BASE]}, [IMAGE_LABEL])
         found = sensitivities(pred.images[at].to_numpy(), positive, areas)
         rows[name] = {"images": loss_table(held_out, pred).loss[IMAGE_LABEL], "scaled": over["loss"]}
-        rows[name] |= {"gain": over["gain"], "at least": over["at_least"], "CPU-s": round(cpu)} | dict(zip(names, found))
+        rows[name] |= {"gain": over["gain"], "at least": over["at_least"], "CPU-s": round(cpu)}
+        rows[name] |= dict(zip(names, found))
         print(pd.DataFrame.from_dict(rows, orient="index").round(3).to_string(na_rep="-"), flush=True)
 
 
