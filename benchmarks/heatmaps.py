@@ -1,12 +1,13 @@
-"""Pointing game: does the peak of an occlusion map lie on a clot? On phantom slices with known clots, against chance.
+"""Pointing game: does the peak of a heat map lie on a clot? On phantom slices with known clots, against chance.
 
-    python benchmarks/heatmaps.py [STUDIES=100] [SLICES=24] [STEPS=1000]
+    python benchmarks/heatmaps.py [STUDIES=100] [SLICES=24] [STEPS=1000] [--method occlusion|gradcam]
 
 A small network learns slices of positive studies against their twins without clots, in one thread. On slices of
 other studies, whose clots are known to the pixel, a hit is a peak within 10 mm of a clot. Chance is the same for a
 random point of the body, and for the map of the network before training, which depends on contrast but knows no clot.
+For Grad-CAM the learnt weights are put into an equal network of Keras.
 """
-import sys
+import argparse
 import time
 from itertools import islice
 
@@ -15,9 +16,12 @@ from scipy.ndimage import distance_transform_edt
 from scipy.stats import beta
 
 import rsnape_kit as rk
+from rsnape_kit.inference.heatmaps import METHODS
+from rsnape_kit.inference.keras_predictor import grad_cam
 from rsnape_kit.phantom.generate import Settings, make_study
 from rsnape_kit.phantom.scanner import Scanner
 from rsnape_kit.phantom.study import image_labels, twin
+from rsnape_kit.transforms.affine import fixed_point, unwarp
 from rsnape_kit.transforms.windows import HU_SCALE, PE, apply_windows
 
 SIZE, CROP, PATCH, STRIDE, NEAR = 256, 64, 32, 16, 10.  # pixels; mm
@@ -98,14 +102,59 @@ def train(model, slices: list, steps: int, pairs: int = 12):
     model.eval()
 
 
-def play(model, slices: list) -> np.ndarray:  # bool [n]
-    "Return whether the peak of each slice's map is near a clot."
-    hits = []
-    for hu, _, clot, mm in slices:
+def in_keras(model):
+    "Return the same network in Keras, of uint8 [b, S, S, 1] -> probability [b, 1]; its last map is of log-odds."
+    from rsnape_kit.models.keras_backend import import_keras
+
+    layers = import_keras().layers
+    x = inputs = import_keras().Input((SIZE, SIZE, 1), dtype="uint8")
+    x, made = layers.Rescaling(1 / 255, -.5)(x), []
+    for own in model:
+        if type(own).__name__ == "Conv2d":
+            made.append((own, layers.Conv2D(own.out_channels, own.kernel_size, own.stride, name=f"conv{len(made)}")))
+            x = made[-1][1](layers.ZeroPadding2D(own.padding)(x))
+        elif type(own).__name__ == "BatchNorm2d":
+            made.append((own, layers.BatchNormalization(epsilon=own.eps, name=f"norm{len(made)}")))
+            x = made[-1][1](x)
+        elif type(own).__name__ == "ReLU":
+            x = layers.ReLU()(x)
+    head = layers.Dense(1, "sigmoid", kernel_initializer="ones")
+    whole = import_keras().Model(inputs, head(layers.GlobalMaxPooling2D()(x)))
+    for own, layer in made:
+        statistics = [own.running_mean, own.running_var] if hasattr(own, "running_var") else []
+        arrays = [each.detach().numpy() for each in (own.weight, own.bias, *statistics)]
+        layer.set_weights([each.transpose(2, 3, 1, 0) if each.ndim == 4 else each for each in arrays])
+    return whole
+
+
+def cams(model):
+    "Return a function of int16 HU [S, S] -> Grad-CAM map [S, S]; it checks that both networks predict the same."
+    import torch
+
+    whole, whole_slice = in_keras(model), fixed_point(np.eye(3), SIZE)
+    maps = grad_cam(whole)
+
+    def draw(hu):
+        x = apply_windows(hu[None], [PE], "fixed")
+        with torch.inference_mode():
+            expected = model(tensor(hu[None])).sigmoid().numpy()
+        np.testing.assert_allclose(np.asarray(whole.predict_on_batch(x))[:, 0], expected, atol=1e-3)
+        return unwarp(maps(x)[0], whole_slice, SIZE, SIZE)
+    return draw
+
+
+def occlusions(model):
+    "Return a function of int16 HU [S, S] -> occlusion map [S, S]."
+    def draw(hu):
         stored = (HU_SCALE * hu[None].astype(np.int32)).clip(-4096, 2**15 - 1).astype(np.int16)
-        heat = rk.occlusion_map(predictor(model), stored, PATCH, STRIDE)
-        hits.append(near(clot, mm)[peak(heat)])
-    return np.array(hits)
+        return rk.occlusion_map(predictor(model), stored, PATCH, STRIDE)
+    return draw
+
+
+def play(draw, slices: list) -> np.ndarray:  # function of a slice -> map; bool [n]
+    "Return whether the peak of each slice's map is near a clot; a map of zeros has none."
+    maps = [draw(hu) for hu, *_ in slices]
+    return np.array([heat.any() and near(clot, mm)[peak(heat)] for heat, (*_, clot, mm) in zip(maps, slices)])
 
 
 def peak(heat: np.ndarray) -> tuple:  # row, column
@@ -125,31 +174,36 @@ def told(name: str, hits) -> str:
     return f"{name:<34}{k / n:8.1%}   ({low:.1%} to {high:.1%}), {k} of {n}"
 
 
-def main(studies: str = "100", count: str = "24", steps: str = "1000"):
+def main(studies: int, count: int, steps: int, method: str):
     import torch
     from sklearn.metrics import roc_auc_score
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
     start = time.process_time()
-    known, held = list(pairs("train", int(studies))), list(islice(pairs("test", int(studies), 2), int(count)))
+    known, held = list(pairs("train", studies)), list(islice(pairs("test", studies, 2), count))
     model, blank = network(), network().eval()
     drawn = time.process_time()
-    train(model, known, int(steps))
+    train(model, known, steps)
     learnt = time.process_time()
     with torch.inference_mode():
         odds = [model(tensor(np.stack(part))).numpy() for part in list(zip(*held))[:2]]
     auc = roc_auc_score(np.repeat([1, 0], len(held)), np.concatenate(odds))
-    hits, untrained = play(model, held), play(blank, held)
+    maps = cams if method == "gradcam" else occlusions
+    hits, untrained = play(maps(model), held), play(maps(blank), held)
     body = [near(clot, mm)[hu > -500].mean() for hu, _, clot, mm in held]
     print(f"{len(known)} slices and their twins learnt; {len(held)} of other studies, AUC against twins {auc:.3f}")
     seconds = drawn - start, learnt - drawn, time.process_time() - learnt
     print("CPU-seconds: {:.0f} to draw slices, {:.0f} to learn, {:.0f} for the maps\n".format(*seconds))
     print(f"peak within {NEAR:.0f} mm of a clot")
-    print(told("occlusion map", hits))
+    print(told({"gradcam": "Grad-CAM"}.get(method, "occlusion map"), hits))
     print(told("the network before training", untrained))
     print(f"{'a random point of the body':<34}{np.mean(body):8.1%}")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parse = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in (("studies", 100), ("count", 24), ("steps", 1000)):
+        parse.add_argument(name, type=int, nargs="?", default=default)
+    parse.add_argument("--method", choices=METHODS, default="occlusion")
+    main(**vars(parse.parse_args()))

@@ -201,7 +201,8 @@ def _listed(losses: dict) -> str:
 # %% ../nbs/16_commands.ipynb #36352a06
 def predict(runs: list[Path] = (), *, competition: Path | None = None, store: list[Path] = (), dicom: Path | None = None,
             ensemble: Path | None = None, out: Path = Path("predictions"), submission: Path | None = None, tta: Views | None = None,
-            hours: Positive | None = None, series: str = "", heat: Natural = 0, sr: bool = False, json: bool = False):
+            hours: Positive | None = None, series: str = "", heat: Natural = 0, heat_method: Literal["occlusion", "gradcam"] = "occlusion",
+            sr: bool = False, json: bool = False):
     """Predict a competition's test set, a store or a folder of DICOM.
 
     Args:
@@ -215,7 +216,8 @@ def predict(runs: list[Path] = (), *, competition: Path | None = None, store: li
         tta: augmented views beside the plain one (default: those that the ensemble was fitted on, else each run's own)
         hours: time budget
         series: SeriesInstanceUID in --dicom to predict as it is (default: of each study the series that shows the chest best)
-        heat: heat maps to make for each study of --dicom, of its most suspicious slices; each costs some hundred predictions of a slice
+        heat: heat maps to make for each study of --dicom, of its most suspicious slices
+        heat_method: occlusion costs some hundred predictions of a slice; gradcam costs one, is coarser, and is for image models of Keras
         sr: write a DICOM Structured Report of each study of --dicom into OUT/sr, marked as research output; needs highdicom
         json: print answer.json and nothing else; goes with --dicom
     """
@@ -239,7 +241,7 @@ def predict(runs: list[Path] = (), *, competition: Path | None = None, store: li
     if dicom:
         from rsnape_kit.report.findings import predict_dicom
 
-        predict_dicom(runs, dicom, out, ensemble, tta, seconds, series, heat, sr, json)
+        predict_dicom(runs, dicom, out, ensemble, tta, seconds, series, heat, sr, json, heat_method)
         return
     for name, pred in rk.predict(runs, rk.SliceStore(*store), tta, out / "results", time_budget=seconds).items():
         pred.save(out / name)

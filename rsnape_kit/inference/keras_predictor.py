@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['pass_frames', 'PassBatches', 'predict_batch', 'predict_all', 'predict_batches', 'make_views', 'keras_config',
-           'load_run', 'predictor', 'infer', 'with_features', 'slice_logits']
+           'load_run', 'predictor', 'infer', 'with_features', 'slice_logits', 'grad_cam', 'grad_cam_maps']
 
 # %% ../../nbs/09_inference/02_keras_predictor.ipynb #9022dcf5
+import time
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 
-from ..competition.labels import EXAM_LABELS
+from ..competition.labels import EXAM_LABELS, STUDY
 from ..competition.predictions import Predictions
+from ..data.base import batch_render_params
 from ..data.batches import ImageBatches, StudyBatches
 from .averaging import ProbabilityAverager
 from ..models.keras_backend import all_devices, import_keras, load_weights, usable, zero_weights
@@ -22,7 +24,7 @@ from ..models.registry import build_model, find_model, list_models
 from ..runs.config import KerasConfig, SequenceConfig
 from ..runs.folder import load_config, run_settings, run_views, run_weights
 from ..store.dicom_source import PixelSource
-from ..transforms.affine import AffineRange
+from ..transforms.affine import AffineRange, unwarp
 
 # %% ../../nbs/09_inference/02_keras_predictor.ipynb #82f2feff
 def pass_frames(n: int, frames: int, which: int = 0, passes: int = 1) -> np.ndarray:  # int [frames]
@@ -167,11 +169,16 @@ def infer(
         return predictor(run, devices=used)(source, studies, run_views(run, tta))
 
 # %% ../../nbs/09_inference/02_keras_predictor.ipynb #9fc737be
-def with_features(model):  # keras.Model of slices -> the same input -> {'features': float32 [b, F], 'images': [b, 1]}
-    "Return a network of slices that also gives the vector before its head."
+def _head(model):  # keras.Model of slices -> its last layer
     keras, head = import_keras(), model.layers[-1]
     if not isinstance(head, keras.layers.Dense) or head.activation is not keras.activations.sigmoid:
         raise ValueError(f"the last layer of {model.name} is {head.name!r}: expected a Dense(1, 'sigmoid') that reads a vector")
+    return head
+
+
+def with_features(model):  # keras.Model of slices -> the same input -> {'features': float32 [b, F], 'images': [b, 1]}
+    "Return a network of slices that also gives the vector before its head."
+    keras, head = import_keras(), _head(model)
     return keras.Model(model.inputs, {"features": keras.ops.cast(head.input, "float32"), "images": model.output[:, :1]}, name=model.name)
 
 
@@ -179,3 +186,60 @@ def slice_logits(model, features: np.ndarray) -> np.ndarray:  # keras.Model of s
     "Return the log-odds that the head gives for the vectors before it."
     kernel, bias = map(np.asarray, model.layers[-1].weights)
     return (features @ kernel + bias)[:, 0].astype(np.float32)
+
+# %% ../../nbs/09_inference/02_keras_predictor.ipynb #03f585ad
+def _rank(tensor) -> int:
+    return len(getattr(tensor, "shape", ()))
+
+
+def _gradient(function, x) -> np.ndarray:  # function of a tensor -> tensor [b]; x: float array [b, ...]
+    "Return the gradient of the sum of a function's values, with the backend of Keras."
+    keras, ops = import_keras(), import_keras().ops
+    x = ops.convert_to_tensor(x)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return np.asarray(jax.grad(lambda x: ops.sum(function(x)))(x))
+    if keras.backend.backend() == "torch":
+        x = x.detach().requires_grad_()
+        ops.sum(function(x)).backward()
+        return ops.convert_to_numpy(x.grad)
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        total = ops.sum(function(x))
+    return np.asarray(tape.gradient(total, x))
+
+
+def grad_cam(model):  # keras.Model of slices -> function of uint8 [b, size, size, C] -> float32 [b, h, w]
+    "Return a function that makes Grad-CAM maps of the first output's log-odds."
+    keras, head = import_keras(), _head(model)
+    pool = next((each for each in reversed(model.layers) if (_rank(each.input), _rank(each.output)) == (4, 2)), None)
+    if pool is None:
+        raise ValueError(f"{model.name} has no layer that turns a feature map into a vector")
+    below, above, kernel = keras.Model(model.inputs, pool.input), keras.Model(pool.input, head.input), np.asarray(head.kernel)[:, :1]
+
+    def maps(x):
+        features = np.asarray(below.predict_on_batch(x), np.float32)
+        change = _gradient(lambda each: keras.ops.matmul(keras.ops.cast(above(each, training=False), "float32"), kernel)[:, 0], features)
+        return np.maximum(np.einsum("bhwc,bc->bhw", features, change.mean((1, 2))), 0)
+
+    return maps
+
+# %% ../../nbs/09_inference/02_keras_predictor.ipynb #0a6f3873
+def grad_cam_maps(run: Path | str, source: PixelSource, rows, deadline: float = float("inf")) -> dict[int, np.ndarray]:
+    "Return Grad-CAM maps of rows of a source by a run of an image model, float32 [S, S]; without those later than `deadline` (monotonic time)."
+    name = run_settings(run)["model"]
+    if name not in list_models() or find_model(name).kind != "image":
+        raise ValueError(f"{name} is no Keras model of single slices")
+    (config, model), rows, found = load_run(run), np.asarray(rows, int), {}
+    maps, batches = grad_cam(model), make_views(config, source, source.table[STUDY].iloc[rows].unique())[0]
+    for start in range(0, len(rows), config.batch):
+        some = rows[start:start + config.batch]
+        params = batch_render_params(batches, some, some, None)
+        heat = maps(batches.loader.pixels(some, params, batches.pixels))
+        if time.monotonic() > deadline:
+            break
+        found |= {int(row): unwarp(each, own, batches.pixels.size, source.size) for row, each, own in zip(some, heat, params)}
+    return found

@@ -47,14 +47,14 @@ def noted_warnings():  # yields a list of texts
 
 # %% ../../nbs/12_report/12_findings.ipynb #19976579
 def study_heat_maps(answer: Answer, source: PixelSource, runs: Iterable[Path | str], count: int, out: Path, time_budget: float | None = None,
-                    maps: Callable = heat_maps) -> dict[int, np.ndarray]:  # row of the source -> float32 [S, S]
+                    method: str = "occlusion", maps: Callable = heat_maps) -> dict[int, np.ndarray]:  # row of the source -> float32 [S, S]
     "Return heat maps of each study's `count` most suspicious slices, and write each as PNG into `out`."
     names = {}
     for number, study in enumerate(answer.studies, 1):
         rows = study_slices_of(source.table, study.study).index
         names |= {int(rows[place]): f"study{number}-slice{place + 1}.png" for place in marked_slices(study, count)}
     out.mkdir(parents=True, exist_ok=True)
-    found = maps(runs, source, list(names), out=out / "results", time_budget=time_budget) if names else {}
+    found = maps(runs, source, list(names), out=out / "results", time_budget=time_budget, method=method) if names else {}
     for row, heat in found.items():
         atomic_write(out / names[row], heat_picture(window_stack(source, [row])[0][0, ..., 1], heat))
     return found
@@ -63,7 +63,7 @@ def study_heat_maps(answer: Answer, source: PixelSource, runs: Iterable[Path | s
 def write_findings(out: Path | str, preds: dict[str, Predictions], source: PixelSource, runs: Iterable[Path | str] = (),
                    fitted: Path | str | None = None, tta: int | dict | None = None, series: pd.DataFrame | None = None,
                    problems: Mapping[str, str] | None = None, noted: Iterable[str] = (), heat: int = 0,
-                   time_budget: float | None = None, sr: bool = False) -> Answer:
+                   time_budget: float | None = None, sr: bool = False, heat_method: str = "occlusion") -> Answer:
     """Write answer.json, answer.csv, report.html, and heat maps and Structured Reports if they are wanted, into a folder.
 
     Args:
@@ -79,6 +79,7 @@ def write_findings(out: Path | str, preds: dict[str, Predictions], source: Pixel
         heat: number of heat maps of each study.
         time_budget: seconds for them.
         sr: write a DICOM Structured Report of each study into `out/sr`.
+        heat_method: "occlusion" or "gradcam", as in `heat_maps`.
 
     Returns:
         The answer.
@@ -88,7 +89,7 @@ def write_findings(out: Path | str, preds: dict[str, Predictions], source: Pixel
     how = f"fitted: {fitted}, SHA-256 {file_digest(fitted)}" if fitted else "equal weights, not calibrated"
     answer = make_answer(predict_stages(preds, ensemble, source.table), source.table, runs_used(runs, tta), series, problems, noted, how)
     save_answer(answer, out)
-    maps = study_heat_maps(answer, source, runs, heat, out / "heatmaps", time_budget) if heat else {}
+    maps = study_heat_maps(answer, source, runs, heat, out / "heatmaps", time_budget, heat_method) if heat else {}
     blended = f"as fitted in {fitted}" if fitted else f"with {how}"
     note = f"{len(runs)} runs of {', '.join(preds)}; blended {blended}."
     write_study_page(out / "report.html", answer, source, note=note, heat=maps)
@@ -103,7 +104,8 @@ def _unpredicted(answer: Answer) -> list[str]:  # studies
 
 # %% ../../nbs/12_report/12_findings.ipynb #d7362903
 def predict_dicom(runs: Iterable[Path | str], dicom: Path | str, out: Path | str, fitted: Path | str | None = None, tta: int | dict | None = None,
-                  time_budget: float = float("inf"), series: str = "", heat: int = 0, sr: bool = False, json: bool = False) -> Answer:
+                  time_budget: float = float("inf"), series: str = "", heat: int = 0, sr: bool = False, json: bool = False,
+                  heat_method: str = "occlusion") -> Answer:
     """Choose the series of each study, predict them, write everything about them, and print the answer.
 
     Args:
@@ -117,6 +119,7 @@ def predict_dicom(runs: Iterable[Path | str], dicom: Path | str, out: Path | str
         heat: number of heat maps of each study.
         sr: write DICOM Structured Reports.
         json: print answer.json and nothing else.
+        heat_method: "occlusion" or "gradcam", as in `heat_maps`.
 
     Returns:
         The answer.
@@ -144,7 +147,7 @@ def predict_dicom(runs: Iterable[Path | str], dicom: Path | str, out: Path | str
         problems = plan_predictions(runs, source, out / "results", tta).problems()
         left = max(time_budget - (time.monotonic() - began), 0)
         answer = write_findings(out, preds, source, runs, fitted, tta, selection.series, problems, [*noted, *described.splitlines()],
-                                heat, left, sr)
+                                heat, left, sr, heat_method)
     printed = f"\n{answer_text(answer)}\n\n{out / 'report.html'}\n{out / 'answer.json'}\n{NOTE}"
     print((out / "answer.json").read_text(encoding="utf-8").rstrip() if json else printed)
     if lost := _unpredicted(answer):

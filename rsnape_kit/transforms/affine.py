@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STUDY_RANGE', 'FRACTION_BITS', 'MODES', 'affine_matrix', 'AffineRange', 'crop_matrix', 'box_matrix', 'fixed_point',
-           'source_coordinates', 'nearest_index', 'mirror_columns', 'warp']
+           'source_coordinates', 'nearest_index', 'mirror_columns', 'warp', 'unwarp']
 
 # %% ../../nbs/04_transforms/03_affine.ipynb #24235b5f
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.ndimage import map_coordinates
 
 from ..utils.schema import Checked, NonNegative, Share
 
@@ -182,3 +183,19 @@ def _blend(image: np.ndarray, up: np.ndarray, right: np.ndarray) -> np.ndarray:
     above = image[row, column] * (one - u) + image[row, column + 1] * u
     below = image[row + 1, column] * (one - u) + image[row + 1, column + 1] * u
     return (above * (one - v) + below * v + (1 << 2 * _WEIGHT - 1) >> 2 * _WEIGHT).astype(np.int16)
+
+# %% ../../nbs/04_transforms/03_affine.ipynb #ccbeb755
+def unwarp(
+    heat,  # float [h, w], a map of the result, coarse or fine
+    fixed,  # int32 [6], from fixed_point
+    result: int,  # side of the result, pixels
+    source: int,  # side of the source
+) -> np.ndarray:  # float32 [source, source]
+    "Return a map of a result over its source, interpolated; 0 where the result does not show the source."
+    heat, matrix = np.asarray(heat, np.float32), np.asarray(fixed, float)[:6].reshape(2, 3) / (1 << FRACTION_BITS)
+    grid = np.meshgrid(source // 2 - np.arange(source), np.arange(source) - (source // 2 - 1), indexing="ij")
+    up, right = np.tensordot(np.linalg.inv(matrix[:, :2]), np.stack(grid) - matrix[:, 2, None, None], 1)
+    row, column = result // 2 - up, right + result // 2 - 1
+    seen = (np.minimum(row, column) >= -.5) & (np.maximum(row, column) < result - .5)
+    places = [(place + .5) * side / result - .5 for place, side in zip((row, column), heat.shape)]
+    return np.where(seen, map_coordinates(heat, places, order=1, mode="nearest"), 0).astype(np.float32)

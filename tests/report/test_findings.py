@@ -41,12 +41,12 @@ def networks(monkeypatch):
         def problems(self):
             return {}
 
-    def corner(runs, source, rows, out, time_budget):
+    def corner(runs, source, rows, out, time_budget, method):
         return {row: np.pad(np.ones((8, 8), np.float32), (0, 56)) for row in rows}
 
     monkeypatch.setattr(findings, "predict", predict)
     monkeypatch.setattr(findings, "plan_predictions", lambda *args: Plan())
-    monkeypatch.setattr(findings.study_heat_maps, "__defaults__", (None, corner))
+    monkeypatch.setattr(findings.study_heat_maps, "__defaults__", (None, "occlusion", corner))
 
 
 def test_everything_is_written_and_told(folder, networks, tmp_path, capsys):
