@@ -151,13 +151,16 @@ class _BatchAccess:
     def __getitem__(self, i: int):  # x, (x, y) or (x, y, weight)
         rows, key_rows, repeats = self._select(i)
         params = batch_render_params(self, rows, key_rows, repeats)
+        x = self.render(rows, params)
+        return (x, *self._targets(i, rows)) if self.has_labels else x
+
+    def render(self, rows: np.ndarray, params: np.ndarray):  # int [b, ...], int32 [rows.size, P]
+        "Return slices, with their neighbours if the network sees them, as network input."
         shown = rows if self.near is None else self.near[rows]
         if self.device:
-            x = {"stored": self.loader.stored(shown.reshape(-1)).reshape(*shown.shape, *[self.loader.source.size] * 2),
-                 "params": params.reshape(*rows.shape, -1)}
-        else:
-            x = self.loader.pixels(shown, params, self.pixels, self.channels)
-        return (x, *self._targets(i, rows)) if self.has_labels else x
+            return {"stored": self.loader.stored(shown.reshape(-1)).reshape(*shown.shape, *[self.loader.source.size] * 2),
+                    "params": params.reshape(*rows.shape, -1)}
+        return self.loader.pixels(shown, params, self.pixels, self.channels)
 
     def __iter__(self):
         "Yield all batches of the epoch; the next one is prepared meanwhile."

@@ -238,7 +238,7 @@ def grad_cam_maps(run: Path | str, source: PixelSource, rows, deadline: float = 
     for start in range(0, len(rows), config.batch):
         some = rows[start:start + config.batch]
         params = batch_render_params(batches, some, some, None)
-        heat = maps(batches.loader.pixels(some, params, batches.pixels))
+        heat = maps(batches.render(some, params))
         if time.monotonic() > deadline:
             break
         found |= {int(row): unwarp(each, own, batches.pixels.size, source.size) for row, each, own in zip(some, heat, params)}

@@ -229,6 +229,13 @@ def test_features_and_heat_maps_see_the_neighbours(hidden, runs, tmp_path):
             p = infer(runs[name], ArraySource(pair, table)).images.iloc[0]
             odds.append(np.log(p / (1 - p)))
         np.testing.assert_allclose(maps[name][0, 0], odds[0] - odds[1], atol=1e-4)
+    other = source[np.arange(len(source.table))].copy()
+    other[at + 1] = other[at + 1].T
+    sources = source, ArraySource(other, source.table)
+    cams = {name: [heat_maps([run], each, [at], method="gradcam")[at] for each in sources]
+            for name, run in runs.items()}
+    assert cams["near"][0].shape == (16, 16) and cams["near"][0].any() and (cams["near"][0] != cams["near"][1]).any()
+    np.testing.assert_array_equal(*cams["alone"])
 
 
 def near_run(folder, model, pixels):
