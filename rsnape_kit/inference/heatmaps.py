@@ -105,19 +105,21 @@ class OccludedSlices(RowIndexing):
         patch: side of a patch, pixels.
         stride: distance of patches, pixels.
         slices: rows of a slices table, m x n, those of the slabs; columns on their geometry stay, since networks crop by them.
+        alone: whether networks see no other slice of a study; the copies of a slab of one slice are then one study.
     """
 
     def __init__(self, slabs: np.ndarray, names: list[str], patch: int = 32, stride: int = 16,
-                 slices: pd.DataFrame | None = None):
+                 slices: pd.DataFrame | None = None, alone: bool = True):
         self.slabs, self.size, self.patch = slabs, slabs.shape[-1], patch
         self.places = patch_places(self.size, patch, stride)
         self.fills = np.stack([blurred(slab, patch) for slab in slabs])
         self.copies, self.depth = len(self.places) + 1, slabs.shape[1]
         slab, copy, depth = (axis.ravel() for axis in np.indices((len(slabs), self.copies, self.depth)))
         names = np.array([f"{name}-{patch}-{stride}" for name in names], object)[slab]
-        study = names if self.depth == 1 else names + "-" + copy.astype(str).astype(object)
+        together = alone and self.depth == 1
+        study = names if together else names + "-" + copy.astype(str).astype(object)
         uid = names + "-" + copy.astype(str).astype(object) + "-" + depth.astype(str).astype(object)
-        self.table = pd.DataFrame({STUDY: study, SERIES: study, SLICE: uid, "order": copy if self.depth == 1 else depth})
+        self.table = pd.DataFrame({STUDY: study, SERIES: study, SLICE: uid, "order": copy if together else depth})
         if slices is not None:
             kept = [name for name in GEOMETRY if name in slices]
             self.table[kept] = slices[kept].iloc[slab * self.depth + depth].to_numpy()
@@ -219,7 +221,8 @@ def heat_maps(runs: Runs, source: PixelSource, rows: list[int], patch: int = 32,
         some = [(row, own, at) for row, (own, at) in zip(rows, slabs) if len(own) == count]
         copies = OccludedSlices(np.stack([source[np.array(own)] for _, own, _ in some]),
                                 [source.table[SLICE].iloc[row] for row, _, _ in some], patch, stride,
-                                slices.iloc[np.concatenate([own for _, own, _ in some])])
+                                slices.iloc[np.concatenate([own for _, own, _ in some])],
+                                bool(inputs) and all(pixels.alone for pixels in inputs))
         preds = predict(chosen, copies, tta=0, out=Path(out) / str(count), time_budget=time_budget)
         maps = np.mean([copies.maps(pred.images, [at for *_, at in some]) for pred in preds.values()], 0)
         found |= {row: heat for (row, *_), heat in zip(some, maps) if np.isfinite(heat).all()}

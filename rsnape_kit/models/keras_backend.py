@@ -147,7 +147,7 @@ def fused(adam: type) -> type:  # keras.optimizers.Adam or AdamW -> a subclass
             super()._backend_update_step(grads, variables, learning_rate)
 
         def update_step(self, gradient, variable, learning_rate):
-            if self._powers is None or self.amsgrad:
+            if self._powers is None or self.amsgrad or variable.dtype != "float32" or hasattr(gradient, "indices"):
                 return super().update_step(gradient, variable, learning_rate)
             import tensorflow as tf
             at = self._get_variable_index(variable)

@@ -238,6 +238,29 @@ def test_features_and_heat_maps_see_the_neighbours(hidden, runs, tmp_path):
     np.testing.assert_array_equal(*cams["alone"])
 
 
+def test_a_heat_map_of_a_lone_slice_shows_that_slice_only(hidden, tmp_path):
+    "The neighbours of a slice without any are itself, not other copies of it."
+    from rsnape_kit.inference.heatmaps import blurred, heat_maps
+    from rsnape_kit.inference.keras_predictor import infer
+    from rsnape_kit.runs.folder import open_run
+
+    near, rng = config({"neighbours": (-1, 0, 1)}), np.random.default_rng(0)
+    run, network = open_run(tmp_path / "run", near), build_model(near)
+    network.set_weights([rng.normal(0, 1, weight.shape) for weight in network.get_weights()])
+    save_weights(network, run / "best.npz")
+    table = pd.DataFrame({STUDY: ["a"], SERIES: "a", SLICE: "a.0", "order": 0})
+    source = ArraySource(rng.normal(0, 400, (1, 16, 16)).astype(np.int16), table)
+
+    def here(runs, copies, tta, out, time_budget):
+        return {str(run): infer(run, copies, tta=0) for run in runs}
+
+    hidden = source[:].copy()
+    hidden[:, :8, :8] = blurred(hidden, 8)[:, :8, :8]
+    p = [infer(run, each).images.iloc[0] for each in (source, ArraySource(hidden, table))]
+    heat = heat_maps([run], source, [0], 8, 8, out=tmp_path / "heat", predict=here)[0]
+    np.testing.assert_allclose(heat[0, 0], np.log(p[0] / (1 - p[0])) - np.log(p[1] / (1 - p[1])), atol=1e-4)
+
+
 def near_run(folder, model, pixels):
     "An untrained run with neighbours."
     from rsnape_kit.runs.folder import open_run
