@@ -80,10 +80,8 @@ class Phase(Checked):
 
     def rate(self, k: int) -> float:
         "Return the learning rate of epoch `k` of the phase."
-        if self.one_cycle:
-            return self.rate_at(k / self.epochs)
-        if self.to is None or self.epochs == 1:
-            return self.lr
+        if self.one_cycle or self.to is None or self.epochs == 1:
+            return self.rate_at(k / self.epochs) if self.one_cycle else self.lr
         return self.to + (self.lr - self.to) * (1 + math.cos(math.pi * k / (self.epochs - 1))) / 2
 
     def rate_at(self, done: float) -> float:
@@ -285,9 +283,8 @@ def check_config(config: FitConfig):
     config.entry.check_network(config.network)
     idle = {"balanced": kind == "volume" and config.balanced and loss == "bce",
             "exam_labels": getattr(config, "exam_labels", 0) and not (kind == "image" and loss == "metric" and config.entry.accepts("outputs")),
-            "emphasis": kind == "image" and config.emphasis != 1,
-            "slice_warmup": kind == "image" and config.slice_warmup is not None}
-    for name in (name for name, no_effect in idle.items() if no_effect):
+            "emphasis": kind == "image" and config.emphasis != 1, "slice_warmup": kind == "image" and config.slice_warmup is not None}
+    if name := next((name for name, no_effect in idle.items() if no_effect), None):
         raise ValueError(f"{name}={getattr(config, name)!r} has no effect for {config.model} with loss={loss!r}: leave it out")
     if kind == "sequence" and config.clip and config.entry.accepts("networks"):
         raise ValueError(f"clip={config.clip} would make the networks of the bag depend on each other: leave it out")
