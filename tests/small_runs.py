@@ -11,10 +11,11 @@ from rsnape_kit.transforms.windows import PE
 PIXELS = InputConfig((PE,), "fixed", 32)
 
 
-def keras_run(folder, model: str, fold: int = 0) -> Path:
+def keras_run(folder, model: str, fold: int = 0, **settings) -> Path:
     "A Keras run that was never trained."
     network = {"width": .125} if model == "resnet3d" else {"variant": "b0", "width": .25, "depth": .1}
-    config = KerasConfig(model=model, fold=fold, seed=fold, pixels=PIXELS, frames=4, batch=8, network=network)
+    settings = {"pixels": PIXELS, "frames": 4, "batch": 8, "network": network} | settings
+    config = KerasConfig(model=model, fold=fold, seed=fold, **settings)
     run = open_run(Path(folder) / config.name, config)
     save_weights(build_model(config), run / "best.npz")
     return run

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXAM_WEIGHTS', 'EXAM_LABELS', 'IMAGE_LABEL', 'IMAGE_WEIGHT', 'AUX_LABELS', 'STUDY', 'SERIES', 'SLICE', 'SIDES',
-           'LOCATIONS', 'RV_LV', 'CHRONICITY', 'NOT_POSITIVE', 'POSITIVE_LABELS', 'RULES', 'mirror_labels',
-           'check_sides', 'Rule', 'allowed_combinations', 'exam_id', 'parse_ids']
+           'LOCATIONS', 'RV_LV', 'CHRONICITY', 'NOT_POSITIVE', 'POSITIVE_LABELS', 'SLICE_LABELS', 'RULES',
+           'mirror_labels', 'check_sides', 'Rule', 'allowed_combinations', 'exam_id', 'parse_ids']
 
 # %% ../../nbs/01_competition/01_labels.ipynb #a8673d9e
 from dataclasses import dataclass
@@ -84,6 +84,7 @@ RV_LV = ("rv_lv_ratio_gte_1", "rv_lv_ratio_lt_1")
 CHRONICITY = ("chronic_pe", "acute_and_chronic_pe")
 NOT_POSITIVE = ("negative_exam_for_pe", "indeterminate")
 POSITIVE_LABELS = LOCATIONS + RV_LV + CHRONICITY  # 1 in positive exams only
+SLICE_LABELS = (IMAGE_LABEL, *POSITIVE_LABELS)  # outputs of an image model that learns exam labels
 
 RULES = (
     Rule("exactly one RV/LV ratio", True, RV_LV, 1, 1),

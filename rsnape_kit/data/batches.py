@@ -18,9 +18,9 @@ from rsnape_kit.competition.labels import (
     AUX_LABELS,
     EXAM_LABELS,
     EXAM_WEIGHTS,
-    IMAGE_LABEL,
     IMAGE_WEIGHT,
     POSITIVE_LABELS,
+    SLICE_LABELS,
     STUDY,
     check_sides,
     mirror_labels,
@@ -100,9 +100,9 @@ class ImageBatches(Batches):
     def _targets(self, i: int, rows: np.ndarray) -> tuple:
         y, w = self.labelled.image[rows][:, None], self.weight[rows] / self.mean_weight if self.weights else None
         if self.exam_labels:
-            labels, flips = (IMAGE_LABEL, *POSITIVE_LABELS), self.flips(i)
-            y = mirror_labels(np.hstack([y, y * self.exams[self.labelled.study[rows]]]), labels, flips)
-            w = None if w is None else mirror_labels(w[:, None] * self.columns, labels, flips)
+            flips = self.flips(i)
+            y = mirror_labels(np.hstack([y, y * self.exams[self.labelled.study[rows]]]), SLICE_LABELS, flips)
+            w = None if w is None else mirror_labels(w[:, None] * self.columns, SLICE_LABELS, flips)
         return (y,) if w is None else (y, w)
 
 # %% ../../nbs/06_data/06_batches.ipynb #f454e3a9

@@ -9,7 +9,7 @@ __all__ = ['RunningMean', 'ProbabilityAverager']
 import numpy as np
 import pandas as pd
 
-from ..competition.labels import SLICE, STUDY, mirror_labels
+from ..competition.labels import IMAGE_LABEL, NOT_POSITIVE, SLICE, SLICE_LABELS, STUDY, mirror_labels
 from ..competition.predictions import Predictions
 from ..competition.tables import slice_index
 from ..data.batches import EXAM_OUTPUTS
@@ -81,6 +81,19 @@ class ProbabilityAverager:
             self.exam.add(study, mirror_labels(np.asarray(exam), self.labels, mirrored))
         self.image.add(rows[real], image[real])
 
+    def add_maxima(
+        self,
+        rows,  # int [n], rows of the table: all slices of some studies, of one view
+        p,  # probabilities [n, 8] of SLICE_LABELS
+    ):
+        "Add exam predictions, the largest of the slices' probabilities; of negative 1 - that of the image label. Indeterminate gets none."
+        p, study = np.asarray(p, float), self.study[np.asarray(rows)]
+        if (invalid := ~np.isfinite(p).all(1)).any():
+            self._raise_invalid(f"slice {self.table[SLICE].iloc[np.asarray(rows)[invalid][0]]!r} of ", study[invalid][0])
+        highest = pd.DataFrame(p, columns=SLICE_LABELS).groupby(study).max()
+        highest.insert(0, NOT_POSITIVE[0], 1 - highest.pop(IMAGE_LABEL))
+        self.exam.add(np.ix_(highest.index, [self.labels.index(label) for label in highest]), highest.to_numpy())
+
     def _raise_invalid(self, which: str, study: int):
         raise FloatingPointError(f"the prediction for {which}study {self.studies[study]!r} is NaN or infinite: check its slices, "
                                  "or predict in float32")
@@ -88,7 +101,7 @@ class ProbabilityAverager:
     def predictions(
         self,
         interpolate: bool = False,  # fill slices without a prediction from their neighbours along z
-    ) -> Predictions:  # of the studies that were added; exams are NaN for a model of slices only
+    ) -> Predictions:  # of the studies that were added; NaN for exam labels that were not
         "Return the means; raise ValueError if a study has a slice without a prediction."
         count = np.bincount(self.study, self.image.count > 0, len(self.studies))
         rows = np.flatnonzero(count[self.study] > 0)

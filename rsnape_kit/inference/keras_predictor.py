@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..competition.labels import EXAM_LABELS, STUDY
+from ..competition.labels import EXAM_LABELS, SLICE_LABELS, STUDY, mirror_labels
 from ..competition.predictions import Predictions
 from ..data.base import batch_render_params
 from ..data.batches import ImageBatches, StudyBatches
@@ -84,7 +84,7 @@ def predict_all(model, batches):  # keras.Model, batches with `batch`, their siz
         n = _length(x)
         x = _filled(x, batches.batch - n) if n < batches.batch else x
         p = predict_batch(model, x)
-        p = p if isinstance(p, dict) else {"images": p[:, :1]}  # further outputs serve training
+        p = p if isinstance(p, dict) else {"images": p[:, :1], "labels": p}  # the image label, then any of SLICE_LABELS
         yield i, {head: np.asarray(value)[:n] for head, value in p.items()}
 
 
@@ -92,12 +92,21 @@ def predict_batches(
     model,  # keras.Model
     views: list,  # batches of the same studies, plain and augmented
     mean: str = "logit",  # how probabilities are averaged, see `ProbabilityAverager`
-) -> Predictions:  # exams are NaN for image models
+    exam_maxima: bool = False,  # exams by slices, of image models with eight outputs; see `KerasConfig`
+) -> Predictions:  # exams of image models are NaN without `exam_maxima`, and indeterminate with it
     "Predict every slice and study of some batches; slices that no pass contains are interpolated along z."
-    averager = ProbabilityAverager(views[0].loader.source.table, EXAM_LABELS, mean)
+    source = views[0].loader.source
+    averager, lost = ProbabilityAverager(source.table, EXAM_LABELS, mean), getattr(source, "lost", np.zeros(len(source.table), bool))
     for batches in views:
+        seen = []
         for i, p in predict_all(model, batches):
-            averager.add(batches.rows(i), p["images"], p.get("exams"), batches.flips(i))
+            rows, flips = batches.rows(i), batches.flips(i)
+            averager.add(rows, p["images"], p.get("exams"), flips)
+            if exam_maxima:
+                known = ~lost[rows]
+                seen.append((rows[known], mirror_labels(p["labels"], SLICE_LABELS, flips)[known]))
+        if seen:
+            averager.add_maxima(*map(np.concatenate, zip(*seen)))
     return averager.predictions(interpolate=True)
 
 # %% ../../nbs/09_inference/02_keras_predictor.ipynb #037da179
@@ -152,7 +161,7 @@ def predictor(
     batch = -(-(batch or config.batch) // devices) * devices
 
     def predict(source: PixelSource, studies=None, views=(0,)) -> Predictions:
-        return predict_batches(model, make_views(config, source, studies, views, batch=batch))
+        return predict_batches(model, make_views(config, source, studies, views, batch=batch), exam_maxima=config.exam_maxima)
 
     return predict
 

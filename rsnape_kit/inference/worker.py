@@ -218,8 +218,8 @@ def work(job: Job):
 
 
 def _check_finite(pred, lost):
-    "Raise if the model predicts NaN for a slice with pixel data, or for some of the exam labels."
-    predicted = pred.exams[list(EXAM_LABELS)].notna().to_numpy()
+    "Raise if the model predicts NaN for a slice with pixel data, or for some of the exam labels, of which slices do not know `indeterminate`."
+    predicted = pred.exams[list(EXAM_LABELS)].drop(columns="indeterminate").notna().to_numpy()
     gaps = pred.images.isna().to_numpy() & ~lost
     if gaps.any():
         raise ValueError(f"the model predicts NaN for {gaps.sum()} of {len(gaps)} slices; check its weights")

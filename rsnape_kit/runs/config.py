@@ -80,10 +80,8 @@ class Phase(Checked):
 
     def rate(self, k: int) -> float:
         "Return the learning rate of epoch `k` of the phase."
-        if self.one_cycle:
-            return self.rate_at(k / self.epochs)
-        if self.to is None or self.epochs == 1:
-            return self.lr
+        if self.one_cycle or self.to is None or self.epochs == 1:
+            return self.rate_at(k / self.epochs) if self.one_cycle else self.lr
         return self.to + (self.lr - self.to) * (1 + math.cos(math.pi * k / (self.epochs - 1))) / 2
 
     def rate_at(self, done: float) -> float:
@@ -165,6 +163,7 @@ class KerasConfig(TrainConfig):
         affine: ranges of the random affine transforms in training, and the probability of flips; None: none.
         augment: ranges of random contrast, HU shift and cutouts in training; by default none.
         exam_labels: image models: weight of seven exam labels in the loss of slices, where the image label has 1; see `ImageBatches`.
+        exam_maxima: image models with `exam_labels`: predict those labels, and negative, of a study by the maxima over its slices.
         balanced: image models: half the slices of a batch are positive; with loss='metric', slices are weighted by class.
         batch: slices (image) or studies (volume) of a forward pass, over all devices.
         accumulate: passes per step of the optimiser, which takes the mean of their gradients; batch norm sees one pass.
@@ -185,6 +184,7 @@ class KerasConfig(TrainConfig):
     frames: Count = 256
     mask: SideMask | None = SideMask()
     exam_labels: NonNegative = 0.
+    exam_maxima: bool = False
     balanced: bool = False
     steps: Count | None = None
     validate: Count = 1
@@ -283,12 +283,12 @@ def check_config(config: FitConfig):
     if not isinstance(config, expected := config_class(config.model)):
         raise ValueError(f"{config.model}: its settings are a {expected.__name__}, not a {type(config).__name__}")
     config.entry.check_network(config.network)
-    idle = {"balanced": kind == "volume" and config.balanced and loss == "bce",
+    idle = {"balanced": kind == "volume" and config.balanced and loss == "bce", "exam_maxima": getattr(config, "exam_maxima", 0) and not config.exam_labels,
             "exam_labels": getattr(config, "exam_labels", 0) and not (kind == "image" and loss == "metric" and config.entry.accepts("outputs")),
-            "emphasis": kind == "image" and config.emphasis != 1,
-            "slice_warmup": kind == "image" and config.slice_warmup is not None}
-    for name in (name for name, no_effect in idle.items() if no_effect):
-        raise ValueError(f"{name}={getattr(config, name)!r} has no effect for {config.model} with loss={loss!r}: leave it out")
+            "emphasis": kind == "image" and config.emphasis != 1, "slice_warmup": kind == "image" and config.slice_warmup is not None}
+    if name := next((name for name, no_effect in idle.items() if no_effect), None):
+        why = "without exam_labels" if name == "exam_maxima" else f"for {config.model} with loss={loss!r}"
+        raise ValueError(f"{name}={getattr(config, name)!r} has no effect {why}: leave it out")
     if kind == "sequence" and config.clip and config.entry.accepts("networks"):
         raise ValueError(f"clip={config.clip} would make the networks of the bag depend on each other: leave it out")
     if kind == "groups" and any(phase.from_best for phase in config.phases[1:]):

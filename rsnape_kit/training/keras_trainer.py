@@ -167,4 +167,4 @@ def _train(run, config, source: PixelSource, train_truth, held_out, weights, dea
     if not (run / "oof").exists():
         with atomic_file(run / "best.npz") as fresh:
             shutil.copy2(load_checkpoint(run)[0] / "best.npz", fresh)
-        predict_batches(network, final).save(run / "oof")
+        predict_batches(network, final, exam_maxima=config.exam_maxima).save(run / "oof")

@@ -28,6 +28,7 @@ from rsnape_kit.store.build import build_store
 from rsnape_kit.store.dicom_source import DicomSource
 from rsnape_kit.store.slice_store import SliceStore
 from rsnape_kit.training.torch_trainer import predict_held_out
+from rsnape_kit.transforms.affine import AffineRange
 from rsnape_kit.utils.files import read_json, write_json
 from rsnape_kit.utils.processes import worker_environ
 
@@ -136,17 +137,23 @@ def test_predict_gives_the_mean_that_training_gives_for_the_held_out_studies(wor
     "Training adds up all views, as these functions do; `predict` keeps each view and averages them later."
     folder, table, runs, _ = world
     source, studies = DicomSource(table), sorted(table[STUDY].unique())[1:]
-    chosen = [runs["efficientnet"][0], *runs["resnet3d"], *runs["petaformer"]]
+    settings = dict(loss="metric", exam_labels=1., exam_maxima=True, affine=AffineRange(flip=.5))
+    maxima = keras_run(tmp_path / "maxima", "efficientnet", 2, **settings)
+    chosen = [runs["efficientnet"][0], maxima, *runs["resnet3d"], *runs["petaformer"]]
+    names = ["efficientnet", "maxima", "resnet3d", "petaformer"]
     certain = torch.load(chosen[-1] / "weights.pt")  # PetaFormer's probabilities reach their limits
     certain = {name: value * (40 if "exam_head" in name else 1) for name, value in certain.items()}
     networks = [load_run(run) for run in chosen[:-1]]
     for tta in (2, 0):
         own = [with_views(run, tmp_path / "runs", tta) for run in chosen]
         torch.save(certain, own[-1] / "weights.pt")
-        held_out = {config.model: predict_batches(network, make_views(config, source, studies, range(1 + tta)))
-                    for config, network in networks}
+        views = [make_views(config, source, studies, range(1 + tta)) for config, _ in networks]
+        held_out = {name: predict_batches(network, own_views, exam_maxima=name == "maxima")
+                    for name, (_, network), own_views in zip(names, networks, views)}
         held_out["petaformer"] = predict_held_out(own[-1], source, studies)
-        preds = predict(own, table, out=tmp_path / "results", studies=studies, progress=False)
+        by_name = {name: [run] for name, run in zip(names, own)}
+        preds = predict(by_name, table, out=tmp_path / "results", studies=studies, progress=False)
+        assert preds["maxima"].exams.notna().sum(axis=1).eq(8).all()
         for name, pred in preds.items():
             expected = held_out[name].align(pred)
             np.testing.assert_allclose(pred.images, expected.images, rtol=1e-4, atol=1e-6)
