@@ -16,7 +16,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from .dataset import is_gzip, numbers_of, read_dataset
-from .decode import rescale_of, to_dicom_error
+from .decode import OneRescaleError, rescale_of, to_dicom_error
 from .geometry import CORNER, ORIENTATION, arrange
 from .header import FIELD, FIELDS, FOUND, MORE, NUMBER, NUMBERS, walk_many
 from ..utils.files import valid_text
@@ -78,8 +78,10 @@ def _read_with_pydicom(path):
             numbers[NUMBER[name]:NUMBER[name] + count] = values  # NaN, as if missing, for a text that is no number
     try:
         rescale_of(ds)
+    except OneRescaleError:  # `_rows` notes it
+        return texts, numbers, ""
     except ValueError as error:  # `read_hu` refuses the file too
-        return texts, numbers, "" if "only one" in str(error) else str(error)
+        return texts, numbers, str(error)
     return texts, numbers, ""
 
 # %% ../../nbs/02_dicom/06_slices.ipynb #f1c70cba
