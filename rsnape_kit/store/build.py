@@ -26,7 +26,7 @@ from .dicom_source import DicomSource, PixelSource, RowSubset, StoreInput
 from .lungs import lung_columns, sampled_rows, shrink
 from .slice_store import INDEX, KIND, read_end, read_footer, read_index, slices_in, write_shard
 from .tfrecords import is_tfrecord, read_tfrecords
-from ..utils.files import atomic_file, valid_text
+from ..utils.files import atomic_file, valid_path, valid_text
 from ..utils.manifest import MANIFEST, has_marker, write_manifest
 from ..utils.processes import exclusive, executor_for, map_ahead
 from ..utils.table_files import TableSchema
@@ -109,7 +109,7 @@ def open_source(*paths: str | os.PathLike, size: int = 256, keep_padding: bool =
         FileNotFoundError: a path does not exist, or there is neither DICOM nor a TFRecord file.
         ValueError: there are both.
     """
-    files = [file for path in paths for file in ([os.fspath(path)] if os.path.isfile(path) else list_files(path))]
+    files = [file for path in map(valid_path, paths) for file in ([path] if os.path.isfile(path) else list_files(path))]
     records = [file for file in files if is_tfrecord(file)]
     if records:
         dicom = next((file for file in files if not is_tfrecord(file) and _is_dicom(file)), None)
@@ -215,13 +215,13 @@ def build_store(source: PixelSource | pd.DataFrame | str | os.PathLike | list, o
             or settings.
         RuntimeError: another process is building in `out`, or a worker process ended.
     """
+    out = Path(valid_path(out, "out"))
     source = _as_input(source, size, keep_padding, max_unreadable)
     _check_readable(source)
     if labels is not None:
         source = source.take(np.arange(len(source.table)))  # a copy, since its table is changed
         source.table = _with_labels(source.table, labels)
-    out, meta = Path(out), {"size": size, "lowest": getattr(source, "lowest", -1024), "part": list(part),
-                            "codec": "tiles"}
+    meta = {"size": size, "lowest": getattr(source, "lowest", -1024), "part": list(part), "codec": "tiles"}
     _refuse_foreign(out)
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out):
