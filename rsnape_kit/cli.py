@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEBUG', 'COMMANDS', 'weights', 'recipes', 'features', 'kernels', 'bundle', 'check', 'push', 'submit', 'rehearse',
-           'read_docstring', 'argument_settings', 'add_command', 'parser', 'main', 'one_message']
+           'read_docstring', 'path_of', 'argument_settings', 'add_command', 'parser', 'main', 'one_message']
 
 # %% ../nbs/17_cli.ipynb #68f914ca
 import argparse
@@ -18,6 +18,7 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import rsnape_kit as rk
 from .commands import blend, demo, phantom, predict, report, scan, store, train
+from .utils.files import valid_path
 from .utils.processes import end_with_parent
 from .utils.schema import Count, Limits, parse
 
@@ -164,6 +165,14 @@ def read_docstring(function) -> tuple:  # first line, and parameter -> text
     return text.partition("\n")[0], dict(re.findall(r"^    (\w+): (.+)$", text.partition("Args:\n")[2], re.M))
 
 
+def path_of(text: str) -> Path:
+    "Return a path that is not empty."
+    try:
+        return Path(valid_path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(error) from None
+
+
 def argument_settings(
     hint,  # the parameter's annotation
     default,  # inspect.Parameter.empty if it has none
@@ -187,7 +196,7 @@ def argument_settings(
                            {"nargs": "*" if "default" in settings else "+", "type": argument_settings(get_args(kind)[0], None, "")["type"]})
     if get_origin(kind) is Literal:
         return settings | {"choices": get_args(kind), "type": type(get_args(kind)[0])}
-    return settings | {"type": extra[0] if extra else kind}
+    return settings | {"type": extra[0] if extra else path_of if kind is Path else kind}
 
 # %% ../nbs/17_cli.ipynb #f5c7c38e
 DEBUG = "show the traceback of an error"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import rsnape_kit as rk
-from .utils.files import atomic_file, name_full_disk, valid_text
+from .utils.files import atomic_file, name_full_disk, valid_path, valid_text
 from .utils.processes import worker_pool
 from .utils.schema import Count, Natural, Positive, Seed, Views
 
@@ -140,7 +140,7 @@ def train(model: str, *, store: list[Path], train_csv: Path, fold: list[Natural]
         left = None if hours is None else hours - (time.monotonic() - began) / 3600
         options |= {"image_runs": _of_fold(image_run, held_out if len(fold) > 1 else None)} if image_run else {}
         run = rk.train(model, source, held_out, override_settings(replace(config, seed=number), set), truth=truth, folds=split,
-                       out=out, earlier=earlier, weights=None if weights == "none" else weights, tta=tta, hours=left, **options)
+                       out=out, earlier=earlier, weights=None if weights == "none" else valid_path(weights, "--weights"), tta=tta, hours=left, **options)
         print(run)
         if complete_folder(run / "oof") is None:  # the time was up
             return

@@ -24,6 +24,7 @@ from .geometry import arrange
 from .kinds import DETAILS, names_contrast, object_faults, read_details
 from .slices import read_headers
 from ..utils.archives import ARCHIVE_ERRORS, open_archive
+from ..utils.files import valid_path
 
 # %% ../../nbs/02_dicom/10_selection.ipynb #b301f013
 def competition_studies(headers: pd.DataFrame) -> np.ndarray:
@@ -180,7 +181,7 @@ _archives = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".7z", ".rar", ".
 @contextmanager
 def dicom_input(path: str | os.PathLike) -> Iterator[str | list[str]]:
     "Yield the folder or list of files to scan for a folder, one DICOM file, a DICOMDIR or a zip archive, unpacked meanwhile."
-    path = os.fspath(path)
+    path = valid_path(path)
     if os.path.isdir(path):
         yield path
     elif not os.path.exists(path):

@@ -16,26 +16,35 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from .dataset import is_gzip, numbers_of, read_dataset
-from .decode import rescale_of, to_dicom_error
+from .decode import OneRescaleError, rescale_of, to_dicom_error
 from .geometry import CORNER, ORIENTATION, arrange
 from .header import FIELD, FIELDS, FOUND, MORE, NUMBER, NUMBERS, walk_many
-from ..utils.files import valid_text
+from ..utils.files import valid_path, valid_text
 from ..utils.native import raw_paths, read_beginnings
 
 # %% ../../nbs/02_dicom/06_slices.ipynb #a5b514be
 def list_files(root: str | os.PathLike) -> list[str]:
     "Sorted paths of all files below a folder; hidden files are left out."
-    found, folders, seen = [], [os.fspath(root)], set()
+    found, folders, seen = [], [valid_path(root)], set()
     while folders:
         folder = folders.pop()
         if (real := os.path.realpath(folder)) in seen:
             continue
         seen.add(real)
-        with os.scandir(folder) as iterator:
-            entries = sorted(iterator, key=lambda entry: entry.name)
+        entries = _entries(folder)
         folders += [entry.path for entry in entries if _is_kind(entry, "dir")]
         found += [entry.path for entry in entries if not entry.name.startswith(".") and _is_kind(entry, "file")]
     return sorted(found)
+
+def _entries(folder):
+    "Entries of a folder by name; the error of one that cannot be read names it and the fix, since its slices would be missing."
+    try:
+        with os.scandir(folder) as iterator:
+            return sorted(iterator, key=lambda entry: entry.name)
+    except OSError as error:
+        fix = "let this user read it (chmod -R u+rX), or give the other folders" if isinstance(error, PermissionError) else (
+            "check its name and its disk")
+        raise type(error)(f"{folder} cannot be listed ({error.strerror}), so slices may be missing: {fix}") from error
 
 def _is_kind(entry, kind):
     "Whether this is a folder ('dir') or a file, or a link to one; a link to nothing counts as a file."
@@ -78,8 +87,10 @@ def _read_with_pydicom(path):
             numbers[NUMBER[name]:NUMBER[name] + count] = values  # NaN, as if missing, for a text that is no number
     try:
         rescale_of(ds)
+    except OneRescaleError:  # `_rows` notes it
+        return texts, numbers, ""
     except ValueError as error:  # `read_hu` refuses the file too
-        return texts, numbers, "" if "only one" in str(error) else str(error)
+        return texts, numbers, str(error)
     return texts, numbers, ""
 
 # %% ../../nbs/02_dicom/06_slices.ipynb #f1c70cba
@@ -188,7 +199,7 @@ def _serial_or_threaded(batches):
 
 def read_headers(root: str | os.PathLike | list[str], executor: Executor | None = None, batch_files: int = 2048) -> pd.DataFrame:
     "The rows of `scan` before they are sorted, with the columns CORNER and ORIENTATION: the input of `arrange`."
-    if not isinstance(root, list) and not os.path.isdir(root):
+    if not isinstance(root, list) and not os.path.isdir(valid_path(root)):
         raise (NotADirectoryError if os.path.exists(root) else FileNotFoundError)(
             f"{os.fspath(root)} {'is no folder' if os.path.exists(root) else 'does not exist'}; give a folder of DICOM series")
     paths = sorted(map(os.path.abspath, root)) if isinstance(root, list) else list_files(os.path.abspath(root))

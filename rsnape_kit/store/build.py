@@ -26,8 +26,8 @@ from .dicom_source import DicomSource, PixelSource, RowSubset, StoreInput
 from .lungs import lung_columns, sampled_rows, shrink
 from .slice_store import INDEX, KIND, read_end, read_footer, read_index, slices_in, write_shard
 from .tfrecords import is_tfrecord, read_tfrecords
-from ..utils.files import atomic_file, valid_text
-from ..utils.manifest import MANIFEST, has_marker, write_manifest
+from ..utils.files import atomic_file, valid_path, valid_text
+from ..utils.manifest import MANIFEST, refuse_foreign, write_manifest
 from ..utils.processes import exclusive, executor_for, map_ahead
 from ..utils.table_files import TableSchema
 
@@ -109,7 +109,7 @@ def open_source(*paths: str | os.PathLike, size: int = 256, keep_padding: bool =
         FileNotFoundError: a path does not exist, or there is neither DICOM nor a TFRecord file.
         ValueError: there are both.
     """
-    files = [file for path in paths for file in ([os.fspath(path)] if os.path.isfile(path) else list_files(path))]
+    files = [file for path in map(valid_path, paths) for file in ([path] if os.path.isfile(path) else list_files(path))]
     records = [file for file in files if is_tfrecord(file)]
     if records:
         dicom = next((file for file in files if not is_tfrecord(file) and _is_dicom(file)), None)
@@ -172,14 +172,6 @@ def _plan(source, out, part, meta):
     finished = [slices_in(path) for path in paths]
     return rows, paths, finished, all(finished) and _is_indexed(out, meta)
 
-def _refuse_foreign(out):
-    "Raise FileExistsError if a folder without shards has files that the store would replace, such as the manifest of a run."
-    if any(out.glob("*.slices")) or has_marker(out, KIND):
-        return
-    for name in (MANIFEST, INDEX, "problems.csv"):
-        if (out / name).exists():
-            raise FileExistsError(f"{out} holds {name} and is no store: nothing was deleted; name another folder, or move this one away")
-
 def _is_indexed(out, meta):
     "Whether a folder has a sound index of a store with these settings."
     try:
@@ -211,18 +203,20 @@ def build_store(source: PixelSource | pd.DataFrame | str | os.PathLike | list, o
 
     Raises:
         FileNotFoundError: there is no file where a slices table says.
+        FileExistsError: `out` has other files than those of a store.
         ValueError: an argument is invalid, too many slices of a study are unreadable, or `out` contains a store of other slices
             or settings.
         RuntimeError: another process is building in `out`, or a worker process ended.
     """
+    out = Path(valid_path(out, "out"))
+    if not any(out.glob("*.slices")):  # an unfinished store has shards, or what a killed build left of the first
+        refuse_foreign(out, KIND, ("*.slices.*.tmp", ".lock"))
     source = _as_input(source, size, keep_padding, max_unreadable)
     _check_readable(source)
     if labels is not None:
         source = source.take(np.arange(len(source.table)))  # a copy, since its table is changed
         source.table = _with_labels(source.table, labels)
-    out, meta = Path(out), {"size": size, "lowest": getattr(source, "lowest", -1024), "part": list(part),
-                            "codec": "tiles"}
-    _refuse_foreign(out)
+    meta = {"size": size, "lowest": getattr(source, "lowest", -1024), "part": list(part), "codec": "tiles"}
     out.mkdir(parents=True, exist_ok=True)
     with exclusive(out):
         rows, paths, finished, done = _plan(source, out, part, meta)

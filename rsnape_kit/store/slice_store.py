@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from ..competition.tables import read_arrow, read_parquet
 from .codec import compress, decompress, unpack_all
 from .dicom_source import RowIndexing, output_array
-from ..utils.files import atomic_file, validate_name
+from ..utils.files import atomic_file, valid_path, validate_name
 from ..utils.manifest import MANIFEST, check_manifest, read_manifest
 
 # %% ../../nbs/03_store/04_slice_store.ipynb #ab2154c5
@@ -175,7 +175,7 @@ class SliceStore(RowIndexing):
         ValueError: the index or a shard's table is damaged, a shard is of another version, or the parts do not belong together.
     """
     def __init__(self, *paths: str | os.PathLike):
-        self.paths = [os.path.abspath(path) for path in paths]
+        self.paths = [os.path.abspath(valid_path(path)) for path in paths]
         table, self.size, self.lowest = _join(self.paths)
         self._start, self._bytes, self._crc32 = (table[c].to_numpy() for c in ("start", "bytes", "crc32"))
         self._shard, self._shards = pd.factorize(table["shard"])

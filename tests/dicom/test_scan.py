@@ -1,4 +1,5 @@
 "Scanning a folder: every slice, in anatomical order, however the files are named and numbered."
+import errno
 import itertools
 import os
 import shutil
@@ -16,8 +17,12 @@ from pydicom.uid import JPEGLosslessSV1
 
 from rsnape_kit.dicom.decode import DicomError
 from rsnape_kit.dicom.hounsfield import read_hu
+from rsnape_kit.dicom.selection import dicom_input
 from rsnape_kit.dicom.series import read_series
 from rsnape_kit.dicom.slices import _rows, scan
+from rsnape_kit.dicom.volumes import select_study
+from rsnape_kit.store import SliceStore, build_store
+from rsnape_kit.store.build import open_source
 
 SUPINE, PRONE, CORONAL = [1, 0, 0, 0, 1, 0], [-1, 0, 0, 0, -1, 0], [1, 0, 0, 0, 0, -1]
 
@@ -340,3 +345,33 @@ def test_real_ct(real_ct):
     whole = scan(real_ct / "cip_ct64_series")
     assert len(whole) == 79 and whole.SeriesInstanceUID.nunique() == 1
     compare(whole)
+
+
+@pytest.mark.parametrize("number, fix", [(errno.EACCES, "chmod -R"), (errno.EIO, "its disk")])
+def test_a_folder_that_cannot_be_listed_ends_a_scan(tmp_path, monkeypatch, number, fix):
+    "Its slices would be missing. The tests may run as root, who may read everything."
+    for name in ("a", "b/c", "d"):
+        series(tmp_path / name, [0, 1], uid=name)
+    true, closed = os.scandir, str(tmp_path / "b" / "c")
+
+    def scandir(path):
+        if path == closed:
+            raise OSError(number, os.strerror(number), path)
+        return true(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    for read in (scan, select_study, open_source):
+        with pytest.raises(OSError, match=f"{closed} cannot be listed .{os.strerror(number)}.*{fix}"):
+            read(tmp_path)
+    assert len(scan(tmp_path / "d")) == 2
+
+
+@pytest.mark.parametrize("empty", ["", " ", None])
+def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch, empty):
+    series(tmp_path, [0, 1])
+    monkeypatch.chdir(tmp_path)
+    assert len(scan(".")) == len(open_source(".", size=8)) == 2
+    for read in (scan, select_study, open_source, lambda path: dicom_input(path).__enter__(), SliceStore, lambda out: build_store(".", out, 8)):
+        with pytest.raises(ValueError, match=f"is {empty!r}, .* not set; the current folder is"):
+            read(empty)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".dcm"}

@@ -471,13 +471,28 @@ def test_real_ct(real_ct, tmp_path):
     np.testing.assert_array_equal(small[40][::4, ::4], 4 * reference(scan(real_ct / "cip_ct64_series").path[40]))
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "index.parquet", "problems.csv"])
-def test_files_of_another_folder_are_not_replaced(tmp_path, name):
+@pytest.mark.parametrize("name", ["manifest.json", "index.parquet", "problems.csv", "1.2.3/4.dcm", ".git/config", "a.tmp"])
+def test_a_store_is_not_built_among_other_files(tmp_path, name):
     "Such as the manifest of a run, where the folder of a run was given for a store."
     (tmp_path / "in").mkdir()
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).parent.mkdir(parents=True)
     (tmp_path / "run" / name).write_text("mine")
     ct_file(tmp_path / "in/1.dcm", stored_values((64, 64), bits=12))
-    with pytest.raises(FileExistsError, match=f"holds {name} and is no store"):
+    with pytest.raises(FileExistsError, match=f"run holds {name} and was not written .* name another folder"):
         build_store(tmp_path / "in", tmp_path / "run")
-    assert [(path.name, path.read_text()) for path in (tmp_path / "run").iterdir()] == [(name, "mine")]
+    assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == [tmp_path / "run" / name]
+    assert (tmp_path / "run" / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("left", [(), ("index.parquet", "manifest.json"), ("index.parquet", "manifest.json", "problems.csv", "*.slices")])
+def test_a_build_that_was_killed_is_resumed(tmp_path, left):
+    "Whatever it had written, in a folder that existed before."
+    root, out = competition(tmp_path / "train", studies=2, slices=2), tmp_path / "out"
+    out.mkdir()
+    expected = shards(build_store(root, out, size=32))
+    for path in [path for pattern in left for path in out.glob(pattern)]:
+        path.unlink()
+    for name in (f"{next(iter(expected))}.0123.tmp", ".lock"):
+        (out / name).write_bytes(b"half")
+    build_store(root, out, size=32)
+    assert shards(out) == expected and len(SliceStore(out)) == 4
