@@ -150,6 +150,7 @@ def neighbour_rows(
         position = _positions(table, step_mm)
         for rows in np.split(order, np.cumsum(count)[:-1]):
             known = rows[np.isfinite(position[rows])]
+            known = known[np.argsort(position[known], kind="stable")]
             found[known] = known[_nearest(position[known], step_mm * offsets)]
     return found
 
@@ -167,10 +168,10 @@ def _positions(table: pd.DataFrame, step_mm: float) -> np.ndarray:  # float [n],
 
 
 def _nearest(position: np.ndarray, shifts: np.ndarray) -> np.ndarray:  # float [n], ascending; float [K], mm -> int [n, K]
-    "Return which slice is nearest to a place `shifts` away from each; of two at the same distance the one nearer to the slice."
-    wanted = position[:, None] + shifts
-    above = np.searchsorted(position, wanted).clip(max=len(position) - 1)
+    "Return which slice is nearest to a place `shifts` away from each; of several at the same distance the one nearest to the slice."
+    wanted, (place, first, count) = position[:, None] + shifts, np.unique(position, return_index=True, return_counts=True)
+    above = np.searchsorted(place, wanted).clip(max=len(place) - 1)
     below = np.maximum(above - 1, 0)
-    gain = np.abs(wanted - position[above]) - np.abs(wanted - position[below])  # of the slice below, 0: a tie
+    gain = np.abs(wanted - place[above]) - np.abs(wanted - place[below])  # of the slice below, 0: a tie
     found = np.where(gain + np.sign(shifts) * 1e-3 > 0, below, above)
-    return np.where(shifts == 0, np.arange(len(position))[:, None], found)
+    return np.clip(np.arange(len(position))[:, None], first[found], (first + count - 1)[found])

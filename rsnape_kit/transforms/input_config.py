@@ -47,7 +47,7 @@ class InputConfig(Checked):
     crop: Positive | Literal["lungs", "lungs-stretched"] | None = None
     fill: str = "air"
     jpeg: tuple[int, int] | None = None
-    neighbours: tuple[int, ...] = (0,)
+    neighbours: tuple[Annotated[int, Limits(-4096, 4096)], ...] = (0,)
     step_mm: Positive | None = None
 
     def __post_init__(self):

@@ -16,6 +16,7 @@ from rsnape_kit.competition.predictions import Predictions
 from rsnape_kit.competition.tables import slice_index
 from rsnape_kit.data.base import batch_render_params
 from rsnape_kit.data.batches import GroupBatches, ImageBatches, StudyBatches
+from rsnape_kit.data.sampling import neighbour_rows
 from rsnape_kit.models.keras_backend import import_keras, save_weights
 from rsnape_kit.models.registry import build_model, register_model
 from rsnape_kit.runs.config import KerasConfig, PetaFormerConfig, Phase, check_config
@@ -109,6 +110,18 @@ def test_the_device_renders_the_same_pixels(backend):
                     got = keras.ops.convert_to_numpy(device_render(raw[0]["stored"], raw[0]["params"], pixels))
                     np.testing.assert_array_equal(got, seen[0])
     """, KERAS_BACKEND=backend)
+
+
+@pytest.mark.parametrize("position", [[3., 2., 1., 0.], [0., 0., 0., 0.], [5., 5., 6., 6.], [0., 2., 1., 3.]])
+def test_neighbours_at_steps_are_the_nearest_in_any_order_and_with_places_that_repeat(position):
+    table = pd.DataFrame({STUDY: "a", SERIES: "a", SLICE: list("0123"), "position": position})
+    found, offsets = neighbour_rows(table, (-1, 0, 1), 1.), (-1, 0, 1)
+    assert found.tolist() == [[neighbour(table, row, k, 1.) for k in offsets] for row in range(4)]
+
+
+def test_offsets_beyond_any_series_are_refused():
+    with pytest.raises(ValueError, match="neighbours.0 is 9223372036854775807: expected an integer from -4,096"):
+        InputConfig(neighbours=(2**63 - 1,))
 
 
 def test_groups_refuse_neighbours():

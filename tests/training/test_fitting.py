@@ -245,6 +245,8 @@ from rsnape_kit.models.keras_backend import import_keras
 from rsnape_kit.models.efficientnet import normalised
 from rsnape_kit.models.registry import register_model
 from rsnape_kit.models.volume import add_heads
+from rsnape_kit.transforms.affine import AffineRange
+from rsnape_kit.transforms.augment import Augment
 from rsnape_kit.transforms.input_config import InputConfig
 from rsnape_kit.competition.predictions import Predictions
 
@@ -280,8 +282,9 @@ exams = pd.DataFrame(rng.integers(0, 2, (24, 9)), pd.Index(np.unique(names), nam
 truth = Predictions(exams, labels)
 stored = rng.normal(0, 600, (144, 32, 32)).astype(np.int16) + labels.to_numpy(np.int16)[:, None, None] * 400
 source = SimpleNamespace(table=table, size=32, read=lambda rows, out: np.take(stored, rows, 0, out))
-settings = config.KerasConfig(model=model, pixels=InputConfig(size=32), frames=4, batch=8, loss="metric", ema=.8,
-                              clip=5., phases=(config.Phase(1, .01), config.Phase(1, .003)))
+settings = config.KerasConfig(model=model, pixels=InputConfig(size=32, neighbours=(-1, 0, 1)), frames=4, batch=8,
+                              loss="metric", ema=.8, clip=5., phases=(config.Phase(1, .01), config.Phase(1, .003)),
+                              affine=AffineRange(flip=.5), augment=Augment(.2, 20, 2))
 
 
 def train(name, **more):
@@ -321,7 +324,7 @@ np.testing.assert_array_equal(*(Predictions.load(run / "oof").images for run in 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["tensorflow 1 slices device host", "jax 8 studies host device"])
 def test_a_run_may_change_where_its_pixels_are_made(tmp_path, case):
-    "On the host or the device, and from one to the other when it resumes: files and weights are equal."
+    "With neighbours, flips, augmentation, on host or device, and resumed on the other: files and weights are equal."
     backend, devices, *_ = case.split()
     pytest.importorskip(backend)
     done = warm.run(TRAIN_ON_PIXELS, *case.split(), tmp_path, backend=backend,
