@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ..competition.labels import AUX_LABELS, EXAM_LABELS, IMAGE_LABEL, SLICE, STUDY
 from ..dicom.series import FILLED
 from ..dicom.slices import list_files, scan
-from ..dicom.volumes import is_volume, scan_volume, volume_names
+from ..dicom.volumes import is_volume, scan_volumes
 from .dicom_source import DicomSource, PixelSource, RowSubset, StoreInput
 from .lungs import lung_columns, sampled_rows, shrink
 from .slice_store import INDEX, KIND, read_end, read_footer, read_index, slices_in, write_shard
@@ -100,13 +100,14 @@ def open_source(*paths: str | os.PathLike, size: int = 256, keep_padding: bool =
 
     Args:
         *paths: folders, searched at any depth, or files; all of DICOM or all of the organisers' TFRecords, or volumes
-            without DICOM.
+            without DICOM, of which unreadable ones are left out with a warning.
         size: pixels along each side of the source.
         keep_padding: keep values below -1024 HU, down to -8192.
         max_unreadable: largest share of a study's slices that are filled, see `DicomSource`.
 
     Raises:
         FileNotFoundError: a path does not exist, or there is neither DICOM nor a TFRecord file.
+        DicomError: no volume can be read.
         ValueError: there are both.
     """
     files = [file for path in map(valid_path, paths) for file in ([path] if os.path.isfile(path) else list_files(path))]
@@ -122,8 +123,10 @@ def open_source(*paths: str | os.PathLike, size: int = 256, keep_padding: bool =
         table = scan(files)
     except FileNotFoundError:
         if volumes:
-            table = pd.concat(map(scan_volume, volumes, volume_names(volumes)), ignore_index=True)
-            return DicomSource(table, size, lowest=-8192 if keep_padding else -1024, max_unreadable=max_unreadable)
+            table, left_out = scan_volumes(volumes)
+            source = DicomSource(table, size, lowest=-8192 if keep_padding else -1024, max_unreadable=max_unreadable)
+            source.left_out = left_out
+            return source
         kinds = Counter(os.path.splitext(file)[1] or "without extension" for file in files)
         found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(3)) or "no files"
         raise FileNotFoundError(f"{', '.join(map(str, paths))}: neither DICOM nor TFRecords (.tfrec) among {found}") from None
@@ -227,7 +230,7 @@ def build_store(source: PixelSource | pd.DataFrame | str | os.PathLike | list, o
                 left.unlink()
             todo = [(r, path) for r, path, n in zip(rows, paths, finished) if not n]
             _write_shards(source, todo, sum(finished), meta, out.name, executor)
-            _index(out, paths, meta, source.table)
+            _index(out, paths, meta, source)
     _warn_filled(out)
     return out
 
@@ -264,16 +267,16 @@ def _with_labels(table, labels):
     return joined.drop(columns="_found")
 
 # %% ../../nbs/03_store/07_build.ipynb #0f1bd94f
-def _index(out, paths, meta, table):
+def _index(out, paths, meta, source):
     "Join the shards' tables into the store's index and list the problems. An empty part is a store too."
     tables = [read_footer(path)[0].assign(shard=path.name) for path in paths]
-    empty = table.iloc[:0]
+    empty = source.table.iloc[:0]
     index = pd.concat(tables, ignore_index=True) if tables else empty.assign(
         **lung_columns(empty, shrink), start=0, bytes=0, crc32=0, shard="")
     index = index.sort_values(["StudyInstanceUID", "SeriesInstanceUID", "order"], ignore_index=True, kind="stable")
     columns = ["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "path", "problem", "shard"]
     with atomic_file(out / "problems.csv") as fresh:
-        index.loc[index.problem != "", columns].to_csv(fresh, index=False)
+        pd.concat([index.loc[index.problem != "", columns], getattr(source, "left_out", None)]).to_csv(fresh, index=False)
     index.attrs = meta
     with atomic_file(out / INDEX) as fresh:
         index.to_parquet(fresh, compression="zstd", index=False)

@@ -264,6 +264,8 @@ class DicomSource(RowIndexing):
             if filled:
                 self.table.at[i, "exact"] = False
 
+    left_out: pd.DataFrame | None = None  # volumes that cannot be read
+
     def take(self, rows) -> "DicomSource":
         "Return a source of some rows (ints [n]) only; a build passes these to its workers."
         some = object.__new__(DicomSource)  # `copy` would check the whole table again
@@ -276,16 +278,23 @@ class DicomSource(RowIndexing):
 
 # %% ../../nbs/03_store/03_dicom_source.ipynb #b1ca7012
 def describe_problems(source: "DicomSource", few: int = 9) -> str:
-    "Lines on the notes in `problem` of each study, after a few of its slices were read; '' if there are none."
+    "Lines on the notes in `problem` of each study, after a few of its slices were read, all if one is odd; '' if there are none."
     lines = []
     for study, rows in source.table.groupby(STUDY, sort=False).indices.items():
         some, lowest = rows[np.unique(np.linspace(0, len(rows) - 1, few).astype(int))], np.nan
+        notes = source.table["problem"].iloc[rows].tolist()
         try:
-            lowest = source.read(some).min() / 4
+            lowest = _lowest(source, some)
+            if lowest > NO_AIR or notes != source.table["problem"].iloc[rows].tolist():  # odd: count in all slices
+                some, lowest = rows, _lowest(source, rows)
         except (ValueError, OSError) as error:  # too many are unreadable: the prediction of this study says so, too
             lines.append(str(error))
         if lowest > NO_AIR:
             lines.append(f"study {study}: no air in {len(some)} slices, the lowest value is {lowest:g} HU: its intercept is wrong or missing")
-        notes = source.table["problem"].iloc[rows].str.split("; ").explode()
-        lines += [f"study {study}: {count} of {len(rows)} slices: {note}" for note, count in notes[notes != ""].value_counts().items()]
+        found = source.table["problem"].iloc[rows].str.split("; ").explode()
+        lines += [f"study {study}: {count} of {len(rows)} slices: {note}" for note, count in found[found != ""].value_counts().items()]
     return "\n".join(lines)
+
+def _lowest(source, rows):
+    "Lowest HU of some slices, few of which are in memory at a time."
+    return min(source.read(rows[k:k + 64]).min() for k in range(0, len(rows), 64)) / 4

@@ -371,7 +371,8 @@ def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch, empty):
     series(tmp_path, [0, 1])
     monkeypatch.chdir(tmp_path)
     assert len(scan(".")) == len(open_source(".", size=8)) == 2
-    for read in (scan, select_study, open_source, lambda path: dicom_input(path).__enter__(), SliceStore, lambda out: build_store(".", out, 8)):
+    for read in (scan, select_study, open_source, lambda path: dicom_input(path).__enter__(), SliceStore,
+                 lambda out: build_store(".", out, 8)):
         with pytest.raises(ValueError, match=f"is {empty!r}, .* not set; the current folder is"):
             read(empty)
     assert {path.suffix for path in tmp_path.iterdir()} == {".dcm"}

@@ -163,7 +163,7 @@ def rescale(path, slope: bytes, intercept=b"-1024 "):
 REFUSED = {
     "two slopes": (lambda p: rescale(p, b"1\\2 "), "RescaleSlope"),
     "slope of text": (lambda p: rescale(p, b"one "), "RescaleSlope"),
-    "slope of words that a message has": (lambda p: rescale(p, b"only one"), "expected finite numbers, found RescaleSlope"),
+    "slope of a message's words": (lambda p: rescale(p, b"only one"), "expected finite numbers, found RescaleSlope"),
     "slope empty": (lambda p: rescale(p, b""), "only one of RescaleSlope and RescaleIntercept"),
     "gzip cut": (lambda p: changed(p, lambda raw: gzip.compress(raw)[:-700]), "EOFError"),
     "gzip of text": (lambda p: p.write_bytes(gzip.compress(b"a letter" * 99)), "InvalidDicomError"),

@@ -5,6 +5,7 @@ import struct
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from rsnape_kit.dicom.decode import DicomError
@@ -87,6 +88,37 @@ def test_a_store_of_volumes(tmp_path):
     build_store(tmp_path / "case.nrrd", tmp_path / "store")
     hu = read_volume(tmp_path / "case.nrrd")[0].reshape(3, 256, 2, 256, 2)
     np.testing.assert_array_equal(SliceStore(tmp_path / "store")[:], hu.sum((2, 4)))
+
+
+def test_an_unreadable_volume_is_left_out_of_a_store(tmp_path):
+    for name in ("a", "b", "c"):
+        itk.WriteImage(image_of(), tmp_path / f"{name}.nii")
+    (tmp_path / "b.nii").write_bytes(b"no volume")
+    with pytest.warns(UserWarning, match="b.nii: no readable volume.*left out: copy it again") as told:
+        build_store(tmp_path, tmp_path / "store", size=8)
+    store = SliceStore(tmp_path / "store")
+    assert store.table.StudyInstanceUID.value_counts().to_dict() == {"a": 6, "c": 6}
+    (row,) = pd.read_csv(tmp_path / "store" / "problems.csv").itertuples()
+    assert row.path == str(tmp_path / "b.nii") and row.StudyInstanceUID == "b" and "no readable volume" in row.problem
+    assert sum("left out" in str(each.message) for each in told) == 1
+    assert select_study(tmp_path).left_out.path.tolist() == [str(tmp_path / "b.nii")]
+    for name in ("a", "c"):
+        (tmp_path / f"{name}.nii").write_bytes(b"")
+    with pytest.raises(DicomError, match="a.nii: .*nor can any other of 3 volumes"):
+        build_store([tmp_path / f"{name}.nii" for name in "abc"], tmp_path / "none", size=8)
+    with pytest.raises(DicomError, match="b.nii: (?!.*nor can)"):
+        build_store(tmp_path / "b.nii", tmp_path / "none", size=8)
+    assert not (tmp_path / "none").exists()
+
+
+def test_notes_count_all_slices_and_not_a_sample(tmp_path):
+    hu = np.repeat(RNG.integers(-1000, 500, (1, 16, 12)), 40, 0).astype(np.int16)
+    hu[::2] = -1000
+    itk.WriteImage(image_of(hu), tmp_path / "half.nii")
+    itk.WriteImage(image_of(np.abs(hu[:30]) - 200), tmp_path / "high.nii")
+    text = {name: describe_problems(DicomSource(scan_volume(tmp_path / f"{name}.nii"), 4)) for name in ("half", "high")}
+    assert "20 of 40 slices: all pixels are -1000 HU" in text["half"]
+    assert "no air in 30 slices, the lowest value is" in text["high"]
 
 
 def test_what_is_refused(tmp_path, monkeypatch):
