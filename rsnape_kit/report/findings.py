@@ -10,6 +10,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -48,15 +50,23 @@ def noted_warnings():  # yields a list of texts
 # %% ../../nbs/12_report/12_findings.ipynb #19976579
 def study_heat_maps(answer: Answer, source: PixelSource, runs: Iterable[Path | str], count: int, out: Path, time_budget: float | None = None,
                     method: str = "occlusion", maps: Callable = heat_maps) -> dict[int, np.ndarray]:  # row of the source -> float32 [S, S]
-    "Return heat maps of each study's `count` most suspicious slices, and write each as PNG into `out`."
-    names = {}
+    "Return heat maps of each study's `count` most suspicious slices, and write each as PNG into `out`; warn of each that is missing."
+    wanted = {}  # row -> number and id of the study, number of the slice
     for number, study in enumerate(answer.studies, 1):
         rows = study_slices_of(source.table, study.study).index
-        names |= {int(rows[place]): f"study{number}-slice{place + 1}.png" for place in marked_slices(study, count)}
-    out.mkdir(parents=True, exist_ok=True)
-    found = maps(runs, source, list(names), out=out / "results", time_budget=time_budget, method=method) if names else {}
-    for row, heat in found.items():
-        atomic_write(out / names[row], heat_picture(window_stack(source, [row])[0][0, ..., 1], heat))
+        wanted |= {int(rows[place]): (number, study.study, place + 1) for place in marked_slices(study, count)}
+    found, reason = {}, "it was not finished" + (f" in {time_budget:.0f} s" if time_budget is not None and np.isfinite(time_budget) else "")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        found = maps(runs, source, list(wanted), out=out / "results", time_budget=time_budget, method=method) if wanted else {}
+    except Exception as error:  # any: predictions and page are worth more than a map
+        reason = f"{type(error).__name__}: {error}"
+    for row, (number, name, slice_number) in wanted.items():
+        if row in found:
+            picture = heat_picture(window_stack(source, [row])[0][0, ..., 1], found[row])
+            atomic_write(out / f"study{number}-slice{slice_number}.png", picture)
+        else:
+            warnings.warn(f"study {name}: no heat map of slice {slice_number}: {reason}", stacklevel=2)
     return found
 
 # %% ../../nbs/12_report/12_findings.ipynb #0173a5b1
@@ -84,12 +94,18 @@ def write_findings(out: Path | str, preds: dict[str, Predictions], source: Pixel
     Returns:
         The answer.
     """
-    out, runs = Path(out), list(runs)
+    out, runs, noted = Path(out), list(runs), list(noted)
     ensemble = as_ensemble(fitted) if fitted else default_ensemble(list(preds))
     how = f"fitted: {fitted}, SHA-256 {file_digest(fitted)}" if fitted else "equal weights, not calibrated"
-    answer = make_answer(predict_stages(preds, ensemble, source.table), source.table, runs_used(runs, tta), series, problems, noted, how)
+    answer_with = partial(make_answer, predict_stages(preds, ensemble, source.table), source.table, runs_used(runs, tta), series, problems,
+                          ensemble=how, created=datetime.now(UTC))
+    answer = answer_with(warnings=noted)
     save_answer(answer, out)
-    maps = study_heat_maps(answer, source, runs, heat, out / "heatmaps", time_budget, heat_method) if heat else {}
+    with noted_warnings() as missing:
+        maps = study_heat_maps(answer, source, runs, heat, out / "heatmaps", time_budget, heat_method) if heat else {}
+    if missing:
+        answer = answer_with(warnings=[*noted, *missing])
+        save_answer(answer, out)
     blended = f"as fitted in {fitted}" if fitted else f"with {how}"
     note = f"{len(runs)} runs of {', '.join(preds)}; blended {blended}."
     write_study_page(out / "report.html", answer, source, note=note, heat=maps)

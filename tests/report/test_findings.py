@@ -1,7 +1,9 @@
 "predict --dicom without a network: what is left out, warned of and predicted reaches the files and the terminal."
+import html
 import json
 import os
 import shutil
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -66,6 +68,34 @@ def test_everything_is_written_and_told(folder, networks, tmp_path, capsys):
     assert "localizer" in page and "heat-switch" in page and study.study in page
     assert all(label in told for label in EXAM_LABELS) and "localizer" in told and "not a medical device" in told
     assert pd.read_csv(tmp_path / "out" / "answer.csv", dtype=str)[STUDY].nunique() == 1
+
+
+def failing(runs, source, rows, out, time_budget, method):
+    raise RuntimeError("the GPU is gone")
+
+
+def hasty(runs, source, rows, out, time_budget, method):
+    warnings.warn("time is short", stacklevel=1)
+    return {rows[0]: np.ones((64, 64), np.float32)}
+
+
+@pytest.mark.parametrize(("maps", "missing", "reason"), [
+    (failing, 2, "RuntimeError: the GPU is gone"), (hasty, 1, "it was not finished in")])
+def test_missing_heat_maps_are_told_in_the_answer(folder, networks, tmp_path, monkeypatch, maps, missing, reason):
+    monkeypatch.setattr(findings.study_heat_maps, "__defaults__", (None, "occlusion", maps))
+    with pytest.warns(UserWarning, match="no heat map of slice"):
+        answer = findings.predict_dicom([], folder, tmp_path / "out", time_budget=500, heat=2)
+    saved, (study,) = Answer.load(tmp_path / "out" / "answer.json"), answer.studies
+    assert saved == answer and len(study.slices) == 12 and study.slices[6].blended == pytest.approx(.9)
+    told = [text for text in study.warnings if text.startswith("no heat map of slice ")]
+    assert len(told) == missing and all(reason in text for text in told)
+    pictures = {path.stem for path in (tmp_path / "out" / "heatmaps").glob("*.png")}
+    lost = {f"study1-slice{text.split()[5].strip(':')}" for text in told}
+    assert len(pictures) == 2 - missing and not lost & pictures
+    assert ("time is short" in answer.warnings) == (maps is hasty)
+    page = html.unescape((tmp_path / "out" / "report.html").read_text())
+    table = pd.read_csv(tmp_path / "out" / "answer.csv")
+    assert all(text in page for text in (*told, *answer.warnings)) and len(table) == 9 + 12
 
 
 def test_json_is_all_that_is_printed(folder, networks, tmp_path, capsys):
