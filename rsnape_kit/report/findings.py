@@ -26,7 +26,7 @@ from ..inference.predict_runs import plan_predictions, predict
 from .answer_tables import answer_text, save_answer
 from .answers import NOTE, Answer, make_answer, predict_stages, runs_used, study_slices_of
 from .structured_report import need_highdicom, write_structured_reports
-from .study_page import marked_slices, write_study_page
+from .study_page import suspicious_slices, write_study_page
 from .viewer import heat_picture, window_stack
 from ..store.dicom_source import DicomSource, PixelSource, describe_problems
 from ..utils.files import atomic_write, file_digest, valid_text
@@ -54,7 +54,7 @@ def study_heat_maps(answer: Answer, source: PixelSource, runs: Iterable[Path | s
     wanted = {}  # row -> number and id of the study, number of the slice
     for number, study in enumerate(answer.studies, 1):
         rows = study_slices_of(source.table, study.study).index
-        wanted |= {int(rows[place]): (number, study.study, place + 1) for place in marked_slices(study, count)}
+        wanted |= {int(rows[place]): (number, study.study, place + 1) for place in suspicious_slices(study, count)}
     found, reason = {}, "it was not finished" + (f" in {time_budget:.0f} s" if time_budget is not None and np.isfinite(time_budget) else "")
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ import pandas as pd
 
 from ..dicom.dataset import read_dataset
 from .answers import NOTE, Answer, StudyAnswer, study_slices_of
-from .study_page import marked_slices
+from .study_page import marked_slices, suspicious_slices
 from ..utils import require_module
 from ..utils.files import atomic_file
 
@@ -105,7 +105,7 @@ def write_structured_reports(folder: Path | str, answer: Answer, slices: pd.Data
         folder: folder for the files, study1.dcm and so on, in the order of the answer.
         answer: predictions of some studies.
         slices: slices table with the paths of the DICOM files.
-        count: number of slices of each study that are referred to, the most suspicious ones.
+        count: number of slices of each study that are referred to at most: those marked on its page, or the most suspicious one.
 
     Returns:
         The paths of the files.
@@ -123,7 +123,7 @@ def write_structured_reports(folder: Path | str, answer: Answer, slices: pd.Data
         if all(value.blended is None for value in (*study.labels.values(), *study.slices)):
             continue
         paths = study_slices_of(slices, study.study)["path"].tolist()
-        places = marked_slices(study, count) or [0]
+        places = marked_slices(study, count) or suspicious_slices(study, 1) or [0]
         try:
             report = structured_report(study, answer, dict(zip(places, read_evidence(paths[place] for place in places))))
         except (AttributeError, TypeError, ValueError) as error:  # an attribute that a report must have

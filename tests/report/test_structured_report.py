@@ -36,12 +36,12 @@ def write_slices(folder, count=6, **attributes) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[STUDY, "SeriesInstanceUID", "SOPInstanceUID", "order", "path"])
 
 
-def answer_of(table: pd.DataFrame, exams=True):
-    "An answer with simple probabilities, the highest on slice 4."
+def answer_of(table: pd.DataFrame, exams=True, p=(.5, .2, .3, .9, .3, np.nan)):
+    "An answer with simple probabilities, the highest on slice 4, and another that is marked on slice 1."
     index = slice_index(table)
     values = np.linspace(.05, .45, 9) if exams else np.full(9, np.nan)
     exam = pd.DataFrame([values], index.unique(0), EXAM_LABELS)
-    pred = Predictions(exam, pd.Series([.1, .2, .3, .9, .3, np.nan], index))
+    pred = Predictions(exam, pd.Series(p, index))
     stages = predict_stages({"m": pred}, default_ensemble(["m"]), table)
     return make_answer(stages, table, warnings=["one thing is odd"])
 
@@ -75,7 +75,7 @@ def test_it_says_what_the_answer_says(tmp_path):
     expected = [(label.replace("_", " "), round(value.blended, 6)) for label, value in study.labels.items()]
     assert [name for name, _ in numbers[:9]] == [name for name, _ in expected]
     assert [p for _, p in numbers[:9]] == pytest.approx([p for _, p in expected], abs=1e-6)
-    assert sorted(numbers[9:]) == [("pe present on image", .1), ("pe present on image", .9)]
+    assert sorted(numbers[9:]) == [("pe present on image", .5), ("pe present on image", .9)]
     codes = {meaning(item): item.ConceptCodeSequence[0].CodeMeaning for item in items(ds, "CODE")}
     for label, value in study.labels.items():
         assert codes[label.replace("_", " ")] == ("Yes" if value.yes else "No")
@@ -83,6 +83,17 @@ def test_it_says_what_the_answer_says(tmp_path):
     assert images == {f"{UID}.3.0", f"{UID}.3.3"}
     listed = ds.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0].ReferencedSOPSequence
     assert {item.ReferencedSOPInstanceUID for item in listed} == images
+
+
+@pytest.mark.parametrize(("p", "places"), [
+    ((.46, .2, .3, .9, .3, np.nan), {0, 3}), ((.44, .2, .3, .9, .3, np.nan), {3}),  # half of the highest
+    ((.02, .01, .02, .03, .02, .09), {5}), ((.09, .01, .02, .11, .02, np.nan), {3})])  # below .1
+def test_it_refers_to_the_marked_slices_or_the_highest(tmp_path, p, places):
+    pytest.importorskip("highdicom", reason="pip install highdicom")
+    table = write_slices(tmp_path)
+    path, = write_structured_reports(tmp_path / "sr", answer_of(table, p=p), table)
+    images = {item.ReferencedSOPSequence[0].ReferencedSOPInstanceUID for item in items(pydicom.dcmread(path), "IMAGE")}
+    assert images == {f"{UID}.3.{place}" for place in places}
 
 
 @pytest.mark.parametrize("exams", [True, False])

@@ -73,7 +73,8 @@ def test_wheel_slider_and_keys_choose_the_slice(browser):
         browser.key(key)
         assert shown(browser) == expected, key
     marks = json.loads(browser.eval("document.getElementById('data').textContent"))["marks"]
-    assert 24 in marks and len(marks) == 5
+    assert marks == [21, 24, 27]  # of .9 at slice 25, half is reached four slices away at most
+    assert "here 0.450" in browser.eval("document.getElementById('rule').textContent")
     for key, order in (("p", marks[::-1]), ("n", marks[1:])):
         for mark in order:
             browser.key(key)
@@ -172,3 +173,24 @@ def test_noise_of_many_slices_stays_below_the_limit():
         coded = encode_stack(noise, most)
         assert sum(len(each) for part in coded.values() for each in part) <= most
         assert [len(part) for part in coded.values()] == [60] * 3
+
+
+def test_a_study_without_suspicion_has_no_marks_and_says_so(study, tmp_path):
+    if PROGRAM is None:
+        pytest.skip("no chromium on this machine: apt-get install chromium")
+    _, source, pred, _ = study
+    low = write_study_page(tmp_path / "low.html", Predictions(pred.exams, pred.images / 9.5), source)
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(low)
+        assert "No slice is marked" in browser.eval("document.getElementById('rule').textContent")
+        assert browser.eval("document.querySelectorAll('.mark, [data-slice]').length") == 0
+        before = shown(browser)
+        browser.key("n")
+        assert shown(browser) == before
+        browser.key("ArrowUp")
+        assert shown(browser) == before + 1
+        (tmp_path / "low.png").write_bytes(browser.photograph())
+        some = write_study_page(tmp_path / "some.html", Predictions(pred.exams, pred.images / 8.5), source)
+        browser.open(some)
+        assert browser.eval("document.querySelectorAll('[data-slice]').length") == 1  # .106
+        (tmp_path / "some.png").write_bytes(browser.photograph())
