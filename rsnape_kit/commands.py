@@ -202,7 +202,7 @@ def _listed(losses: dict) -> str:
 def predict(runs: list[Path] = (), *, competition: Path | None = None, store: list[Path] = (), dicom: Path | None = None,
             ensemble: Path | None = None, out: Path = Path("predictions"), submission: Path | None = None, tta: Views | None = None,
             hours: Positive | None = None, series: str = "", heat: Natural = 0, heat_method: Literal["occlusion", "gradcam"] = "occlusion",
-            sr: bool = False, json: bool = False):
+            heat_dicom: bool = False, sr: bool = False, json: bool = False):
     """Predict a competition's test set, a store or a folder of DICOM.
 
     Args:
@@ -218,6 +218,7 @@ def predict(runs: list[Path] = (), *, competition: Path | None = None, store: li
         series: SeriesInstanceUID in --dicom to predict as it is (default: of each study the series that shows the chest best)
         heat: heat maps to make for each study of --dicom, of its most suspicious slices
         heat_method: occlusion costs some hundred predictions of a slice; gradcam costs one, is coarser, and is for image models of Keras
+        heat_dicom: write the heat maps as DICOM Segmentations into OUT/heatmaps too, marked as research output; needs highdicom
         sr: write a DICOM Structured Report of each study of --dicom into OUT/sr, marked as research output; needs highdicom
         json: print answer.json and nothing else; goes with --dicom
     """
@@ -228,6 +229,8 @@ def predict(runs: list[Path] = (), *, competition: Path | None = None, store: li
         raise FileNotFoundError(f"{ensemble} does not exist; rsnape blend writes it")
     if (series or heat or sr or json) and not dicom:
         raise ValueError("--series, --heat, --sr and --json are about studies to read: give them with --dicom FOLDER")
+    if heat_dicom and not heat:
+        raise ValueError("--heat-dicom writes heat maps, of which there are none: give their number, e.g. --heat 3")
     if competition:
         rk.submit(runs, ensemble, competition=competition, out=submission or out / "submission.csv", work=out / "work",
                   time_budget=seconds, tta=tta)
@@ -241,7 +244,7 @@ def predict(runs: list[Path] = (), *, competition: Path | None = None, store: li
     if dicom:
         from rsnape_kit.report.findings import predict_dicom
 
-        predict_dicom(runs, dicom, out, ensemble, tta, seconds, series, heat, sr, json, heat_method)
+        predict_dicom(runs, dicom, out, ensemble, tta, seconds, series, heat, sr, json, heat_method, heat_dicom)
         return
     for name, pred in rk.predict(runs, rk.SliceStore(*store), tta, out / "results", time_budget=seconds).items():
         pred.save(out / name)
