@@ -190,7 +190,8 @@ def test_a_study_without_suspicion_has_no_marks_and_says_so(study, tmp_path):
         browser.key("ArrowUp")
         assert shown(browser) == before + 1
         (tmp_path / "low.png").write_bytes(browser.photograph())
-        some = write_study_page(tmp_path / "some.html", Predictions(pred.exams, pred.images / 8.5), source)
+    some = write_study_page(tmp_path / "some.html", Predictions(pred.exams, pred.images / 8.5), source)
+    with Browser(tmp_path / "other profile") as browser:  # a new one cannot still show the former page
         browser.open(some)
         assert browser.eval("document.querySelectorAll('[data-slice]').length") == 1  # .106
         (tmp_path / "some.png").write_bytes(browser.photograph())
