@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ..competition.labels import SLICE, STUDY
+from ..competition.labels import SIDES, SLICE, STUDY
 from ..competition.metric import metric_weights
 from ..competition.predictions import Predictions
 from ..competition.tables import locate, slice_index
@@ -82,7 +82,7 @@ def _labels(table: pd.DataFrame, truth: Predictions | None, study: np.ndarray) -
         raise ValueError(f"slice {slice_index(table.iloc[rows[[at.argmin()]]])[0]} has no label in the truth")
     image[rows] = truth.images.to_numpy()[at]
     weight[rows] = metric_weights(truth).images.to_numpy()[at]
-    sides[rows] = truth.exams[["leftsided_pe", "rightsided_pe"]].to_numpy()[study[rows]]
+    sides[rows] = truth.exams[list(SIDES)].to_numpy()[study[rows]]
     return image, weight, sides, truth.exams
 
 # %% ../../nbs/06_data/05_base.ipynb #b588bd9a

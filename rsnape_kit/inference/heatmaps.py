@@ -19,10 +19,9 @@ from scipy.special import logit
 
 from ..competition.labels import SERIES, SLICE, STUDY
 from ..data.sampling import neighbour_rows
-from .keras_predictor import grad_cam_maps
+from .keras_predictor import grad_cam_maps, is_image_run
 from .predict_runs import Runs, predict
-from ..models.registry import find_model, list_models
-from ..runs.folder import load_config, run_settings
+from ..runs.folder import load_config
 from ..store.dicom_source import PixelSource, RowIndexing, output_array
 from ..store.lungs import COLUMNS, lung_boxes
 from ..transforms.input_config import InputConfig
@@ -142,8 +141,7 @@ class OccludedSlices(RowIndexing):
 # %% ../../nbs/09_inference/09_heatmaps.ipynb #0738ee74
 def _image_pixels(run) -> InputConfig | None:
     "Return the input configuration of a run of an image model; None for other models."
-    model = run_settings(run)["model"]
-    return load_config(run).pixels if model in list_models() and find_model(model).kind == "image" else None
+    return load_config(run).pixels if is_image_run(run) else None
 
 
 def _reach(inputs: list[InputConfig], table: pd.DataFrame, rows: list[int]) -> int:
@@ -214,8 +212,10 @@ def heat_maps(runs: Runs, source: PixelSource, rows: list[int], patch: int = 32,
         return cams
     depth = _reach(inputs, source.table, rows) if inputs else context
     slabs = [slab_rows(source.table, row, depth) for row in rows]
-    boxes = lung_boxes(source, source.table[STUDY].isin(source.table[STUDY].iloc[rows]).to_numpy())  # of whole studies
-    slices = source.table.assign(**{name: boxes[name] for name in COLUMNS})
+    slices = source.table
+    if not inputs or any(isinstance(pixels.crop, str) for pixels in inputs):  # a network may crop to the lungs
+        boxes = lung_boxes(source, slices[STUDY].isin(slices[STUDY].iloc[rows]).to_numpy())  # of whole studies
+        slices = slices.assign(**{name: boxes[name] for name in COLUMNS})
     found: dict[int, np.ndarray] = {}
     for count in sorted({len(own) for own, _ in slabs}):  # series shorter than a slab
         some = [(row, own, at) for row, (own, at) in zip(rows, slabs) if len(own) == count]

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['pass_frames', 'PassBatches', 'predict_batch', 'predict_all', 'predict_batches', 'make_views', 'keras_config',
-           'load_run', 'predictor', 'infer', 'with_features', 'slice_logits', 'grad_cam', 'grad_cam_maps']
+           'load_run', 'predictor', 'infer', 'with_features', 'slice_logits', 'grad_cam', 'is_image_run',
+           'grad_cam_maps']
 
 # %% ../../nbs/09_inference/02_keras_predictor.ipynb #9022dcf5
 import time
@@ -237,11 +238,16 @@ def grad_cam(model):  # keras.Model of slices -> function of uint8 [b, size, siz
     return maps
 
 # %% ../../nbs/09_inference/02_keras_predictor.ipynb #0a6f3873
+def is_image_run(run: Path | str) -> bool:
+    "Whether a run is of a registered model of single slices."
+    name = run_settings(run)["model"]
+    return name in list_models() and find_model(name).kind == "image"
+
+
 def grad_cam_maps(run: Path | str, source: PixelSource, rows, deadline: float = float("inf")) -> dict[int, np.ndarray]:
     "Return Grad-CAM maps of rows of a source by a run of an image model, float32 [S, S]; without those later than `deadline` (monotonic time)."
-    name = run_settings(run)["model"]
-    if name not in list_models() or find_model(name).kind != "image":
-        raise ValueError(f"{name} is no Keras model of single slices")
+    if not is_image_run(run):
+        raise ValueError(f"{run_settings(run)['model']} is no Keras model of single slices")
     (config, model), rows, found = load_run(run), np.asarray(rows, int), {}
     maps, batches = grad_cam(model), make_views(config, source, source.table[STUDY].iloc[rows].unique())[0]
     for start in range(0, len(rows), config.batch):

@@ -15,8 +15,7 @@ from scipy.ndimage import map_coordinates
 
 from ..competition.labels import STUDY
 from ..dicom.series import to_standard_view
-from .structured_report import RESEARCH, SCHEME, need_highdicom, read_evidence
-from ..utils.files import atomic_file
+from .structured_report import RESEARCH, SCHEME, need_highdicom, read_evidence, save_object
 
 # %% ../../nbs/12_report/12_heat_dicom.ipynb #8f0077d7
 def heat_on_file(heat: np.ndarray, row) -> np.ndarray:  # float [S, S], row of the slices table -> float32 [rows, columns]
@@ -66,12 +65,10 @@ def write_heat_dicom(folder: Path | str, heats: Mapping[int, np.ndarray], slices
         own = [place for place in sorted(heats) if getattr(rows[place], STUDY) == study and rows[place].rows]  # 0: an unreadable file
         if not own:
             continue
-        try:
-            found = heat_segmentation(np.stack([heat_on_file(heats[place], rows[place]) for place in own]),
-                                      read_evidence(rows[place].path for place in own))
-        except (AttributeError, TypeError, ValueError) as error:  # an attribute that a segmentation must have
-            raise ValueError(f"{rows[own[0]].path} cannot be referred to by a DICOM Segmentation: {error}") from error
-        with atomic_file(folder / f"study{number}.dcm") as fresh:
-            found.save_as(fresh, enforce_file_format=True)
-        written.append(folder / f"study{number}.dcm")
+
+        def segmentation(own=own):
+            return heat_segmentation(np.stack([heat_on_file(heats[place], rows[place]) for place in own]),
+                                     read_evidence(rows[place].path for place in own))
+
+        written.append(save_object(folder / f"study{number}.dcm", segmentation, rows[own[0]].path, "DICOM Segmentation"))
     return written
