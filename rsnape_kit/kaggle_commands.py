@@ -98,11 +98,11 @@ def submit(folder: Path = Path("."), *, version: int | None = None, message: str
         wait: wait for the score too
     """
     from rsnape_kit.kaggle.client import client, submit_kernel
-    from rsnape_kit.kaggle.outputs import kernel_names
+    from rsnape_kit.kaggle.outputs import kernel_name
     from rsnape_kit.kaggle.scores import submissions, watch_kernel, watch_score
 
     api = client()
-    watch_kernel(kernel_names([folder])[0], api)
+    watch_kernel(kernel_name(folder), api)
     known = [each.ref for each in submissions(api=api)] if wait else []
     print(submit_kernel(folder, version, message))
     if wait:
@@ -174,9 +174,9 @@ def logs(kernel: str, *, lines: Count = 40, all: bool = False):
         lines: how many
         all: print the whole log
     """
-    from rsnape_kit.kaggle.outputs import kernel_log, kernel_names
+    from rsnape_kit.kaggle.outputs import kernel_log, kernel_name
 
-    name = kernel_names([kernel])[0]
+    name = kernel_name(kernel)
     print(*kernel_log(name)[0 if all else -lines:], sep="\n")
     next_step("output", name)
 
@@ -189,10 +189,10 @@ def output(kernel: str, *, out: Path = Path("output"), pattern: str = "*"):
         out: folder for the files
         pattern: fetch only files whose path matches, such as 'runs/*'
     """
-    from rsnape_kit.kaggle.outputs import fetch_output, kernel_names
+    from rsnape_kit.kaggle.outputs import fetch_output, kernel_name
     from rsnape_kit.runs.folder import find_runs
 
-    print(f"{len(fetch_output(kernel_names([kernel])[0], out, pattern))} files in {out}")
+    print(f"{len(fetch_output(kernel_name(kernel), out, pattern))} files in {out}")
     runs = find_runs(None, out)
     print("no runs among them" if not runs else f"{len(runs)} runs: {', '.join(map(str, runs))}")
     next_step(*("blend", *runs, "--train-csv competition/train.csv") if runs else ("status",))
