@@ -1,6 +1,6 @@
 "A stub of Kaggle that also serves files and parts of them, breaks connections and has hiccups."
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
@@ -21,15 +21,16 @@ class FileStub(Stub):
         self.times = {}  # address -> unix time, default 1e9
         self.gets = []  # address and first byte of every GET
         self.breaks = {}  # address -> bytes after which the connection breaks, once
-        self.hiccups = []  # responses that come before the right ones; None: the connection is closed
+        self.first = []  # responses that come before the right ones; None: the connection is closed
         self.outputs, self.logs = {}, {}  # owner/slug -> names, text
         self.page = 2  # names of a page
         self.submissions = []
 
     def respond(self, method, body):
-        if self.hiccups:
+        with suppress(IndexError):
+            response = self.first.pop(0)
             self.calls.append((method, body))
-            return self.hiccups.pop(0)
+            return response
         return super().respond(method, body)
 
     def DownloadDataFile(self, body):

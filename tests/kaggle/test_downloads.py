@@ -75,12 +75,12 @@ def test_broken_connections_and_hiccups_cost_no_file(kaggle, competition, tmp_pa
     names = [name for name in kaggle.files if name.startswith("competition/train/")]
     download_competition(tmp_path / "c")
     kaggle.breaks = dict.fromkeys(names, 100_000)
-    kaggle.hiccups = [(503, {"message": "restarting"}), None, (429, {"code": 429, "message": "Too many requests"})] * 3
+    kaggle.first = [(503, {"message": "restarting"}), None, (429, {"code": 429, "message": "Too many requests"})] * 3
     done = download_competition(tmp_path / "c", 5)
     assert len(done["train"]) == 5
     slices = {name: content for name, content in competition.items() if name.startswith("train/")}
     assert arrived(tmp_path / "c") == slices
-    assert not kaggle.hiccups and not kaggle.breaks
+    assert not kaggle.first and not kaggle.breaks
     assert Counter(name for name, _ in kaggle.gets if name in names) == dict.fromkeys(names, 2)
 
 

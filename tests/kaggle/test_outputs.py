@@ -61,7 +61,7 @@ def test_a_pattern_chooses_files(kaggle, tmp_path):
 def test_a_large_file_goes_on_where_the_connection_broke(kaggle, tmp_path):
     name = f"{TRAIN}/{RUN}/last.keras"
     kaggle.breaks[name] = 2_500_000
-    kaggle.hiccups = [(502, {}), None]
+    kaggle.first = [(502, {}), None]
     fetch_output(TRAIN, tmp_path / "out")
     assert arrived(tmp_path / "out")[f"{RUN}/last.keras"] == kaggle.files[name]
     assert [start > 1_000_000 for address, start in kaggle.gets if address == name] == [False, True]
@@ -104,7 +104,7 @@ def test_a_file_that_kaggle_does_not_have_is_an_error_not_a_file(kaggle, tmp_pat
 
 def test_states_of_several_kernels_survive_one_that_is_missing(kaggle):
     kaggle.kernel_states = ["RUNNING", "ERROR"]
-    kaggle.hiccups = [(500, {}), None]
+    kaggle.first = [(500, {}), None]
     running, failed = kernel_states([TRAIN, "me/blend"])
     assert (running.name, running.state) == (TRAIN, "running")
     assert (failed.state, failed.message) == ("error", "Out of memory")

@@ -22,7 +22,7 @@ def listed(ref, status="COMPLETE", score="0.2", description="mine", **more):
 
 def test_a_run_is_watched_through_hiccups(kaggle, capsys):
     kaggle.kernel_states = ["QUEUED", "QUEUED", "RUNNING", "RUNNING", "COMPLETE"]
-    kaggle.hiccups = [None, (502, {}), (429, {"code": 429, "message": "Too many requests"})]
+    kaggle.first = [None, (502, {}), (429, {"code": 429, "message": "Too many requests"})]
     watch_kernel("me/submit", poll=0, sleep=lambda seconds: None)
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
     assert lines == [f"the kernel me/submit is {state}, 0 min so far" for state in ("queued", "running")]
@@ -48,7 +48,7 @@ def test_the_score_of_the_new_submission_is_waited_for(kaggle):
     kaggle.submissions = [listed(1)]
     known = [each.ref for each in submissions()]
     kaggle.submissions.append(listed(2, description="a colleague's"))
-    steps = [lambda: kaggle.submissions.append(listed(3, "PENDING", "")), lambda: kaggle.hiccups.append((503, {})),
+    steps = [lambda: kaggle.submissions.append(listed(3, "PENDING", "")), lambda: kaggle.first.append((503, {})),
              lambda: kaggle.submissions[-1].update(status="COMPLETE", publicScore="0.204", privateScore="0.211")]
     done = watch_score(known, "mine", sleep=lambda seconds: steps.pop(0)())
     assert (done.ref, done.public, done.private) == (3, "0.204", "0.211") and not steps
