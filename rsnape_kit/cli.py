@@ -18,7 +18,19 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import rsnape_kit as rk
 from .commands import blend, demo, phantom, predict, report, scan, store, train
-from .kaggle_commands import bundle, check, kernels, push, rehearse, submit
+from rsnape_kit.kaggle_commands import (
+    bundle,
+    check,
+    download,
+    kernels,
+    logs,
+    output,
+    push,
+    rehearse,
+    scores,
+    status,
+    submit,
+)
 from .utils.files import valid_path
 from .utils.processes import end_with_parent
 from .utils.schema import Count, Limits, parse
@@ -130,7 +142,7 @@ def add_command(commands, function):  # commands: argparse's subparsers
 
 
 COMMANDS = (demo, phantom, scan, store, weights, recipes, features, train, blend, predict, report, kernels, bundle, check, push, submit,
-            rehearse)
+            rehearse, download, status, logs, output, scores)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -127,13 +127,14 @@ def push_bundle(
     folder,  # a bundle of make_bundle, or any folder with dataset-metadata.json
     wait: float = 1800,  # seconds until the dataset must be ready
     poll: float = 5,  # seconds between two requests
+    notes: str = "",  # text of the version; default: the manifest's version and commit
 ) -> Pushed:
-    "Make a dataset or its next version, noting the manifest's version and commit, and wait until it can be attached."
+    "Make a dataset or its next version and wait until it can be attached."
     folder = Path(folder)
     refuse(check_dataset(folder), f"the dataset {folder}")
     name = read_json(folder / METADATA)[0]["id"]
     manifest = read_json(folder / MANIFEST)[0]
-    notes = f"{manifest.get('version', '')} {manifest.get('commit') or ''}".strip() or "new version"
+    notes = notes or f"{manifest.get('version', '')} {manifest.get('commit') or ''}".strip() or "new version"
     api = client()
     status, before = request(f"the status of {name}", _state, api, name)
     if before is None:

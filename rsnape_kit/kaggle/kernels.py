@@ -10,6 +10,7 @@ __all__ = ['PARTS', 'FOLDS', 'SHAPE', 'TRAINED_ON', 'KERNELS', 'SPLIT', 'ROOT', 
 import ast
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,6 +59,7 @@ def kernel_metadata(
     folds: int = FOLDS,  # number of folds
     trained: bool = False,  # attach the outputs of blend and training kernels to the submission kernel
     resume: bool = False,  # attach their own last output to prepare and training kernels
+    model_sources=(),  # versions of Kaggle Models to attach to training and submission kernels
 ) -> dict:
     "Return a kernel's complete kernel-metadata.json."
     if name not in KERNELS:
@@ -78,7 +80,7 @@ def kernel_metadata(
         "enable_tpu": accelerator == "tpu", "enable_internet": False, **shape,
         "dataset_sources": [f"{owner}/{BUNDLES['tpu' if accelerator == 'tpu' else 'gpu']}"], "competition_sources": [COMPETITION],
         "kernel_sources": [f"{owner}/{slug_of(source)}" for source in sources] + itself,
-        "model_sources": [],
+        "model_sources": list(model_sources) if name in ("train", "submit") else [],
     }
 
 
@@ -149,7 +151,7 @@ def export_kernel(
 
 
 def export_kernels(owner: str = OWNER, root: Path | str = ROOT, folds: int | None = None, trained: bool = False,
-                   resume: bool = False) -> list[Path]:
+                   resume: bool = False, model_sources: Iterable[str] = ()) -> list[Path]:
     """Write every notebook of nbs/kernels as a folder to push, and the submission's metadata to the repository's top.
 
     Args:
@@ -159,6 +161,8 @@ def export_kernels(owner: str = OWNER, root: Path | str = ROOT, folds: int | Non
             store. Default: only the first variant of each notebook.
         trained: attach the outputs of the blend and training kernels to the submission kernel.
         resume: attach their own last output to the prepare and training kernels.
+        model_sources: versions of Kaggle Models, owner/model/framework/variation/number, with weights or runs; attached to the training
+            and submission kernels.
 
     Returns:
         The folders to push.
@@ -167,7 +171,7 @@ def export_kernels(owner: str = OWNER, root: Path | str = ROOT, folds: int | Non
         KeyError: for a notebook that is not in `KERNELS`.
     """
     names = sorted(path.stem for path in Path(root, "nbs", "kernels").glob("*.ipynb"))
-    settings = {"folds": folds or FOLDS, "trained": trained, "resume": resume}
+    settings = {"folds": folds or FOLDS, "trained": trained, "resume": resume, "model_sources": tuple(model_sources)}
     folders = [export_kernel(name, owner, root, variant, **settings)
                for name in names for variant in (copies(name, folds) if folds else [None])]
     if "submit" in names:

@@ -67,6 +67,8 @@ def test_a_dataset_is_made_then_versioned_and_arrives_as_it_left(stub, bundle):
     assert first.url == "https://www.kaggle.com/datasets/test/rsnape-kit"
     assert len(stub.sent("CreateDataset")) == len(stub.sent("CreateDatasetVersion")) == 1
     assert stub.sent("CreateDatasetVersion")[0]["body"]["versionNotes"] == "1.2 abc"
+    push_bundle(bundle, poll=.01, notes="five folds, seed 1")
+    assert stub.sent("CreateDatasetVersion")[1]["body"]["versionNotes"] == "five folds, seed 1"
     left = {path.relative_to(bundle).as_posix(): path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
     assert stub.datasets["test/rsnape-kit"]["files"] == {k: v for k, v in left.items() if k != "dataset-metadata.json"}
 
