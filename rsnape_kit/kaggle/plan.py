@@ -116,7 +116,7 @@ def _check_folds(plan: Plan):
     if plan.folds == ():
         raise ValueError("folds is empty: name some, or none at all (null) for all of them")
     if wrong := [fold for fold in plan.held_out if fold >= plan.n_folds]:
-        raise ValueError(f"fold {wrong[0]} is none of {plan.n_folds} folds: expected numbers from 0 to {plan.n_folds - 1}")
+        raise ValueError(f"fold {wrong[0]} is none of {plan.n_folds} folds: expected numbers from 0 to {plan.n_folds - 1}; n_folds is how many there are")
 
 
 def _check_settings(plan: Plan):
@@ -168,11 +168,11 @@ def _put(values: dict, name: str, value: str):
     values.pop(name, None) if value == "" else values.update({name: value})
 
 
-def describe_plan(plan: Plan, names=None) -> list[str]:  # names: of fields; None: those that are not as by default
-    "Return a text for each field, e.g. 'folds 0 1'."
-    standard, found = Plan(), []
+def describe_plan(plan: Plan, names=None, changed: bool = True) -> list[str]:  # names: of fields; None: all
+    "Return a text for each field, e.g. 'folds 0 1'; `changed`: only for those that are not as by default."
+    standard, found = asdict(Plan()), []
     for name, value in asdict(plan).items():
-        if name in names if names is not None else value != asdict(standard)[name]:
+        if (names is None or name in names) and not (changed and value == standard[name]):
             items = [f"{key}.{text}" for key, texts in value.items() for text in texts] if name == "settings" else \
                 [f"{key}={text}" for key, text in value.items()] if isinstance(value, dict) else \
                 value if isinstance(value, tuple) else ["all" if value is None else value]

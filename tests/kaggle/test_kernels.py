@@ -2,6 +2,7 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from rsnape_kit.competition.predictions import Predictions
 from rsnape_kit.competition.priors import constant_prior
 from rsnape_kit.competition.tables import sample_submission, slice_index
 from rsnape_kit.ensemble.ensemble import Ensemble, fit_ensemble
-from rsnape_kit.kaggle.kernels import KERNELS, copies, export_kernels, pushed
+from rsnape_kit.kaggle.kernels import KERNELS, copies, export_templates, pushed
+from rsnape_kit.kaggle.plan import Plan
+from rsnape_kit.kaggle.preflight import check_kernel
 from rsnape_kit.kaggle.runtime import HEADER, PYTHON
 from rsnape_kit.phantom.generate import make_competition
 from rsnape_kit.runs.config import RunConfig
@@ -88,10 +91,12 @@ def source(name, **values):
 
 
 def test_every_copy_of_a_kernel_has_its_own_parameters():
-    every = [(name, values) for name in KERNELS for values in copies(name, 2).values() if values]
+    plan = Plan(n_folds=2, recipe="demo", seed=7, settings={"petaformer": ("batch=2",)})
+    every = [(name, values) for name in KERNELS for values in copies(name, plan).values() if values]
     assert len(every) == 8 + 2 * 5
-    others = {"SEED": 7, "RECIPE": "demo"}, {"MODEL": "petaformer", "SETTINGS": ["batch=2"]}
-    for name, values in [*every, *(("train", values) for values in others)]:
+    assert every[-1][1] == {"MODEL": "sequence", "FOLD": 1, "FOLDS": 2, "RECIPE": "demo", "SEED": 7, "SETTINGS": []}
+    assert [values["SETTINGS"] for _, values in every if values.get("MODEL") == "petaformer"] == [["batch=2"]] * 2
+    for name, values in every:
         code = source(name, **values)
         compile(code, name, "exec")
         for parameter, value in values.items():
@@ -213,7 +218,7 @@ def test_the_documented_commands_are_ones_that_the_library_takes(monkeypatch):
     page = (ROOT / "docs" / "howto" / "kaggle.md").read_text().partition("## Resume")[0]
     blocks = re.findall(r"```sh\n(.*?)```", page, re.S)
     commands = [line.split() for line in re.findall(r"\brsnape ([^#&;\n]+)", "".join(blocks))]
-    assert len(commands) == 5 + 13
+    assert len(commands) == 5 + 18
     for command in commands:
         parser().parse_args(command)
     made = []
@@ -225,13 +230,103 @@ def test_the_documented_commands_are_ones_that_the_library_takes(monkeypatch):
     assert all(["push", out] in commands for out in made)
 
 
-def test_exported_kernels_are_in_step_with_their_notebooks(tmp_path):
-    "For any owner: `rsnape kernels --owner NAME` writes a name into the metadata."
-    owner = json.loads((ROOT / "kernel-metadata.json").read_text())["id"].partition("/")[0]
+def test_templates_are_in_step_with_the_notebooks(tmp_path):
+    "In the repository and in the package. Whoever pushes from the repository's top edits the owner there."
     shutil.copytree(ROOT / "nbs" / "kernels", tmp_path / "nbs" / "kernels")
-    folders = export_kernels(owner, tmp_path)
-    assert {folder.name for folder in folders} <= {folder.name for folder in (ROOT / "kernels").iterdir()}
-    made = [tmp_path / "kernel-metadata.json", *(path for folder in folders for path in folder.iterdir())]
-    assert len(made) == 1 + 2 * len(folders) > 1
+    made = export_templates(tmp_path)
+    assert len(made) == 3 * len(KERNELS) + 1
+    owner = json.loads((ROOT / "kernel-metadata.json").read_text())["id"].partition("/")[0]
     for path in made:
-        assert (ROOT / path.relative_to(tmp_path)).read_text() == path.read_text(), f"export {path.parent.name} again"
+        here = (ROOT / path.relative_to(tmp_path)).read_text().replace(f'"{owner}/', '"OWNER/')
+        assert here == path.read_text(), f"call export_templates, {path} is newer"
+    kept = {path for folder in ("kernels", "rsnape_kit/kaggle/notebooks") for path in (ROOT / folder).rglob("*.*")}
+    assert kept == {ROOT / path.relative_to(tmp_path) for path in made[:-1]}
+
+
+def kernels(capsys, *words):
+    "Run `rsnape kernels` and return the lines that it prints."
+    main(["kernels", *words])
+    return capsys.readouterr().out.splitlines()
+
+
+def written(folder):
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_kernels_keep_what_an_earlier_call_decided(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    kernels(capsys, "--owner", "me", "--models", "efficientnet", "sequence", "--folds", "0", "2", "--resume")
+    before = written(tmp_path / "kernels")
+    kept = next(line for line in kernels(capsys, "--trained") if line.startswith("kept: "))
+    assert all(text in kept for text in ("owner me", "models efficientnet sequence", "folds 0 2", "resume True"))
+    after = written(tmp_path / "kernels")
+    changed = {name for name in {*before, *after} if before.get(name) != after.get(name)}
+    assert changed == {"plan.json", "submit/kernel-metadata.json"}
+    assert json.loads(after["submit/kernel-metadata.json"])["kernel_sources"] == [
+        f"me/rsnape-kit-{name}" for name in ("blend", "train-efficientnet-fold-0", "train-efficientnet-fold-2",
+                                             "train-sequence-fold-0", "train-sequence-fold-2")]
+    kernels(capsys, "--no-trained")
+    assert written(tmp_path / "kernels") == before
+    kernels(capsys, "--no-resume", "--n-folds", "3", "--set", "efficientnet.batch=64", "--accelerator", "sequence=tpu")
+    meta = json.loads((tmp_path / "kernels" / "train-sequence-fold-2" / "kernel-metadata.json").read_text())
+    assert meta["enable_tpu"] and meta["id"] not in meta["kernel_sources"]
+    text = written(tmp_path / "kernels")["train-efficientnet-fold-2/train.ipynb"]
+    assert all(line in text for line in ("SETTINGS = ['batch=64']", "FOLDS = 3", "FOLD = 2"))
+    shutil.copyfile("kernels/plan.json", "plan.json")
+    kernels(capsys, "--plan", "plan.json", "--out", "other")
+    assert written(tmp_path / "other") == written(tmp_path / "kernels")
+
+
+@pytest.mark.parametrize("words, problem", [
+    ("--folds 5", "fold 5 is none of 5 folds"), ("--models sequence", "sequence reads the runs of efficientnet"),
+    ("--models vit", "unknown model 'vit'"), ("--accelerator petaformer=tpu", "petaformer cannot be trained on tpu"),
+    ("--set resnet3d.batsh=2", "batsh"), ("--recipe fuller", "unknown recipe 'fuller'")])
+def test_a_plan_that_cannot_run_is_refused_and_nothing_is_written(tmp_path, monkeypatch, words, problem):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=problem):
+        main(["kernels", *words.split()])
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_folders_of_the_former_plan_are_removed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    kernels(capsys, "--models", "efficientnet", "--n-folds", "3", "--parts", "3")
+    (tmp_path / "kernels" / "prepare-2" / "notes.txt").write_text("one's own")
+    shutil.copytree(tmp_path / "kernels" / "submit", tmp_path / "kernels" / "my-submission")
+    lines = kernels(capsys, "--n-folds", "2", "--parts", "2")
+    folders = {path.name for path in (tmp_path / "kernels").iterdir() if path.is_dir()}
+    assert folders == {"prepare-0", "prepare-1", "train-efficientnet-fold-0", "train-efficientnet-fold-1", "blend",
+                       "submit", "prepare-2", "my-submission"}
+    assert [line.split()[1] for line in lines if line.startswith("removed")] == ["kernels/train-efficientnet-fold-2,"]
+    assert {line.split()[2] for line in lines if line.startswith("left alone")} == {
+        "kernels/prepare-2,", "kernels/my-submission,"}
+
+
+def test_the_repository_is_never_written_to(tmp_path, monkeypatch, capsys):
+    "From its top the kernels go to build/, which git ignores; its own kernels are refused as a target."
+    for name in ("kernels", "nbs/kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "kernel-metadata.json", tmp_path)
+    before = written(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    kernels(capsys, "--owner", "me", "--models", "efficientnet", "--folds", "0")
+    after = written(tmp_path)
+    assert {name.split("/")[:2] == ["build", "kernels"] for name in {*after} - {*before}} == {True}
+    for out in ("kernels", "."):
+        with pytest.raises(SystemExit, match="the repository's templates"):
+            main(["kernels", "--out", out])
+    assert written(tmp_path) == after and all(after[name] == text for name, text in before.items())
+
+
+def test_an_installed_package_writes_kernels(tmp_path):
+    "What setup.py installs, without the repository, in a folder of one's own."
+    lib, here = tmp_path / "lib", tmp_path / "here"
+    here.mkdir()
+    for command, folder in ((["setup.py", "-q", "build_py", "--build-lib", str(lib)], ROOT),
+                            (["-m", "rsnape_kit.cli", "kernels", "--owner", "me"], here)):
+        done = subprocess.run([sys.executable, *command], cwd=folder, env=KERNEL_ENV | {"PYTHONPATH": str(lib)},
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    for name in KERNELS:
+        folder = next((here / "kernels").glob(f"{name}*"))
+        assert not [fault for fault in check_kernel(folder) if "rsnape_kit" not in fault]
