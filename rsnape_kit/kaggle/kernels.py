@@ -49,9 +49,11 @@ def copies(name: str, plan: Plan | None = None) -> dict:  # variant, which is pa
     if name == "prepare":
         return {str(part): {"PART": part, "PARTS": plan.parts} for part in range(plan.parts)}
     if name == "train":
-        same = {"FOLDS": plan.n_folds, "RECIPE": plan.recipe, "SEED": plan.seed}
+        same = {"FOLDS": plan.n_folds, "RECIPE": plan.recipe, "SEED": plan.seed, "ALLOW_PARTIAL": plan.allow_partial}
         return {f"{model} fold {fold}": {"MODEL": model, "FOLD": fold, **same, "SETTINGS": list(plan.settings.get(model, ()))}
                 for model in plan.models for fold in plan.held_out}
+    if name == "blend":
+        return {"": {"MODELS": list(plan.models), "HELD_OUT": list(plan.held_out), "ALLOW_PARTIAL": plan.allow_partial}}
     return {"": {}}
 
 
@@ -231,7 +233,8 @@ def export_templates(root: Path | str = ".") -> list[Path]:
     root, plan, written = Path(root), Plan(), []
     for path in sorted(root.joinpath(*TOP).glob("*.ipynb")):
         name, notebook = path.stem, read_json(path)[0]
-        values, folder = next(iter(copies(name, plan).values())), root / "kernels" / path.stem
+        values = next(iter(copies(name, plan).values())) if name != "blend" else {}  # that of no plan takes all runs there are
+        folder = root / "kernels" / path.stem
         written += [root / "rsnape_kit" / "kaggle" / "notebooks" / path.name, folder / path.name, folder / KERNEL]
         for file in written[-3:-1]:
             _write(file, pushed(notebook, values), indent=1)
