@@ -53,6 +53,7 @@ def test_the_submission_kernel_predicts_every_id_on_both_mount_layouts(tmp_path,
     result = run_kernel(tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1].startswith(str(tmp_path)), "not the attached rsnape_kit"
+    assert result_of(tmp_path / "working")["finished"]
     submission = pd.read_csv(tmp_path / "working" / "submission.csv")
     assert submission["id"].tolist() == sample["id"].tolist()
     values = submission.set_index("id").label
@@ -61,7 +62,9 @@ def test_the_submission_kernel_predicts_every_id_on_both_mount_layouts(tmp_path,
 
 
 def test_the_blend_kernel_fits_on_all_runs_among_the_inputs(tmp_path):
-    "Two models of two folds, one a kernel's output and one a dataset; a good one and one that predicts constants."
+    """Two models of two folds, one a kernel's output and one a dataset; a good one and one that predicts constants.
+
+    Then one of them lacks a fold: that is refused by name, or the blend is fitted on what both have and says so."""
     truth = simulate_truth(80, (4, 8, 12), seed=1)
     competition(tmp_path / "input" / COMPETITION)
     train = truth.images.rename(IMAGE_LABEL).reset_index().merge(truth.exams, left_on=STUDY, right_index=True)
@@ -82,6 +85,29 @@ def test_the_blend_kernel_fits_on_all_runs_among_the_inputs(tmp_path):
     assert ensemble.blend_weights.table().loc[IMAGE_LABEL, "resnet3d"] > .8
     expected = fit_ensemble(oofs, truth, split)  # the same from memory, with the folds as they were made
     pd.testing.assert_frame_equal(ensemble.blend_weights.table()[list(oofs)], expected.blend_weights.table(), atol=1e-6)
+    said = result_of(tmp_path / "working")
+    assert said == {"finished": True, "reason": "blended efficientnet, resnet3d", "progress": 1}
+
+    shutil.rmtree(next(tmp_path.glob("input/datasets/owner/runs/resnet3d-fold1-*")))
+    (tmp_path / "working" / "ensemble.json").unlink()
+    result = run_kernel(tmp_path, "blend", values={"MODELS": ["efficientnet", "resnet3d"], "HELD_OUT": [0, 1]})
+    assert "resnet3d has no run of fold 1" in result.stderr and "ALLOW_PARTIAL = True" in result.stderr
+    assert result.returncode and not (tmp_path / "working" / "ensemble.json").exists()
+    result = run_kernel(tmp_path, "blend", values={"ALLOW_PARTIAL": True})
+    assert result.returncode == 0, result.stderr
+    assert "BLENDED WITHOUT ALL FOLDS: resnet3d has no run of fold 1" in result.stdout
+    assert "resnet3d has no run of fold 1" in result_of(tmp_path / "working")["reason"]
+    ensemble = Ensemble.load(tmp_path / "working" / "ensemble.json")
+    half = {name: oof.select(split.valid(0)) for name, oof in oofs.items()}
+    expected = fit_ensemble(half, truth, split)
+    pd.testing.assert_frame_equal(ensemble.blend_weights.table()[list(oofs)], expected.blend_weights.table(), atol=1e-6)
+
+
+def result_of(folder):
+    "What a kernel says of its run."
+    found = json.loads((folder / "result.json").read_text())
+    assert set(found) == {"finished", "reason", "progress"}
+    return found
 
 
 def source(name, **values):
@@ -93,8 +119,10 @@ def source(name, **values):
 def test_every_copy_of_a_kernel_has_its_own_parameters():
     plan = Plan(n_folds=2, recipe="demo", seed=7, settings={"petaformer": ("batch=2",)})
     every = [(name, values) for name in KERNELS for values in copies(name, plan).values() if values]
-    assert len(every) == 8 + 2 * 5
-    assert every[-1][1] == {"MODEL": "sequence", "FOLD": 1, "FOLDS": 2, "RECIPE": "demo", "SEED": 7, "SETTINGS": []}
+    assert len(every) == 8 + 2 * 5 + 1
+    assert every[-2][1] == {"MODEL": "sequence", "FOLD": 1, "FOLDS": 2, "RECIPE": "demo", "SEED": 7, "SETTINGS": [],
+                            "ALLOW_PARTIAL": False}
+    assert every[-1][1] == {"MODELS": list(plan.models), "HELD_OUT": [0, 1], "ALLOW_PARTIAL": False}
     assert [values["SETTINGS"] for _, values in every if values.get("MODEL") == "petaformer"] == [["batch=2"]] * 2
     for name, values in every:
         code = source(name, **values)
@@ -104,7 +132,7 @@ def test_every_copy_of_a_kernel_has_its_own_parameters():
 
 
 def test_parts_are_prepared_and_trained_on_as_one(tmp_path):
-    "Two kernels prepare the store, one of them resuming from its own output; another trains on both parts."
+    "Two kernels prepare the store, one of them in two sessions; another trains on both parts, and on no less."
     made = make_competition(tmp_path / "made", 6, 1, slices=6, size=64, difficulty="demo")
     kit, mounts = tmp_path / "input", tmp_path / "input" / "notebooks" / "me"
     mounts.mkdir(parents=True)
@@ -113,19 +141,31 @@ def test_parts_are_prepared_and_trained_on_as_one(tmp_path):
     train = pd.read_csv(kit / COMPETITION / "train.csv")
     train[IMAGE_LABEL] = train[STUDY].rank(method="dense").astype(int) % 2  # six slices show too little to balance
     train.to_csv(kit / COMPETITION / "train.csv", index=False)
-    for part, first in (("0", True), ("0", False), ("1", True)):
-        result = run_kernel(tmp_path, "prepare", values=copies("prepare")[part] | {"PARTS": 2})
+    sessions = (("0", 0, 0, False), ("0", None, 0, True), ("0", None, 1, True), ("1", None, 0, True))
+    small = {"FOLDS": 2, "RECIPE": "quick", "SETTINGS": ["pixels.size=32", "network.width=.25", "steps=2"]}
+    for part, hours, begun, finished in sessions:
+        change = ("hours=hours", f"hours={hours}")
+        result = run_kernel(tmp_path, "prepare", values=copies("prepare")[part] | {"PARTS": 2}, change=change)
         assert result.returncode == 0, result.stderr
-        done = re.search(r"(\d+)/\d+", result.stderr)[1]  # where the bar begins
-        assert (done == "0") == first, result.stderr
+        done = int(re.search(r"(\d+)/\d+", result.stderr)[1])  # where the bar begins
+        assert bool(done) == begun, result.stderr
+        said = result_of(tmp_path / "working")
+        assert said["finished"] == finished and bool(said["progress"]) == finished
         shutil.rmtree(mounts / part, ignore_errors=True)
         shutil.move(tmp_path / "working", mounts / part)
-    small = ["pixels.size=32", "network.width=.25", "steps=2"]
-    result = run_kernel(tmp_path, "train", values={"FOLDS": 2, "RECIPE": "quick", "SETTINGS": small})
+        if (part, begun) == ("0", 1):
+            result = run_kernel(tmp_path, "train", values=small)
+            lost = set(train[STUDY]) - set(pd.read_parquet(next(mounts.rglob("index.parquet")))[STUDY])
+            assert result.returncode and f"{len(lost)} of 6 studies are in no part of the store" in result.stderr
+            assert all(text in result.stderr for text in [*lost, "push prepare-1", "ALLOW_PARTIAL = True"])
+            assert not (tmp_path / "working" / "runs").exists()
+    result = run_kernel(tmp_path, "train", values=small)
     assert result.returncode == 0, result.stderr
     assert "36 slices of 6 studies" in result.stdout
     run = tmp_path / "working" / "runs" / "efficientnet-fold0-seed42"
     assert len(Predictions.load(run / "oof").exams) == 3
+    epochs = len(pd.read_csv(run / "history.csv"))
+    assert result_of(tmp_path / "working")["progress"] == epochs + 1 and result_of(tmp_path / "working")["finished"]
 
 
 def test_a_missing_competition_is_named_with_the_inputs_found(tmp_path):
@@ -196,11 +236,13 @@ for name in [name for name in sys.modules if name.partition(".")[0] == "rsnape_k
 
 
 def run_kernel(kaggle, name="submit", then="import rsnape_kit; print(rsnape_kit.__file__)", values=(),
-               environ=()):
+               environ=(), change=("", "")):
     """A kernel's cells as one script, /kaggle moved to a folder, then a line of the test.
 
     The process is a fork of this one, which has pandas and numba imported; those that the kernel starts are not."""
     code = source(name, **dict(values)).replace("/kaggle/", f"{kaggle}/")
+    assert change[0] in code
+    code = code.replace(*change) if change[0] else code
     code = "\n".join((FRESH.format(kaggle=str(kaggle)), code, then))
     env = KERNEL_ENV | {"RSNAPE_KAGGLE": str(kaggle), **dict(environ)}
     return warm.run_command([sys.executable, "-c", code], env=env, start=warm._in_a_fork)
