@@ -174,7 +174,7 @@ def blend(runs: list[Path] = (), *, train_csv: Path | None = None, preset: Liter
     """
     from rsnape_kit.ensemble.weight_fitting import loss_by_label, plot_weights, summary
     from rsnape_kit.inference.predict_runs import load_folds, load_oofs, load_views
-    from rsnape_kit.runs.complete import common_studies, finished_runs
+    from rsnape_kit.runs.oof import common_studies, finished_runs
 
     if preset == "original" and not train_csv:
         return _unfitted(preset, runs, out)
@@ -182,7 +182,7 @@ def blend(runs: list[Path] = (), *, train_csv: Path | None = None, preset: Liter
         raise ValueError("no labels: give --train-csv; only --preset original does without")
     if preset == "first-version" and not store:
         raise ValueError("no slice store: the prior by position needs the order of the slices; give --store")
-    runs, truth = finished_runs(runs, allow_partial=allow_partial, how="--allow-partial"), rk.Predictions.from_train_csv(train_csv)
+    truth, runs = rk.Predictions.from_train_csv(train_csv), finished_runs(runs, allow_partial=allow_partial, how="--allow-partial")
     oofs, folds = common_studies(load_oofs(runs), truth.exams.index, allow_partial, "--allow-partial"), load_folds(runs)
     slices = rk.SliceStore(*store).table if store else None
     ensemble = rk.fit_preset(preset, oofs, truth, folds, slices) if preset else rk.fit_ensemble(oofs, truth, folds, space)

@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 
 from .runtime import KAGGLE
-from ..runs.complete import is_finished
 from ..runs.folder import epochs_done, load_config
+from ..runs.oof import is_finished
 from ..store.slice_store import slices_in
 from ..utils.files import atomic_write
 
@@ -32,7 +32,7 @@ def write_result(finished: bool = True, reason: str = "", progress: float = 1, k
     path = Path(kaggle, "working", RESULT)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps(content) + "\n")
-    print(f"{path}: {content}")
+    print(f"{RESULT}: {content}")
     return path
 
 
