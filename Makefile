@@ -60,7 +60,7 @@ notebooks: $(READY)  ## run all notebooks, keep their outputs, clean what is not
 	for nb in nbs/[0-9]*.ipynb nbs/[0-9]*/*.ipynb nbs/tutorials/*.ipynb; do echo "$$nb"; \
 	  (cd $$(dirname $$nb) && exec_nb $$(basename $$nb) --dest $$(basename $$nb) --exc_stop) || exit 1; done
 	nbdev_export && nbdev_clean
-	python -c "from rsnape_kit.kaggle.kernels import export_kernels; export_kernels()"
+	python -c "from rsnape_kit.kaggle.kernels import export_templates; export_templates()"
 
 hooks: $(READY)  ## git hooks that clean notebooks on commit and merge them readably
 	nbdev_install_hooks

@@ -114,7 +114,7 @@ def argument_settings(
     if default is not inspect.Parameter.empty:
         settings["default"] = list(default) if default == () else default
     if kind is bool:
-        return settings | {"action": "store_true"}
+        return settings | {"action": "store_true" if default is False else argparse.BooleanOptionalAction}
     if list in (kind, get_origin(kind)):
         return settings | ({"action": "extend", "nargs": 1, "metavar": extra[0]} if extra else
                            {"nargs": "*" if "default" in settings else "+", "type": argument_settings(get_args(kind)[0], None, "")["type"]})

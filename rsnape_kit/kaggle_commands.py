@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import rsnape_kit as rk
-from .utils.schema import Count
+from .utils.schema import Count, Natural, Seed
 
 # %% ../nbs/17_kaggle_commands.ipynb #a7cm0006
 def next_step(*command):
@@ -20,19 +20,47 @@ def next_step(*command):
     print("next: rsnape", *command, file=sys.stderr)
 
 
-def kernels(*, owner: str = "OWNER", folds: Count | None = None, trained: bool = False, resume: bool = False,
-            model_sources: list[str] = ()):
-    """Export nbs/kernels into kernels/ with complete metadata.
+def kernels(*, owner: str | None = None, models: list[str] | None = None, folds: list[Natural] | None = None, n_folds: Count | None = None,
+            parts: Count | None = None, recipe: str | None = None, seed: Seed | None = None, set: Annotated[list, "MODEL.NAME=VALUE"] = (),
+            accelerator: Annotated[list, "MODEL=KIND"] = (), trained: bool | None = None, resume: bool | None = None,
+            allow_partial: bool | None = None, model_sources: list[str] | None = None, plan: Path | None = None, out: Path | None = None):
+    """Write the kernels of a plan; options change the plan of an earlier call, and what is not named stays.
 
     Args:
         owner: your Kaggle user name
-        folds: write a training kernel for each of this many folds, and a prepare kernel for each part of the store
+        models: models to train, each in a kernel per fold; without names: all
+        folds: numbers of the folds to train, from 0; without numbers: all
+        n_folds: number of folds that the studies are divided into (default: 5)
+        parts: parts of the slice store, a prepare kernel for each (default: 8)
+        recipe: settings to start from, see rsnape recipes (default: full)
+        seed: random seed of the runs (default: 42)
+        set: change a setting of a model, such as efficientnet.batch=64; without a value: back to the recipe's; can be repeated
+        accelerator: train a model on cpu, gpu or tpu, such as efficientnet=gpu; without a kind: back to the default; can be repeated
         trained: attach the outputs of the blend and training kernels to the submission kernel
         resume: attach the own last output to the prepare and training kernels
+        allow_partial: train and blend although parts of the store, folds or studies are missing
         model_sources: Kaggle Models with weights or runs for the training and submission kernels, owner/model/framework/variation/number
+        plan: start from this file instead of OUT/plan.json
+        out: folder to write (default: kernels; in the repository build/kernels)
     """
-    print(*rk.export_kernels(owner, folds=folds, trained=trained, resume=resume, model_sources=model_sources), sep="\n")
-    next_step(*("kernels --owner NAME, with your Kaggle user name",) if owner == "OWNER" else ("bundle --owner", owner))
+    from rsnape_kit.kaggle.dataset import OWNER
+    from rsnape_kit.kaggle.kernels import export_kernels, find_plan, kernels_folder, other_folders
+    from rsnape_kit.kaggle.plan import Plan, change_plan, describe_plan
+
+    out = kernels_folder() if out is None else out
+    former = find_plan(out) if plan is None else Plan.load(plan)
+    named = {"owner": owner, "models": models, "folds": folds, "n_folds": n_folds, "parts": parts, "recipe": recipe, "seed": seed,
+             "trained": trained, "resume": resume, "allow_partial": allow_partial, "model_sources": model_sources}
+    new = change_plan(former or Plan(), set, accelerator, **named)
+    removed, foreign = other_folders(new, out)
+    folders = export_kernels(new, out)
+    named |= {"settings": set or None, "accelerators": accelerator or None}
+    print("named:", "; ".join(describe_plan(new, [name for name, value in named.items() if value is not None], changed=False)) or "nothing")
+    if former:
+        print("kept:", "; ".join(describe_plan(new, [name for name, value in named.items() if value is None])) or "nothing")
+    print(*(f"removed: {path}, a kernel of the former plan" for path in removed),
+          *(f"left alone: {path}, which this command has not written" for path in foreign), *folders, out / "plan.json", sep="\n")
+    next_step(*("kernels --owner NAME, with your Kaggle user name",) if new.owner == OWNER else ("bundle --owner", new.owner))
 
 
 def bundle(*, out: str = "", target: Literal["gpu", "tpu"] = "gpu", runs: list[Path] = (), no_weights: bool = False,
@@ -118,7 +146,8 @@ def rehearse(*, folder: Path = Path("build/rehearsal"), runs: list[Path] = (), b
         runs: folders of trained runs, and ensemble.json, to submit with
         bundle: folder of a bundle (default: a new one is made)
     """
-    from rsnape_kit.kaggle.kernels import ROOT
+    from rsnape_kit.kaggle.kernels import export_kernel
+    from rsnape_kit.kaggle.plan import Plan
     from rsnape_kit.kaggle.rehearsal import CORE, MORE, make_environment, rehearse, why_not
 
     if reason := why_not():
@@ -127,7 +156,8 @@ def rehearse(*, folder: Path = Path("build/rehearsal"), runs: list[Path] = (), b
     competition = rk.make_competition(folder / "competition", 4, 2, slices=16, difficulty="demo")
     python, skipped = make_environment(folder / "python", packages=CORE + MORE if runs else CORE)
     print("packages missing in the rehearsal's Python:", ", ".join(skipped) or "none")
-    result = rehearse(bundle, competition, ROOT / "kernels" / "submit", python, out=folder / "working")
+    kernel = export_kernel("submit", Plan(), "", folder / "kernel")
+    result = rehearse(bundle, competition, kernel, python, out=folder / "working")
     print(result.log)
     if not result.ok:
         sys.exit(f"rsnape: {result.problem}")

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from .client import KaggleError, client, refuse, request
 from .dataset import name_faults, read_json
 from .downloads import UNFINISHED, end_download, fetch_file
+from .kernels import kernels_folder
 from .preflight import KERNEL
 from .retry import retrying
 from ..utils.manifest import MANIFEST
@@ -34,8 +35,7 @@ def kernel_names(kernels: Iterable[Path | str]) -> list[str]:  # names owner/slu
             refuse(name_faults(each, "the kernel"), "the request")
             found.append(each)
             continue
-        files = [Path(each, KERNEL), *sorted(Path(each).glob(f"*/{KERNEL}")), *sorted(Path(each, "kernels").glob(f"*/{KERNEL}"))]
-        files = [path for path in files if path.is_file()]
+        files = sorted(kernels_folder(each).glob(f"*/{KERNEL}")) or [*Path(each).glob(KERNEL), *sorted(Path(each).glob(f"*/{KERNEL}"))]
         if not files:
             raise KaggleError(f"{each} has no {KERNEL}, nor have the folders in it: export kernels with `rsnape kernels --owner NAME`, "
                               "or write owner/slug")

@@ -10,6 +10,7 @@ from kaggle_stub import Stub, serving
 
 from rsnape_kit.kaggle.client import KaggleError, push, push_bundle, submit_kernel
 from rsnape_kit.kaggle.kernels import export_kernels
+from rsnape_kit.kaggle.plan import PLAN, Plan
 from rsnape_kit.kaggle.runtime import COMPETITION
 from rsnape_kit.utils.manifest import MANIFEST, write_manifest
 
@@ -164,10 +165,12 @@ def test_a_damaged_bundle_is_refused_before_anything_is_sent(stub, bundle):
 
 @pytest.fixture
 def kernels(tmp_path):
-    "This repository's kernels, exported for the user called test."
-    (tmp_path / "nbs").mkdir()
-    (tmp_path / "nbs" / "kernels").symlink_to(ROOT / "nbs" / "kernels")
-    export_kernels("test", tmp_path)
+    "The kernels of a small plan, and the repository's template at the top, of the user called test."
+    plan = Plan("test", models=("efficientnet", "petaformer"), folds=(0,), parts=1)
+    export_kernels(plan, tmp_path / "kernels")
+    (tmp_path / "kernels" / PLAN).unlink()
+    text = (ROOT / "kernel-metadata.json").read_text().replace('"OWNER/', '"test/')
+    (tmp_path / "kernel-metadata.json").write_text(text)
     return tmp_path
 
 
