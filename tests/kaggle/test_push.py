@@ -6,32 +6,19 @@ import sys
 
 import pytest
 from conftest import ROOT
-from kaggle_stub import Stub, serving
+from kaggle_stub import Stub, connected
 
-from rsnape_kit.kaggle.client import KaggleError, push, push_bundle, submit_kernel
+from rsnape_kit.kaggle.api import KaggleBusy, KaggleError
+from rsnape_kit.kaggle.client import push, push_bundle, submit_kernel
 from rsnape_kit.kaggle.kernels import export_kernels
 from rsnape_kit.kaggle.runtime import COMPETITION
 from rsnape_kit.utils.manifest import MANIFEST, write_manifest
 
-extended = pytest.importorskip("kaggle.api.kaggle_api_extended", reason="pip install kaggle==2.2.4 six")
-
 
 @pytest.fixture
 def stub(monkeypatch, tmp_path):
-    "A stub of Kaggle, a client connected to it, and a separate home folder for the client's records."
-    stub = Stub()
-    with serving(stub) as proxy:
-        for name in ("NO_PROXY", "no_proxy", "KAGGLE_API_TOKEN"):
-            monkeypatch.delenv(name, raising=False)
-        for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-            monkeypatch.setenv(name, proxy)
-        (tmp_path / "home").mkdir()
-        for name, value in (("KAGGLE_USERNAME", "test"), ("KAGGLE_KEY", "test"),
-                            ("HOME", str(tmp_path / "home")), ("TMPDIR", str(tmp_path / "home"))):
-            monkeypatch.setenv(name, value)
-        # what KAGGLE_API_ENVIRONMENT=LOCALHOST does where it is set before the import
-        monkeypatch.setattr(extended.KaggleApi, "args", ["--local"])
-        monkeypatch.setattr("tempfile.tempdir", None)  # the client keeps unfinished uploads there
+    "A stub of Kaggle and a client connected to it."
+    with connected(Stub(), monkeypatch, tmp_path / "home") as stub:
         yield stub
 
 
@@ -161,11 +148,14 @@ def test_a_damaged_bundle_is_refused_before_anything_is_sent(stub, bundle):
 
 
 @pytest.fixture
-def kernels(tmp_path):
-    "This repository's kernels, exported for the user called test."
+def kernels(stub, tmp_path):
+    "This repository's kernels, exported for the user called test; all that they read is there."
     (tmp_path / "nbs").mkdir()
     (tmp_path / "nbs" / "kernels").symlink_to(ROOT / "nbs" / "kernels")
-    export_kernels("test", tmp_path)
+    for folder in export_kernels("test", tmp_path):
+        stub.complete |= set(json.loads((folder / "kernel-metadata.json").read_text())["kernel_sources"])
+    for name in ("test/rsnape-kit", "test/rsnape-kit-tpu"):
+        stub.add_dataset(name)
     return tmp_path
 
 
@@ -192,6 +182,28 @@ def test_plain_kaggle_kernels_push_works_from_the_top_of_the_repository(stub, ke
     assert "Kernel version 1 successfully pushed" in result.stdout, result.stderr
     sent = stub.sent("SaveKernel")[0]
     assert sent["slug"] == "test/rsnape-kit-submit" and "submission.csv" in sent["text"]
+
+
+def test_a_kernel_is_not_started_without_its_sources(stub, kernels):
+    folder = change(kernels / "kernels" / "submit", "kernel-metadata.json",
+                    kernel_sources=["test/training", "test/rsnape-kit-submit"])
+    stub.kernel_states = ["RUNNING"]
+    with pytest.raises(KaggleError, match="kernel_sources has test/training, which is running, not complete: wait"):
+        push(folder)
+    stub.faults["GetKernelSessionStatus"] = (404, {"code": 404, "message": "Not found"})
+    stub.datasets.clear()
+    with pytest.raises(KaggleError, match="2 faults:\n- dataset_sources has test/rsnape-kit, which does not exist"):
+        push(folder)
+    assert not stub.sent("SaveKernel")
+    push(folder, allow=["which does not exist"])
+    assert len(stub.sent("SaveKernel")) == 1
+
+
+def test_a_limit_of_sessions_is_an_error_of_its_own(stub, kernels):
+    for status, key in ((200, "error"), (400, "message")):
+        stub.faults["SaveKernel"] = (status, {key: "Maximum batch GPU session count of 2 reached."})
+        with pytest.raises(KaggleBusy, match="session count of 2"):
+            push(kernels / "kernels" / "submit")
 
 
 @pytest.mark.parametrize("response, words", [
