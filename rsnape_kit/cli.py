@@ -18,7 +18,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import rsnape_kit as rk
 from .commands import blend, demo, phantom, predict, report, scan, store, train
-from .kaggle_commands import bundle, check, kernels, push, rehearse, submit
+from .kaggle_commands import bundle, campaign, check, kernels, push, rehearse, submit
 from .utils.files import valid_path
 from .utils.processes import end_with_parent
 from .utils.schema import Count, Limits, parse
@@ -130,7 +130,7 @@ def add_command(commands, function):  # commands: argparse's subparsers
 
 
 COMMANDS = (demo, phantom, scan, store, weights, recipes, features, train, blend, predict, report, kernels, bundle, check, push, submit,
-            rehearse)
+            campaign, rehearse)
 
 
 def parser() -> argparse.ArgumentParser:
