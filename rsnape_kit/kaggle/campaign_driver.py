@@ -91,6 +91,9 @@ class Driver:
         now = self.campaign.datasets.get(name, DatasetState("sending", ""))
         self.save(datasets=self.campaign.datasets | {name: replace(now, **values)})
 
+    def forget_dataset(self, name: str):
+        self.save(datasets={key: each for key, each in self.campaign.datasets.items() if key != name})
+
     @contextmanager
     def branch(self, fail):  # fail: called with the text of a failure that does not pass by itself
         "Note a failure that passes, hand any other to `fail`; only a refused login ends the campaign."
@@ -124,6 +127,8 @@ def send_dataset(driver: Driver, name: str, folder: Path):
             driver.change_dataset(name, state="ready", reason="")
             print(f"dataset ready: {name} version {version}")
             return
+        if not state and now.before:
+            return driver.forget_dataset(name)  # deleted there: the next pass begins again
     if now.state == "sending" and (not state or state == READY and version == now.before):  # it has not been sent
         send_bundle(driver.api, folder, name, exists=bool(state))
         driver.change_dataset(name, state="sent", reason="Kaggle unpacks it")

@@ -84,9 +84,10 @@ def read_jobs(folder: Path | str, models=(), folds=()) -> dict:  # name -> Job
     jobs = {job.name: job for job in chosen}
     if len(jobs) < len(chosen):
         raise ValueError(f"two kernels of {folder} have the same id: {', '.join(sorted(str(job.folder) for job in chosen if jobs[job.name] is not job))}")
-    trained = [name for name, job in jobs.items() if job.stage in ("train", "blend")]
-    jobs = {name: replace(job, sources=tuple(dict.fromkeys([*job.sources, *trained]))) if job.stage == "submit" else job
-            for name, job in jobs.items()}
+    trained, others = [name for name, job in jobs.items() if job.stage in ("train", "blend")], {job.name for job in found} - set(jobs)
+    for job in (job for job in chosen if job.stage in PARTIAL):
+        sources = [*job.sources, *trained * (job.stage == "submit")]
+        jobs[job.name] = replace(job, sources=tuple(name for name in dict.fromkeys(sources) if name not in others))
     return _in_order(jobs)
 
 

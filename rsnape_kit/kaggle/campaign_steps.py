@@ -126,7 +126,7 @@ def _missing_sources(driver: Driver, job: Job, meta: dict) -> str:
     done = [name for name in job.sources if driver.campaign.kernel(name).state == "done"]
     states = source_states(driver.api, meta, done)
     for _, name in [which for which, state in states.items() if not state and which[1] in driver.bundles]:
-        driver.save(datasets={key: each for key, each in driver.campaign.datasets.items() if key != name})
+        driver.forget_dataset(name)
         return f"the dataset {name}, which is missing on Kaggle and is sent again"
     faults = {source_fault(*which, state): state for which, state in states.items()}
     faults = {text: state for text, state in faults.items() if not any(each in text for each in driver.settings.allow)}
