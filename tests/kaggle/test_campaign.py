@@ -274,10 +274,10 @@ def test_a_failed_fold_is_left_out_and_can_be_tried_again(kaggle, kernels):
     kaggle.outcomes[name("train-a-fold-1")] = [FAILED]
     campaign, left, _, shown = drive(kernels)
     assert "rsnape-kit-train-a-fold-1 failed: ended as error; MemoryError: 29 GB are not enough" in left
-    assert "rsnape-kit-train-b-fold-1 did not start: it needs rsnape-kit-train-a-fold-1" in left and "--retry" in left
+    assert "rsnape-kit-train-b-fold-1 did not start: it needs train-a-fold-1" in left and "--retry" in left
     assert sources(kaggle, "blend") == {"train-a-fold-0", "train-b-fold-0"}
     assert sources(kaggle, "submit") == {"train-a-fold-0", "train-b-fold-0", "blend"}
-    assert "without rsnape-kit-train-a-fold-1, rsnape-kit-train-b-fold-1" in shown[-1]
+    assert "without train-a-fold-1, train-b-fold-1" in shown[-1]
     assert campaign.entry.state == "scored"
 
     campaign, left, _, _ = drive(kernels, retry=True)
