@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from .api import KaggleBusy, client
-from .campaign_driver import CampaignSettings, Driver, send_dataset
+from .api import KaggleBusy, KaggleError, client, http_status, request
+from .campaign_driver import CampaignSettings, Driver, passes, send_dataset
 from .campaign_state import CAMPAIGN, Campaign, Entry, KernelState, read_jobs, startable
 from .campaign_steps import enter, follow, start
 from .campaign_table import expected_hours, next_step, progress_table, quota_line
@@ -26,6 +26,14 @@ from ..utils.processes import exclusive
 def run_pass(driver: Driver):
     "Look at everything that runs, then start what can be started."
     driver.trouble = []
+    if driver.api is None:
+        try:
+            driver.api = request("the login", client)
+        except KaggleError as error:
+            if not passes(error):
+                raise
+            driver.trouble.append(error)
+            return
     for name, folder in driver.bundles.items():
         with driver.branch(lambda text, name=name: driver.change_dataset(name, state="failed", reason=text)):
             send_dataset(driver, name, folder)
@@ -129,10 +137,17 @@ def run_campaign(folder: Path | str = "kernels", bundles: Iterable = (), setting
     jobs, path = read_jobs(folder, models, folds), Path(folder, CAMPAIGN)
     with exclusive(path, "{} is in use: another process drives this campaign; end it or let it go on"):
         campaign = clear(Campaign.load(path) if path.exists() else Campaign(), jobs, retry, again)
-        driver = Driver(folder, jobs, local_bundles(bundles, jobs), settings, api or client(), campaign)
-        hours, shown, troubled = expected_hours(jobs), None, 0
+        driver = Driver(folder, jobs, local_bundles(bundles, jobs), settings, api, campaign)
+        hours, shown, troubled, refused = expected_hours(jobs), None, 0, False
         while True:
-            run_pass(driver)
+            try:
+                run_pass(driver)
+                refused = False
+            except KaggleError as error:
+                if refused or http_status(error) != 401:
+                    raise
+                driver.api, refused = None, True  # the login has expired: one of a day does not last for a campaign
+                continue
             troubled = troubled + 1 if driver.trouble else 0
             last, table = once or not goes_on(driver), progress_table(jobs, driver.campaign, settings.strict, hours)
             if table != shown or last:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .api import KaggleBusy, KaggleError, refuse, request
+from .api import KaggleBusy, KaggleError, http_status, refuse, request
 from .campaign_state import CAMPAIGN, Campaign, DatasetState, Job
 from .client import READY, dataset_ready, dataset_state, send_bundle
 from .dataset import check_dataset
@@ -75,7 +75,7 @@ class Driver:
     jobs: Mapping  # name -> Job
     bundles: Mapping  # name of a dataset -> its folder here
     settings: CampaignSettings
-    api: object
+    api: object = None  # None before the login
     campaign: Campaign = field(default_factory=Campaign)
     trouble: list = field(default_factory=list)  # failures of this pass that pass by themselves
 
@@ -100,7 +100,7 @@ class Driver:
         try:
             yield
         except (KaggleError, ValueError) as error:
-            if getattr(getattr(error.__cause__, "response", None), "status_code", None) == 401:
+            if http_status(error) == 401:
                 raise
             if passes(error):
                 self.trouble.append(error)

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from .api import LIMIT, KaggleBusy, KaggleError, client, refuse, request, request_slot
+from .api import LIMIT, KaggleBusy, KaggleError, client, http_status, refuse, request, request_slot
 from .dataset import METADATA, check_dataset, name_faults, read_json
 from .preflight import KERNEL, check_kernel
 from .runtime import COMPETITION
@@ -121,12 +121,8 @@ def _kernel_status(api, name: str) -> str:
 
     try:
         return api.kernels_status(name).status.name.lower()
-    except HTTPError as error:
-        if getattr(error.response, "status_code", None) == 404:
-            return ""
-        raise
-    except ValueError as error:
-        if "Permission" in str(error):  # the client's text for 401 and 403
+    except (HTTPError, ValueError) as error:  # of 401 and 403 the client makes a ValueError
+        if http_status(error) in (403, 404):
             return ""
         raise
 

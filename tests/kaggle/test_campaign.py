@@ -4,11 +4,12 @@ import os
 from collections import Counter
 
 import pytest
+import requests
 from kaggle_sessions import Kaggle
 from kaggle_stub import DROP, LOSE, connected
 
 from rsnape_kit.cli import main
-from rsnape_kit.kaggle.api import KaggleError
+from rsnape_kit.kaggle.api import KaggleError, client
 from rsnape_kit.kaggle.campaign import plan_campaign, run_campaign
 from rsnape_kit.kaggle.campaign_driver import CampaignSettings
 from rsnape_kit.kaggle.campaign_state import CAMPAIGN, Campaign
@@ -172,6 +173,27 @@ def test_a_network_that_is_gone_for_a_while_is_waited_for(kaggle, small):
     _, left, pauses, _ = drive(small)
     assert left == "" and lost.total() > 5 and pushed_once(stub, ["train-a-fold-0", "submit"])
     assert max(pauses[:-1]) <= 300
+
+
+@pytest.mark.parametrize("method", ["GetKernelSessionStatus", "GetKernel", "SaveKernel", "CreateCodeSubmission"])
+def test_an_expired_login_is_made_again(kaggle, small, method):
+    kaggle.hiccups = {(method, number): (401, {"code": 401, "message": "expired"}) for number in (1, 3)}
+    assert drive(small)[1] == "" and pushed_once(kaggle, ["train-a-fold-0", "submit"]) and len(kaggle.submissions) == 1
+
+
+def test_a_login_without_a_network_is_waited_for(kaggle, small, monkeypatch):
+    attempts = []
+
+    def login():
+        attempts.append(1)
+        if len(attempts) < 4:
+            raise requests.ConnectionError("no route to www.kaggle.com")
+        return client()
+
+    monkeypatch.setattr("rsnape_kit.kaggle.campaign.client", login)
+    _, left, pauses, shown = drive(small)
+    assert left == "" and len(attempts) == 4 and "not now: the login failed: no route" in shown[1]
+    assert pauses[0] <= 5 and pauses[2] >= 10
 
 
 class Killed(BaseException):
