@@ -98,7 +98,7 @@ def campaign(folder: Path = Path("kernels"), *, bundles: list[Path] = (), models
         dry_run: print what would be sent, in order, and send nothing
         once: look once and do not wait
         retry: forget failures and try again
-        again: kernels to run again although they are done
+        again: kernels to run again although they are done, or all
         strict: do not blend or submit without every fold
         no_submit: do not enter the submission
         message: text shown beside the score

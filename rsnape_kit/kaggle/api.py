@@ -22,7 +22,7 @@ class KaggleBusy(KaggleError):
     "Kaggle refused something for now: the limit of running sessions, of quota or of submissions a day is reached."
 
 
-LIMIT = re.compile(r"maximum .*(session|quota)|quota .*(exceeded|reached|used)|(submission|daily) limit|too many", re.I)
+LIMIT = re.compile(r"maximum .*session|\bquota\b|(submission|daily) limit|too many", re.I)
 TIMEOUT = 300  # seconds until a connection without a sign of life is given up
 
 

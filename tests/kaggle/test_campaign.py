@@ -264,6 +264,9 @@ def test_a_lost_state_is_found_again_on_kaggle(kaggle, kernels):
     (kernels / "blend" / "blend.py").write_text("x = 2")  # what Kaggle has is not this
     drive(kernels, submit=False)
     assert kaggle.pushes(name("blend")) == 2 and kaggle.pushes(name("train-b-fold-0")) == 1
+    (kernels / CAMPAIGN).unlink()
+    drive(kernels, again=["all"])
+    assert kaggle.pushes(name("blend")) == 3 and kaggle.pushes(name("train-b-fold-0")) == 2
 
 
 def late(progress: float) -> tuple:

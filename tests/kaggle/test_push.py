@@ -200,9 +200,10 @@ def test_a_kernel_is_not_started_without_its_sources(stub, kernels):
 
 
 def test_a_limit_of_sessions_is_an_error_of_its_own(stub, kernels):
-    for status, key in ((200, "error"), (400, "message")):
-        stub.faults["SaveKernel"] = (status, {key: "Maximum batch GPU session count of 2 reached."})
-        with pytest.raises(KaggleBusy, match="session count of 2"):
+    text = "Maximum batch GPU session count of 2 reached."
+    for status, body in ((200, {"error": text}), (400, {"message": text}), (200, {"error": "Your quota is used up"})):
+        stub.faults["SaveKernel"] = (status, body)
+        with pytest.raises(KaggleBusy, match="session count of 2|quota"):
             push(kernels / "kernels" / "submit")
 
 
