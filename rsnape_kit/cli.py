@@ -20,6 +20,7 @@ import rsnape_kit as rk
 from .commands import blend, demo, phantom, predict, report, scan, store, train
 from rsnape_kit.kaggle_commands import (
     bundle,
+    campaign,
     check,
     download,
     kernels,
@@ -142,7 +143,7 @@ def add_command(commands, function):  # commands: argparse's subparsers
 
 
 COMMANDS = (demo, phantom, scan, store, weights, recipes, features, train, blend, predict, report, kernels, bundle, check, push, submit,
-            rehearse, download, status, logs, output, scores)
+            campaign, rehearse, download, status, logs, output, scores)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ import ast
 import json
 import re
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 from ..utils import typed_imports
@@ -101,16 +102,31 @@ def _at_the_top(body: list):
             yield from _at_the_top(handler.body)
 
 
-def _defines(path: Path, name: str) -> bool:
-    "Return whether a module has a name at its top: a function, class, variable or import."
-    tree, found = parse(path.read_text(encoding="utf-8")), {"*"}
+@lru_cache(maxsize=1024)
+def _names(code: str) -> frozenset:
+    "Return the names at the top of a module: functions, classes, variables and imports."
+    tree, found = parse(code), {"*"}
     for node in _nodes(tree, inside=False, optional=True):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             found |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             found.add(node.id)
-    found |= {node.name for node in _at_the_top(tree.body) if hasattr(node, "name")}
+    return frozenset(found | {node.name for node in _at_the_top(tree.body) if hasattr(node, "name")})
+
+
+def _defines(path: Path, name: str) -> bool:
+    "Return whether a module has a name at its top."
+    found = _names(path.read_text(encoding="utf-8"))
     return name in found or ("__getattr__" in found and path.name != "__init__.py")
+
+
+@lru_cache(maxsize=1024)
+def _loads(code: str, package: str) -> frozenset:
+    "Return what a module imports when it is loaded."
+    return frozenset(imports(parse(code), inside=False, package=package))
+
+
+_lazy = lru_cache(maxsize=1024)(typed_imports)  # a set of kernels reads the library once
 
 
 def reached(
@@ -129,11 +145,11 @@ def reached(
         elif path := _source(package, name):
             parents = {".".join(name.split(".")[:depth]) for depth in range(1, name.count(".") + 1)}
             home = name if path.stem == "__init__" else name.rpartition(".")[0]
-            found = imports(parse(path.read_text(encoding="utf-8")), inside=False, package=home)
+            found = _loads(path.read_text(encoding="utf-8"), home)
             todo |= {module: name for module in found | parents if module not in seen}
         elif not (parent := _source(package, name.rpartition(".")[0])):
             foreign[name] = by
-        elif lazy := typed_imports(parent.read_text(encoding="utf-8")).get(name.rpartition(".")[2]):
+        elif lazy := _lazy(parent.read_text(encoding="utf-8")).get(name.rpartition(".")[2]):
             todo[".".join(lazy)] = todo[lazy[0]] = name  # a package imports it from there at its first use
         elif not _defines(parent, name.rpartition(".")[2]):
             foreign[name] = by  # neither a module nor a name in one
