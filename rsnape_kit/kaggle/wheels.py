@@ -203,7 +203,7 @@ def _pip(names, python: str, *options):
                        f"up.\n{done.stderr.strip()[-1500:]}")
 
 # %% ../../nbs/13_kaggle/02_wheels.ipynb #a771e7f9
-ARCHIVES = (".zip", ".gz", ".tar", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".whl")
+ARCHIVES = (".zip", ".gz", ".tar", ".tgz", ".bz2", ".xz", ".7z", ".rar")  # which Kaggle unpacks in a dataset; a wheel stays a file
 UNWANTED = {"tests", "test", "test_files", "__pycache__"}
 
 
@@ -216,7 +216,7 @@ def _place(member: str, wheel: str) -> str | None:  # wheel: name for the error
         if len(parts) < 3 or parts[1] not in ("purelib", "platlib"):
             return None
         parts = parts[2:]
-    if UNWANTED.intersection(parts[:-1]) or parts[-1].lower().endswith(ARCHIVES):
+    if UNWANTED.intersection(parts[:-1]) or parts[-1].lower().endswith((*ARCHIVES, ".whl")):
         return None
     return "/".join(parts)
 
