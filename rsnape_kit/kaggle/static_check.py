@@ -11,6 +11,7 @@ import ast
 import json
 import re
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 from ..utils import typed_imports
@@ -127,16 +128,22 @@ def _at_the_top(body: list):
             yield from _at_the_top(handler.body)
 
 
-def _defines(path: Path, name: str) -> bool:
-    "Return whether a module has a name at its top: a function, class, variable or import."
-    tree, found = parse(path.read_text(encoding="utf-8")), {"*"}
+@lru_cache(maxsize=1024)
+def _contents(path: Path, home: str, stamp: tuple) -> tuple:  # stamp: changes with the file
+    "Return what a module imports, the names at its top, and what it exports lazily."
+    text = path.read_text(encoding="utf-8")
+    tree, names = parse(text), {"*"}
     for node in _nodes(tree, inside=False, optional=True):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            found |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+            names |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            found.add(node.id)
-    found |= {node.name for node in _at_the_top(tree.body) if hasattr(node, "name")}
-    return name in found or ("__getattr__" in found and path.name != "__init__.py")
+            names.add(node.id)
+    names |= {node.name for node in _at_the_top(tree.body) if hasattr(node, "name")}
+    return imports(tree, inside=False, package=home), names, typed_imports(text)
+
+
+def _module(path: Path, home: str) -> tuple:
+    return _contents(path, home, (path.stat().st_mtime_ns, path.stat().st_size))
 
 
 def reached(
@@ -155,14 +162,16 @@ def reached(
         elif path := _source(package, name):
             parents = {".".join(name.split(".")[:depth]) for depth in range(1, name.count(".") + 1)}
             home = name if path.stem == "__init__" else name.rpartition(".")[0]
-            found = imports(parse(path.read_text(encoding="utf-8")), inside=False, package=home)
-            todo |= {module: name for module in found | parents if module not in seen}
+            todo |= {module: name for module in _module(path, home)[0] | parents if module not in seen}
         elif not (parent := _source(package, name.rpartition(".")[0])):
             foreign[name] = by
-        elif lazy := typed_imports(parent.read_text(encoding="utf-8")).get(name.rpartition(".")[2]):
-            todo[".".join(lazy)] = todo[lazy[0]] = name  # a package imports it from there at its first use
-        elif not _defines(parent, name.rpartition(".")[2]):
-            foreign[name] = by  # neither a module nor a name in one
+        else:
+            home, _, last = name.rpartition(".")
+            _, names, lazies = _module(parent, home if parent.stem == "__init__" else home.rpartition(".")[0])
+            if lazy := lazies.get(last):
+                todo[".".join(lazy)] = todo[lazy[0]] = name  # a package imports it from there at its first use
+            elif last not in names and ("__getattr__" not in names or parent.name == "__init__.py"):
+                foreign[name] = by  # neither a module nor a name in one
     return {name: by for name, by in foreign.items()
             if name not in sys.stdlib_module_names and name.rpartition(".")[0] not in foreign}
 

@@ -36,6 +36,7 @@ class Image:
     target: str  # gpu or tpu
     python: str  # its Python, such as '3.12'
     source: str  # origin and date of the list
+    date: str  # of the list
     packages: dict  # normal name -> version, '' if unknown
 
     def has(self, name: str) -> bool:
@@ -53,7 +54,8 @@ def image(target: str = "gpu") -> Image:  # target: gpu (also for sessions on a 
     python = next(note.removeprefix("python: ") for note in notes if note.startswith("python: "))
     split = (line.partition("==") for line in lines if line and not line.startswith("#"))
     source = " ".join(note for note in notes if note.startswith(("date: ", "https://")))
-    return Image(target, python, source, {canonicalize_name(name): version for name, _, version in split})
+    date = next(note.removeprefix("date: ") for note in notes if note.startswith("date: "))
+    return Image(target, python, source, date, {canonicalize_name(name): version for name, _, version in split})
 
 # %% ../../nbs/13_kaggle/02_wheels.ipynb #c93f6c63
 MODULES = {  # module -> distributions that provide it, where the names differ
