@@ -172,7 +172,7 @@ def _findings(folder: Path, bundle: Path | None) -> list:
     if found:
         return found
     name = str(meta.get("id") or slug_of(str(meta.get("title")))).rpartition("/")[2]
-    submits = not NO_SUBMISSION.match(name)
+    submits = not NO_SUBMISSION.match(name.lower())
     found, path = kernel_metadata_faults(meta, submits), folder / str(meta.get("code_file"))
     if not path.is_file():
         return [*found, f"{path}, the code_file, does not exist: name a file beside {KERNEL}"]
