@@ -62,7 +62,12 @@ MODULES = {  # module -> distributions that provide it, where the names differ
     "PIL": ("pillow",), "cv2": ("opencv-python", "opencv-python-headless"), "sklearn": ("scikit-learn",),
     "skimage": ("scikit-image",), "yaml": ("pyyaml",), "dateutil": ("python-dateutil",), "IPython": ("ipython",),
     "tensorflow": ("tensorflow", "tensorflow-cpu"), "attr": ("attrs",), "bs4": ("beautifulsoup4",),
-    "google": ("protobuf",), "pkg_resources": ("setuptools",), "mpl_toolkits": ("matplotlib",),
+    "google": ("protobuf",), "pkg_resources": ("setuptools",), "mpl_toolkits": ("matplotlib",), "pywt": ("pywavelets",),
+    "imblearn": ("imbalanced-learn",), "umap": ("umap-learn",), "skopt": ("scikit-optimize",), "scikitplot": ("scikit-plot",),
+    "bayes_opt": ("bayesian-optimization",), "ignite": ("pytorch-ignite",), "openslide": ("openslide-python",),
+    "tree": ("dm-tree",), "haiku": ("dm-haiku",), "tlz": ("toolz",), "zmq": ("pyzmq",), "jwt": ("pyjwt",), "git": ("gitpython",),
+    "cupy": ("cupy-cuda12x",), "cuml": ("cuml-cu12",), "cudf": ("cudf-cu12",), "pynvml": ("nvidia-ml-py",), "osgeo": ("gdal",),
+    "slugify": ("python-slugify",), "Crypto": ("pycryptodome",), "vtkmodules": ("vtk",),
 }
 
 
