@@ -131,7 +131,7 @@ def session(kaggle: Path = KAGGLE, environ=os.environ) -> Session:
 # %% ../../nbs/13_kaggle/01_runtime.ipynb #98936b03
 def find_machine(name: str, torch: bool = False):  # a name of MACHINES, 'here', 'auto' or 'none' -> Machine, or None
     "Return the machine to fit a training to: the session's own for 'here', and for 'auto' on Kaggle."
-    from rsnape_kit.runs.machine import MACHINES, machine_here
+    from rsnape_kit.runs.hardware import MACHINES, machine_here
 
     here = session()
     name = ("none" if here.kind == "local" else "here") if name == "auto" else name
