@@ -131,7 +131,7 @@ def fit_to_machine(config: TrainConfig, machine: Machine, fixed: Iterable[str] =
     if config.entry.kind == "sequence":
         raise ValueError(f"{config.model} reads features and fits anywhere: train it with machine none")
     config = config if "precision" in fixed else replace(config, precision=machine.precision)
-    if config.entry.framework == "torch" and machine.name.startswith("v5e"):
+    if config.entry.framework == "torch" and machine.tpu:
         raise ValueError(f"{config.model} is a PyTorch model, which uses no TPU: train it on t4x2")
     tried = []
     for recompute in _recomputation(config, fixed):
@@ -156,10 +156,12 @@ def _divisions(config, machine, fixed) -> list:
     if {"batch", "accumulate"} & set(fixed):
         return [config]
     total, each = config.effective_batch, machine.devices
-    if config.entry.framework == "torch":
-        total, each = 2 * total // machine.devices, 1
+    if config.entry.framework == "torch":  # the recipe's batch is that of each of two processes
+        total, each = 2 * total, machine.devices
     if total % each:
         raise ValueError(f"a batch of {total} cannot be shared by the {each} devices of {machine.name}: choose a multiple")
+    if config.entry.framework == "torch":
+        total, each = total // each, 1
     return [replace(config, batch=total // k, accumulate=k) for k in range(1, total // each + 1) if total % (k * each) == 0]
 
 # %% ../../nbs/08_runs/04_machine.ipynb #f57b5ea4
