@@ -15,6 +15,7 @@ from rsnape_kit.kaggle.dataset import Note, check_dataset, metadata_faults
 from rsnape_kit.kaggle.kernel_metadata import kernel_metadata_faults, switch
 from rsnape_kit.kaggle.preflight import kernel_findings
 from rsnape_kit.kaggle.runtime import COMPETITION
+from rsnape_kit.kaggle_commands import check
 
 GONE = object()  # a key that is left out
 NAME = "test/rsnape-kit-explore"
@@ -213,3 +214,17 @@ def test_datasets_that_are_refused_although_the_client_takes_them(client, tmp_pa
     meta = written(tmp_path, "dataset-metadata.json", DATA, change)
     assert not refused(client.dataset_create_new, str(tmp_path), quiet=True)
     assert fault_texts(metadata_faults(meta))
+
+
+def test_the_command_prints_both_and_fails_for_faults_only(tmp_path, capsys):
+    written(tmp_path, "kernel-metadata.json", KERNEL, {"title": "another title", "machine_shape": "NvidiaH100"})
+    check(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["warning", "warning", str(tmp_path)]
+    assert "'another-title'" in lines[0] and "H100" in lines[1] and lines[2].endswith("no faults")
+    written(tmp_path, "kernel-metadata.json", KERNEL, {"title": "another title", "machine_shape": "NvidiaTeslaP100"})
+    with pytest.raises(SystemExit, match="NvidiaTeslaP100 is retired") as ended:
+        check(tmp_path)
+    assert "another-title" in capsys.readouterr().out and "another-title" not in str(ended.value)
+    check(tmp_path, allow=["is retired", "becomes the slug"])
+    assert capsys.readouterr().out == f"{tmp_path}: no faults\n"
