@@ -218,7 +218,9 @@ def test_datasets_that_are_refused_although_the_client_takes_them(client, tmp_pa
 
 def test_the_command_prints_both_and_fails_for_faults_only(tmp_path, capsys):
     written(tmp_path, "kernel-metadata.json", KERNEL, {"title": "another title", "machine_shape": "NvidiaH100"})
-    check(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        check(tmp_path)
+    assert ended.value.code is None  # success
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["warning", "warning", str(tmp_path)]
     assert "'another-title'" in lines[0] and "H100" in lines[1] and lines[2].endswith("no faults")
@@ -226,5 +228,7 @@ def test_the_command_prints_both_and_fails_for_faults_only(tmp_path, capsys):
     with pytest.raises(SystemExit, match="NvidiaTeslaP100 is retired") as ended:
         check(tmp_path)
     assert "another-title" in capsys.readouterr().out and "another-title" not in str(ended.value)
-    check(tmp_path, allow=["is retired", "becomes the slug"])
+    with pytest.raises(SystemExit) as ended:
+        check(tmp_path, allow=["is retired", "becomes the slug"])
+    assert ended.value.code is None
     assert capsys.readouterr().out == f"{tmp_path}: no faults\n"
