@@ -80,16 +80,20 @@ def bundle(*, out: str = "", target: Literal["gpu", "tpu"] = "gpu", runs: list[P
 
 
 def check(folder: Path = Path("."), *, bundle: Path | None = None, allow: Annotated[list, "TEXT"] = ()):
-    """Report what would make a kernel fail on Kaggle.
+    """Report what would make a kernel fail on Kaggle, and as warnings what may be in order; only the first fails.
 
     Args:
         folder: folder with kernel-metadata.json
         bundle: folder of the attached bundle, to check its modules too
-        allow: ignore faults that contain this text; can be repeated
+        allow: ignore faults and warnings that contain this text; can be repeated
     """
-    from rsnape_kit.kaggle.preflight import check_kernel
+    from rsnape_kit.kaggle.preflight import Note, kernel_findings
 
-    faults = check_kernel(folder, bundle, allow=allow)
+    found = kernel_findings(folder, bundle, allow)
+    faults = [fault for fault in found if not isinstance(fault, Note)]
+    for note in found:
+        if isinstance(note, Note):
+            print(f"warning: {note}")
     if faults:
         sys.exit("\n".join(faults))
     print(f"{folder}: no faults")

@@ -74,8 +74,9 @@ def _session_start() -> float:
 def _accelerator(environ, dev=Path("/dev")) -> tuple:
     "Return kind and number of accelerators, read from device files without loading a framework."
     if "ISTPUVM" in environ or "TPU_PROCESS_ADDRESSES" in environ:
-        chips = [*dev.glob("accel[0-9]*"), *dev.glob("vfio/[0-9]*")]
-        return "tpu", len(chips) or 8  # a v5e-8, the only kind that Kaggle offers
+        chips = list(dev.glob("accel[0-9]*")) or list(dev.glob("vfio/[0-9]*"))  # older and newer drivers
+        number = environ.get("TPU_ACCELERATOR_TYPE", "").rpartition("-")[2]  # such as v5litepod-8
+        return "tpu", len(chips) or (int(number) if number.isdigit() else 8)
     gpus = len(list(dev.glob("nvidia[0-9]*")))
     return ("gpu", gpus) if gpus else ("cpu", 0)
 
@@ -132,7 +133,7 @@ def session(kaggle: Path = KAGGLE, environ=os.environ) -> Session:
 # %% ../../nbs/13_kaggle/01_runtime.ipynb #98936b03
 def find_machine(name: str, torch: bool = False):  # a name of MACHINES, 'here', 'auto' or 'none' -> Machine, or None
     "Return the machine to fit a training to: the session's own for 'here', and for 'auto' on Kaggle."
-    from rsnape_kit.runs.machine import MACHINES, machine_here
+    from rsnape_kit.runs.hardware import MACHINES, machine_here
 
     here = session()
     name = ("none" if here.kind == "local" else "here") if name == "auto" else name
