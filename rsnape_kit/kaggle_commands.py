@@ -81,13 +81,17 @@ def submit(folder: Path = Path("."), *, version: int | None = None, message: str
     print(submit_kernel(folder, version, message))
 
 
-def rehearse(*, folder: Path = Path("build/rehearsal"), runs: list[Path] = (), bundle: Path | None = None):
-    """Run the submission kernel as Kaggle would: its folders, its Python, no network.
+def rehearse(*, folder: Path = Path("build/rehearsal"), runs: list[Path] = (), bundle: Path | None = None, chain: bool = False,
+             models: list[str] = (), torch: bool = False):
+    """Run the submission kernel, or all kernels, as Kaggle would: its folders, its Python, no network.
 
     Args:
         folder: folder for all files
         runs: folders of trained runs, and ensemble.json, to submit with
         bundle: folder of a bundle (default: a new one is made)
+        chain: run prepare, one fold of each model, blend and submit, each with the outputs of those before it
+        models: models of the chain (default: all)
+        torch: install PyTorch for Kaggle's Python, 7 GB (default: PetaFormer runs with this project's Python)
     """
     from rsnape_kit.kaggle.kernels import ROOT
     from rsnape_kit.kaggle.rehearsal import CORE, MORE, make_environment, rehearse, why_not
@@ -95,6 +99,13 @@ def rehearse(*, folder: Path = Path("build/rehearsal"), runs: list[Path] = (), b
     if reason := why_not():
         sys.exit(f"rsnape: rehearsal is not possible: {reason}")
     bundle = bundle or rk.make_bundle(folder / "bundle", runs=runs)
+    if chain:
+        from rsnape_kit.kaggle.chain import describe_chain, rehearse_chain
+        from rsnape_kit.kaggle.chain_kernels import SMALL, chain_kits
+
+        result = rehearse_chain(folder / "chain", *chain_kits(folder, bundle, torch), models or tuple(SMALL))
+        print(describe_chain(result))
+        sys.exit(0 if result.ok else "rsnape: not every step of the chain ran well")
     competition = rk.make_competition(folder / "competition", 4, 2, slices=16, difficulty="demo")
     python, skipped = make_environment(folder / "python", packages=CORE + MORE if runs else CORE)
     print("packages missing in the rehearsal's Python:", ", ".join(skipped) or "none")

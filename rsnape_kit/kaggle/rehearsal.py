@@ -147,6 +147,7 @@ def run_kernel(
     seconds: float,  # time budget
     working: str = "2g",  # size of /kaggle/working, 20g on Kaggle
     variables: tuple = (),  # 'NAME=value', for the kernel
+    temp: Path | None = None,  # folder whose content is in /kaggle/temp from the start; on Kaggle that is empty
 ) -> tuple:  # log, problem
     "Run a kernel offline in a sandbox; the problem is empty if it ended well."
     command = unshare()
@@ -160,7 +161,7 @@ def run_kernel(
         out.mkdir(parents=True, exist_ok=True)
         script.write_text(read_code(Path(kernel, code)))
         settings = {"ROOT": str(root), "OUT": str(out.resolve()), "PYTHON": executable, "WORKING": working, "SCRIPT": str(script),
-                    "VARIABLES": " ".join(variables)}
+                    "VARIABLES": " ".join(variables), "TEMP": str(temp or "")}
         folders = {home: home for home in homes} | shown
         pairs = [word for where, folder in folders.items() for word in (str(Path(folder).resolve()), str(where))]
         return _run([*command, "bash", str(SANDBOX), *pairs], settings, seconds)
