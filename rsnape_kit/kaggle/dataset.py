@@ -45,7 +45,7 @@ def name_faults(value, what: str) -> list:  # what: name of the value in the mes
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9_-]+/[a-z0-9-]+", value) or value.startswith(PREFIXES):
         return [f"{what} is {value!r}: write owner/slug, the slug in lower case with dashes, no prefix and no version"]
     if value.startswith(f"{OWNER}/"):
-        return [f"{what} is {value!r}: put your Kaggle user name for {OWNER} (option --owner)"]
+        return [f"{what} is {value!r}: put your Kaggle user name for {OWNER} (option --owner of rsnape kernels and rsnape bundle)"]
     return []
 
 
