@@ -1,9 +1,10 @@
 """The model of the right heart on a synthetic competition, whose RV/LV ratio is known as a number.
 
-Its recipe `demo` is trained on the studies with an embolus, fold by fold, beside a model of all exam labels, PetaFormer. Printed are, out of fold:
+Its recipe `demo` is trained on the studies with an embolus, fold by fold, beside PetaFormer, a model of all labels.
+Printed are, out of fold:
 
-- on studies with an embolus: log loss and AUC of "RV/LV >= 1", and Spearman's correlation of the log-odds with the ratio; beside the
-  best constant, and PetaFormer's two probabilities divided by their sum
+- on studies with an embolus: log loss and AUC of "RV/LV >= 1", and Spearman's correlation of the log-odds with the
+  ratio; beside the best constant, and PetaFormer's two probabilities divided by their sum
 - the same correlation on studies without an embolus, on which nothing was trained
 - the nested losses of the blend with and without it
 
@@ -11,7 +12,8 @@ Its recipe `demo` is trained on the studies with an embolus, fold by fold, besid
     nice python benchmarks/right_heart.py --studies 120 --models rvlv
     nice python benchmarks/right_heart.py --recipe quick --studies 24 --slices 12   # a minute or two; learns nothing
 
-CPU-seconds are those of each model's training on all folds, and of making the data. Everything is kept in --data: run the same command again to go on.
+CPU-seconds are those of making the data, and of each model's training on all folds. Everything is kept in --data: run
+the same command again to go on.
 """
 import argparse
 import resource
@@ -38,9 +40,15 @@ def cpu_seconds() -> float:
 
 def score(given: pd.Series, wide: pd.Series, ratio: pd.Series) -> dict:
     "Return the scores of P(RV/LV >= 1 | embolus) on some studies; wide: the label, ratio: the number."
-    constant = given.nunique() < 3
-    return {"studies": len(given), "log loss": log_loss(wide, given, labels=[0, 1]), "AUC": np.nan if constant else roc_auc_score(wide, given),
-            "Spearman": np.nan if constant else spearmanr(logit(np.clip(given, 1e-6, 1 - 1e-6)), ratio).statistic}
+    found = {"studies": len(given), "log loss": log_loss(wide, given, labels=[0, 1])}
+    if given.nunique() > 2:  # no constant
+        found |= {"AUC": roc_auc_score(wide, given), "Spearman": correlation(given, ratio)}
+    return found
+
+
+def correlation(given: pd.Series, ratio: pd.Series) -> float:
+    "Return Spearman's correlation of the log-odds with the ratio of the same studies."
+    return spearmanr(logit(np.clip(given, 1e-6, 1 - 1e-6)), ratio[given.index]).statistic
 
 
 def given_embolus(pred: rk.Predictions) -> pd.Series:
@@ -91,13 +99,14 @@ def main():
         runs += rk.train_all(demo_trainings(args.data, DemoSettings(**vars(settings) | {"models": (model,)})), 1)
         print(f"{model}: {cpu_seconds() - began:.0f} CPU-s", flush=True)
     truth = rk.Predictions.from_train_csv(args.data / "competition" / "train.csv")
-    ratio = pd.read_csv(args.data / "competition" / "truth" / "studies.csv", dtype={STUDY: str}).set_index(STUDY)["rv_lv_ratio"]
+    facts = pd.read_csv(args.data / "competition" / "truth" / "studies.csv", dtype={STUDY: str})
+    ratio = facts.set_index(STUDY)["rv_lv_ratio"]
     oofs = {name: oof.align(truth) for name, oof in load_oofs(runs).items()}
     folds = load_folds(runs)[args.models[-1]].reindex(truth.exams.index)
     print("\nstudies with an embolus, out of fold\n", on_positives(oofs, truth, folds, ratio).round(3).to_string())
     if "rvlv" in oofs:
         others = truth.exams.index.difference(positive_studies(truth).exams.index)
-        found = spearmanr(logit(np.clip(given_embolus(oofs["rvlv"])[others], 1e-6, 1 - 1e-6)), ratio[others]).statistic
+        found = correlation(given_embolus(oofs["rvlv"])[others], ratio)
         print(f"\nSpearman on the {len(others)} studies without an embolus: {found:.3f}")
     if len(oofs) > 1 and "rvlv" in oofs:
         print("\nthe blend, nested by fold\n", blends(oofs, truth, folds).to_string(float_format="{:.4f}".format))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'MIN_WEIGHT', 'MEAN', 'TRAIN_MEANS', 'IMAGES', 'PRESETS', 'BlendWeights', 'to_space', 'from_space',
-           'combine', 'blend', 'positive_probability', 'times_positive', 'join_ratios', 'preset_weights']
+           'combine', 'blend', 'positive_probability', 'times_positive', 'join_to', 'join_ratios', 'preset_weights']
 
 # %% ../../nbs/11_ensemble/03_blending.ipynb #dc790fc2
 from collections.abc import Mapping, Sequence
@@ -182,14 +182,16 @@ def times_positive(exams: pd.DataFrame, positive) -> pd.DataFrame:  # of a model
     return exams.assign(**both.div(both.sum(axis=1, min_count=2), axis=0).mul(np.asarray(positive, float), axis=0))
 
 
+def join_to(preds: dict[str, Predictions], exams: pd.DataFrame) -> dict[str, Predictions]:  # exams: that say how likely an embolus is
+    "Return the predictions with those of the ratio alone multiplied by the probability of an embolus."
+    positive = pd.Series(positive_probability(exams), exams.index)
+    return {name: Predictions(times_positive(pred.exams, positive[pred.exams.index]), pred.images) if ratio_only(pred) else pred
+            for name, pred in preds.items()}
+
+
 def join_ratios(preds: dict[str, Predictions], blend_weights: BlendWeights) -> dict[str, Predictions]:
     "Return the predictions with those of the ratio alone multiplied by the blend's probability of an embolus."
-    alone = {name: pred for name, pred in preds.items() if ratio_only(pred)}
-    if not alone:
-        return preds
-    exams = blend(preds, blend_weights).exams
-    positive = pd.Series(positive_probability(exams), exams.index)
-    return preds | {name: Predictions(times_positive(pred.exams, positive[pred.exams.index]), pred.images) for name, pred in alone.items()}
+    return join_to(preds, blend(preds, blend_weights).exams) if any(map(ratio_only, preds.values())) else preds
 
 # %% ../../nbs/11_ensemble/03_blending.ipynb #60675038
 # Prior without a training set: the means of train.csv's exam labels, and the image constant of least loss

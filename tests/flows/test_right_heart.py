@@ -25,7 +25,7 @@ CONFIG = replace(DEMO["rvlv"], network=dict(width=.125, depth=.2, momentum=.7), 
 
 
 def hearts(seed=0):
-    "Studies with two bright discs, the left one large where RV/LV is at least 1; two of three have an embolus. Pixels, truth."
+    "Pixels, table and truth: studies of two discs, one large if RV/LV is at least 1; two of three have an embolus."
     rng = np.random.default_rng(seed)
     wide, positive = rng.random(STUDIES) < .5, np.arange(STUDIES) % 3 > 0
     y, x = np.mgrid[:SIZE, :SIZE]
@@ -48,7 +48,8 @@ def world(tmp_path_factory):
     "Source, truth, folds, and the runs of both folds."
     warm.server("both")  # before this process uses a framework
     pixels, table, truth = hearts()
-    source, folds, out = ArraySource(pixels, table), make_folds(truth.exams.index, truth, 2), tmp_path_factory.mktemp("right") / "runs"
+    source, folds = ArraySource(pixels, table), make_folds(truth.exams.index, truth, 2)
+    out = tmp_path_factory.mktemp("runs")
     runs = [train("rvlv", source, fold, CONFIG, truth=truth, folds=folds, out=out, progress=False) for fold in (0, 1)]
     return source, truth, folds, runs
 
@@ -74,8 +75,8 @@ def test_studies_without_an_embolus_change_nothing(world, tmp_path):
     pixels, exams = source.slices.copy(), truth.exams.copy()
     pixels[source.table[STUDY].isin(negative)] = 400
     exams.loc[negative[::2], ["negative_exam_for_pe", "indeterminate"]] = 0., 1.
-    other = train("rvlv", ArraySource(pixels, source.table), 0, CONFIG, truth=Predictions(exams, truth.images), folds=folds,
-                  out=tmp_path / "runs", progress=False)
+    other = train("rvlv", ArraySource(pixels, source.table), 0, CONFIG, truth=Predictions(exams, truth.images),
+                  folds=folds, out=tmp_path / "runs", progress=False)
     one, two = (np.load(run / "best.npz") for run in (runs[0], other))
     assert len(one.files) > 10 and all((one[name] == two[name]).all() for name in one.files)
 
