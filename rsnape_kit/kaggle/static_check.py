@@ -52,14 +52,22 @@ def _split_magics(code: str) -> tuple:
     return "\n".join(plain), found
 
 
+def _plain(code: str) -> ast.Module | None:
+    "Return the syntax tree of code without magics; what looks like one stands in a text or in brackets then."
+    try:
+        return ast.parse(code)
+    except SyntaxError:
+        return None
+
+
 def magics(code: str) -> list:
     "Return the lines that are shell commands or magics."
-    return _split_magics(code)[1]
+    return [] if _plain(code) else _split_magics(code)[1]
 
 
 def parse(code: str) -> ast.Module:
     "Return the code's syntax tree, without magics."
-    return ast.parse(_split_magics(code)[0])
+    return _plain(code) or ast.parse(_split_magics(code)[0])
 
 # %% ../../nbs/13_kaggle/04_static_check.ipynb #a3864999
 OPTIONAL = {"ImportError", "ModuleNotFoundError", "Exception"}
