@@ -7,6 +7,10 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
+import pytest
+
+DROP, LOSE = "drop", "lose"  # the connection breaks before the request is handled, or before its response
+
 
 class Stub:
     "Kaggle's side: datasets, kernels and submissions in memory."
@@ -16,16 +20,29 @@ class Stub:
         self.pending = 2  # status requests until a new version is ready
         self.lags = False  # whether the old version is called ready meanwhile
         self.kernel_states = ["QUEUED", "RUNNING", "COMPLETE"]
+        self.complete = set()  # names of kernels whose last run is complete, whatever `kernel_states` says
+        self.hiccups = {}  # (method, number of its call from 1) -> (status, body), or DROP or LOSE
 
     def sent(self, method: str) -> list:
         "Bodies of the calls of one method."
         return [body for name, body in self.calls if name == method]
 
-    def respond(self, method: str, body: dict) -> tuple:
+    def respond(self, method: str, body: dict) -> tuple | str:
         self.calls.append((method, body))
-        if method in self.faults:
-            return self.faults[method]
+        hiccup = self.hiccups.get((method, len(self.sent(method))))
+        if hiccup == LOSE:
+            getattr(self, method)(body)
+        if hiccup or method in self.faults:
+            return hiccup or self.faults[method]
         return getattr(self, method)(body)
+
+    def download(self, path: str) -> tuple:
+        "Status and content of a file that is fetched by its address."
+        return 404, b"not found"
+
+    def add_dataset(self, name: str):
+        "A dataset whose version 1 is ready."
+        self.datasets[name] = {"version": 1, "next": 1, "pending": 0, "files": {}}
 
     def StartBlobUpload(self, body):
         token = f"token{len(self.blobs)}"
@@ -87,6 +104,8 @@ class Stub:
         return 200, {"metadata": {"slug": body["kernelSlug"], "currentVersionNumber": newest}, "blob": {}}
 
     def GetKernelSessionStatus(self, body):
+        if f"{body['userName']}/{body['kernelSlug']}" in self.complete:
+            return 200, {"status": "COMPLETE"}
         return 200, {"status": self.kernel_states.pop(0) if len(self.kernel_states) > 1 else self.kernel_states[0],
                      "failureMessage": "Out of memory" if self.kernel_states[0] == "ERROR" else ""}
 
@@ -105,16 +124,24 @@ def serving(stub: Stub):
             return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
         def _reply(self, status, value):
-            data = json.dumps(value).encode()
+            data = value if isinstance(value, bytes) else json.dumps(value).encode()
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
+            kind = "octet-stream" if isinstance(value, bytes) else "json"
+            self.send_header("Content-Type", f"application/{kind}")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
 
         def do_POST(self):
             body = json.loads(self._body() or b"{}")
-            self._reply(*stub.respond(urlsplit(self.path).path.rpartition("/")[2], body))
+            response = stub.respond(urlsplit(self.path).path.rpartition("/")[2], body)
+            if response in (DROP, LOSE):
+                self.close_connection = True
+            else:
+                self._reply(*response)
+
+        def do_GET(self):
+            self._reply(*stub.download(urlsplit(self.path).path))
 
         def do_PUT(self):
             content = self._body()
@@ -131,3 +158,22 @@ def serving(stub: Stub):
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def connected(stub: Stub, monkeypatch, home):
+    "The real client connected to a stub, with a separate home folder for its records."
+    extended = pytest.importorskip("kaggle.api.kaggle_api_extended", reason="pip install kaggle==2.2.4 six")
+    with serving(stub) as proxy:
+        for name in ("NO_PROXY", "no_proxy", "KAGGLE_API_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
+        for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+            monkeypatch.setenv(name, proxy)
+        home.mkdir()
+        for name, value in (("KAGGLE_USERNAME", "test"), ("KAGGLE_KEY", "test"),
+                            ("HOME", str(home)), ("TMPDIR", str(home))):
+            monkeypatch.setenv(name, value)
+        # what KAGGLE_API_ENVIRONMENT=LOCALHOST does where it is set before the import
+        monkeypatch.setattr(extended.KaggleApi, "args", ["--local"])
+        monkeypatch.setattr("tempfile.tempdir", None)  # the client keeps unfinished uploads there
+        yield stub

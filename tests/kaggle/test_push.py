@@ -6,32 +6,20 @@ import sys
 
 import pytest
 from conftest import ROOT
-from kaggle_stub import Stub, serving
+from kaggle_stub import Stub, connected
 
-from rsnape_kit.kaggle.client import KaggleError, push, push_bundle, submit_kernel
+from rsnape_kit.kaggle.api import KaggleBusy, KaggleError
+from rsnape_kit.kaggle.client import push, push_bundle, submit_kernel
 from rsnape_kit.kaggle.kernels import export_kernels
+from rsnape_kit.kaggle.plan import PLAN, Plan
 from rsnape_kit.kaggle.runtime import COMPETITION
 from rsnape_kit.utils.manifest import MANIFEST, write_manifest
-
-extended = pytest.importorskip("kaggle.api.kaggle_api_extended", reason="pip install kaggle==2.2.4 six")
 
 
 @pytest.fixture
 def stub(monkeypatch, tmp_path):
-    "A stub of Kaggle, a client connected to it, and a separate home folder for the client's records."
-    stub = Stub()
-    with serving(stub) as proxy:
-        for name in ("NO_PROXY", "no_proxy", "KAGGLE_API_TOKEN"):
-            monkeypatch.delenv(name, raising=False)
-        for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-            monkeypatch.setenv(name, proxy)
-        (tmp_path / "home").mkdir()
-        for name, value in (("KAGGLE_USERNAME", "test"), ("KAGGLE_KEY", "test"),
-                            ("HOME", str(tmp_path / "home")), ("TMPDIR", str(tmp_path / "home"))):
-            monkeypatch.setenv(name, value)
-        # what KAGGLE_API_ENVIRONMENT=LOCALHOST does where it is set before the import
-        monkeypatch.setattr(extended.KaggleApi, "args", ["--local"])
-        monkeypatch.setattr("tempfile.tempdir", None)  # the client keeps unfinished uploads there
+    "A stub of Kaggle and a client connected to it."
+    with connected(Stub(), monkeypatch, tmp_path / "home") as stub:
         yield stub
 
 
@@ -67,6 +55,8 @@ def test_a_dataset_is_made_then_versioned_and_arrives_as_it_left(stub, bundle):
     assert first.url == "https://www.kaggle.com/datasets/test/rsnape-kit"
     assert len(stub.sent("CreateDataset")) == len(stub.sent("CreateDatasetVersion")) == 1
     assert stub.sent("CreateDatasetVersion")[0]["body"]["versionNotes"] == "1.2 abc"
+    push_bundle(bundle, poll=.01, notes="five folds, seed 1")
+    assert stub.sent("CreateDatasetVersion")[1]["body"]["versionNotes"] == "five folds, seed 1"
     left = {path.relative_to(bundle).as_posix(): path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
     assert stub.datasets["test/rsnape-kit"]["files"] == {k: v for k, v in left.items() if k != "dataset-metadata.json"}
 
@@ -161,11 +151,16 @@ def test_a_damaged_bundle_is_refused_before_anything_is_sent(stub, bundle):
 
 
 @pytest.fixture
-def kernels(tmp_path):
-    "This repository's kernels, exported for the user called test."
-    (tmp_path / "nbs").mkdir()
-    (tmp_path / "nbs" / "kernels").symlink_to(ROOT / "nbs" / "kernels")
-    export_kernels("test", tmp_path)
+def kernels(stub, tmp_path):
+    "The kernels of a small plan, and the repository's template at the top, of the user test; what they read is there."
+    plan = Plan("test", models=("efficientnet", "petaformer"), folds=(0,), parts=1)
+    for folder in export_kernels(plan, tmp_path / "kernels"):
+        stub.complete |= set(json.loads((folder / "kernel-metadata.json").read_text())["kernel_sources"])
+    (tmp_path / "kernels" / PLAN).unlink()
+    text = (ROOT / "kernel-metadata.json").read_text().replace('"OWNER/', '"test/')
+    (tmp_path / "kernel-metadata.json").write_text(text)
+    for name in ("test/rsnape-kit", "test/rsnape-kit-tpu"):
+        stub.add_dataset(name)
     return tmp_path
 
 
@@ -192,6 +187,29 @@ def test_plain_kaggle_kernels_push_works_from_the_top_of_the_repository(stub, ke
     assert "Kernel version 1 successfully pushed" in result.stdout, result.stderr
     sent = stub.sent("SaveKernel")[0]
     assert sent["slug"] == "test/rsnape-kit-submit" and "submission.csv" in sent["text"]
+
+
+def test_a_kernel_is_not_started_without_its_sources(stub, kernels):
+    folder = change(kernels / "kernels" / "submit", "kernel-metadata.json",
+                    kernel_sources=["test/training", "test/rsnape-kit-submit"])
+    stub.kernel_states = ["RUNNING"]
+    with pytest.raises(KaggleError, match="kernel_sources has test/training, which is running, not complete: wait"):
+        push(folder)
+    stub.faults["GetKernelSessionStatus"] = (404, {"code": 404, "message": "Not found"})
+    stub.datasets.clear()
+    with pytest.raises(KaggleError, match="2 faults:\n- dataset_sources has test/rsnape-kit, which does not exist"):
+        push(folder)
+    assert not stub.sent("SaveKernel")
+    push(folder, allow=["which does not exist"])
+    assert len(stub.sent("SaveKernel")) == 1
+
+
+def test_a_limit_of_sessions_is_an_error_of_its_own(stub, kernels):
+    text = "Maximum batch GPU session count of 2 reached."
+    for status, body in ((200, {"error": text}), (400, {"message": text}), (200, {"error": "Your quota is used up"})):
+        stub.faults["SaveKernel"] = (status, body)
+        with pytest.raises(KaggleBusy, match="session count of 2|quota"):
+            push(kernels / "kernels" / "submit")
 
 
 @pytest.mark.parametrize("response, words", [
