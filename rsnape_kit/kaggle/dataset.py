@@ -62,7 +62,7 @@ def name_faults(value, what: str, version: str = "") -> list:  # what: name of t
         more = "; a version may follow" if version else " and no version"
         return [f"{what} is {value!r}: write owner/slug, the slug in lower case with dashes, no prefix{more}"]
     if value.startswith(f"{OWNER}/"):
-        return [f"{what} is {value!r}: put your Kaggle user name for {OWNER} (option --owner)"]
+        return [f"{what} is {value!r}: put your Kaggle user name for {OWNER} (option --owner of rsnape kernels and rsnape bundle)"]
     return []
 
 
