@@ -102,8 +102,11 @@ def test_notes_are_refused_where_they_would_be_lost(tmp_path):
 
 
 def test_kernels_attach_models(tmp_path, run, monkeypatch):
-    told = {}
-    monkeypatch.setattr("rsnape_kit.export_kernels", lambda owner, **options: told.update(options) or [], raising=False)
-    assert run("kernels --owner me --model-sources me/weights/keras/b1/1")[1] == "bundle --owner me"
-    assert told["model_sources"] == ["me/weights/keras/b1/1"]
+    monkeypatch.chdir(tmp_path)
     assert run("kernels")[1] == "kernels --owner NAME"
+    assert run("kernels --owner me --model-sources me/weights/keras/b1/1")[1] == "bundle --owner me"
+    attached = {path.parent.name: json.loads(path.read_text())["model_sources"]
+                for path in tmp_path.glob("kernels/*/kernel-metadata.json")}
+    with_models = {name for name, sources in attached.items() if sources == ["me/weights/keras/b1/1"]}
+    assert with_models == {name for name in attached if name.startswith(("train", "submit"))}
+    assert not any(sources for name, sources in attached.items() if name not in with_models)
