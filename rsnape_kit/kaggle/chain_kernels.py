@@ -52,6 +52,11 @@ class ChainKernel:
     model: str = ""  # that it trains
 
     @property
+    def label(self) -> str:
+        "What it does, e.g. 'train petaformer'."
+        return f"{self.name} {self.model}".strip()
+
+    @property
     def meta(self) -> dict:
         "Its kernel-metadata.json."
         return read_json(self.folder / KERNEL)[0]
