@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..ensemble.ensemble import Ensemble
-from .chain_kernels import FOLD, SEED, SMALL, ChainKernel, Kit, export_chain
+from .chain_kernels import FOLD, FOLDS, SEED, SMALL, ChainKernel, Kit, export_chain
 from .preflight import KERNEL
 from .rehearsal import LAYOUTS, places, run_kernel, submission_faults
 from .runtime import COMPETITION, HEADER
@@ -215,10 +215,9 @@ def _lacking(kernel: ChainKernel, kernels: list, chain: Chain) -> str:
 
 def _notes(chain: Chain, kernels: list, kit: Kit, torch_kit: Kit | None) -> list:
     "Return what was left out, and what is different on Kaggle."
-    ids, sources = {each.meta["id"] for each in kernels}, {name for each in kernels for name in each.meta["kernel_sources"]}
     jax, torch = ([each.model for each in kernels if chosen(each)] for chosen in (lambda each: each.meta["enable_tpu"], lambda each: each.torch))
     notes = {
-        f"{len(sources - ids)} kernels that the metadata names were left out: other parts of the store, other folds": sources - ids,
+        f"fold {FOLD} of {FOLDS} and a store of one part: other folds and parts were left out": True,
         f"{', '.join(jax)}: made for a TPU, trained on the CPU with Keras on JAX, packages and bundle of the GPU image": jax,
         f"{', '.join(torch)} ran with {torch_kit and torch_kit.name}, its packages and no wheels of the bundle": torch and torch_kit is not kit,
         "nothing ran on a GPU or TPU, and nothing was learned: the recipe is 'quick', the studies are tiny": True}
