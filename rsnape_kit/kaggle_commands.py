@@ -81,14 +81,14 @@ def submit(folder: Path = Path("."), *, version: int | None = None, message: str
     print(submit_kernel(folder, version, message))
 
 
-def campaign(folder: Path = Path("kernels"), *, bundles: list[Path] = (), models: list[str] = (), folds: list[int] = (),
+def campaign(folder: Path | None = None, *, bundles: list[Path] = (), models: list[str] = (), folds: list[int] = (),
              limit: Annotated[list, "ACCELERATOR=N"] = (), sessions: Count = 6, poll: Positive = 60., dry_run: bool = False, once: bool = False,
              retry: bool = False, again: list[str] = (), strict: bool = False, no_submit: bool = False, message: str = "rsnape_kit",
              allow: Annotated[list, "TEXT"] = ()):
     """Run all kernels of a folder on Kaggle, resume, blend, submit and wait for the score; run again to go on.
 
     Args:
-        folder: folder with a folder for each kernel
+        folder: folder with a folder for each kernel (default: build/kernels if it exists, else kernels)
         bundles: folders of the datasets that the kernels attach (default: build/bundle and build/bundle-tpu, if they exist)
         models: models to train (default: all)
         folds: folds to train (default: all)
@@ -107,6 +107,7 @@ def campaign(folder: Path = Path("kernels"), *, bundles: list[Path] = (), models
     from rsnape_kit.kaggle.campaign import plan_campaign, run_campaign
     from rsnape_kit.kaggle.campaign_driver import CampaignSettings, read_limits
 
+    folder = folder or next(filter(Path.is_dir, [Path("build/kernels")]), Path("kernels"))
     settings = CampaignSettings(read_limits(limit), sessions, poll, strict=strict, submit=not no_submit, message=message, allow=tuple(allow))
     bundles = bundles or [path for path in (Path("build/bundle"), Path("build/bundle-tpu")) if path.exists()]
     if dry_run:

@@ -167,7 +167,7 @@ def after_session(
     if result.get("finished", True):
         return ended
     unfinished = reason or "not finished"
-    if now.resumes and progress is not None and (reason, progress) == (now.reason, now.progress):
+    if now.resumes and progress is not None and progress == now.progress:
         return replace(ended, state="failed", reason=f"{unfinished}: two sessions ended at the same progress, {progress:g}")
     if now.sessions >= most:
         return replace(ended, state="failed", reason=f"{unfinished} after {now.sessions} sessions, the limit (option --sessions)")

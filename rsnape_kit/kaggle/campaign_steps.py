@@ -8,6 +8,7 @@ __all__ = ['PUSHED', 'RESULT', 'SUBMISSION', 'with_resume', 'folder_to_push', 'n
 
 # %% ../../nbs/13_kaggle/17_campaign_steps.ipynb #4e54de7b
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -51,7 +52,10 @@ def folder_to_push(job: Job, without: Iterable, root: Path, resumes: bool) -> Pa
     shutil.rmtree(copy, ignore_errors=True)
     copy.mkdir(parents=True)
     code = job.folder / meta["code_file"]
-    shutil.copy(code, copy / code.name)
+    text = code.read_text(encoding="utf-8")
+    if set(meta.get("kernel_sources") or []) - {job.name, *wanted}:
+        text = re.sub(r'^(\s*")?ALLOW_PARTIAL = False\b', r"\1ALLOW_PARTIAL = True", text, flags=re.M)
+    atomic_write(copy / code.name, text)
     atomic_write(copy / KERNEL, json.dumps(meta | {"kernel_sources": wanted, "code_file": code.name}, indent=2, ensure_ascii=False) + "\n")
     return copy
 
