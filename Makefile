@@ -60,7 +60,7 @@ notebooks: $(READY)  ## run all notebooks, keep their outputs, clean what is not
 	for nb in nbs/[0-9]*.ipynb nbs/[0-9]*/*.ipynb nbs/tutorials/*.ipynb; do echo "$$nb"; \
 	  (cd $$(dirname $$nb) && exec_nb $$(basename $$nb) --dest $$(basename $$nb) --exc_stop) || exit 1; done
 	nbdev_export && nbdev_clean
-	python -c "from rsnape_kit.kaggle.kernels import export_kernels; export_kernels()"
+	python -c "from rsnape_kit.kaggle.kernels import export_templates; export_templates()"
 
 hooks: $(READY)  ## git hooks that clean notebooks on commit and merge them readably
 	nbdev_install_hooks
@@ -80,7 +80,7 @@ clean:  ## delete the environment, caches and the demo
 $(READY): requirements.txt settings.ini setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "Python 3.11 is needed for the locked requirements; set PYTHON=/path/to/python3.11")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	pip install -r requirements.txt
+	pip install --no-compile -r requirements.txt  # Python compiles what is imported, a part of it
 	pip install --no-deps --no-build-isolation -e .
 	pip check
 	touch $(READY)

@@ -25,6 +25,7 @@ setup(
     extras_require={name.removesuffix(suffix): config[name].split() for name in config if name.endswith(suffix)},
     entry_points={"console_scripts": ["rsnape=rsnape_kit.cli:main"],
                   "nbdev": [f"{config['lib_name']}={config['lib_name']}._modidx:d"]},
-    package_data={"rsnape_kit": ["kaggle/*.txt", "kaggle/*.sh", "report/*.css", "report/*.js", "py.typed"]},
+    package_data={"rsnape_kit": ["kaggle/*.txt", "kaggle/*.sh", "kaggle/notebooks/*.ipynb", "report/*.css",
+                                 "report/*.js", "py.typed"]},
     zip_safe=False,
 )

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
         preset_weights,
     )
     from rsnape_kit.inference import FeatureStore, compute_features, heat_maps, occlusion_map, predict
-    from rsnape_kit.kaggle import attach, export_kernels, make_bundle, submit
+    from rsnape_kit.kaggle import Plan, attach, export_kernels, make_bundle, submit
     from rsnape_kit.models import build_model, fetch_weights, list_models, register_model, verify_weights
     from rsnape_kit.phantom import make_competition
     from rsnape_kit.report import Answer, make_answer, predict_stages, write_report, write_study_page

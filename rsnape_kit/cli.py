@@ -18,7 +18,20 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import rsnape_kit as rk
 from .commands import blend, demo, phantom, predict, report, scan, store, train
-from .kaggle_commands import bundle, campaign, check, kernels, push, rehearse, submit
+from rsnape_kit.kaggle_commands import (
+    bundle,
+    campaign,
+    check,
+    download,
+    kernels,
+    logs,
+    output,
+    push,
+    rehearse,
+    scores,
+    status,
+    submit,
+)
 from .utils.files import valid_path
 from .utils.processes import end_with_parent
 from .utils.schema import Count, Limits, parse
@@ -102,7 +115,7 @@ def argument_settings(
     if default is not inspect.Parameter.empty:
         settings["default"] = list(default) if default == () else default
     if kind is bool:
-        return settings | {"action": "store_true"}
+        return settings | {"action": "store_true" if default is False else argparse.BooleanOptionalAction}
     if list in (kind, get_origin(kind)):
         return settings | ({"action": "extend", "nargs": 1, "metavar": extra[0]} if extra else
                            {"nargs": "*" if "default" in settings else "+", "type": argument_settings(get_args(kind)[0], None, "")["type"]})
@@ -130,7 +143,7 @@ def add_command(commands, function):  # commands: argparse's subparsers
 
 
 COMMANDS = (demo, phantom, scan, store, weights, recipes, features, train, blend, predict, report, kernels, bundle, check, push, submit,
-            campaign, rehearse)
+            campaign, rehearse, download, status, logs, output, scores)
 
 
 def parser() -> argparse.ArgumentParser:

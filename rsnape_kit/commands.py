@@ -81,7 +81,8 @@ def scan(folder: Path, *, out: Path = Path("slices.parquet")):
     print(f"{len(odd)} slices with a problem:\n{odd.value_counts().to_string()}" if len(odd) else "no problems")
 
 
-def store(source: list[Path], out: Path, *, size: Literal[256, 512] = 256, part: Part = (0, 1), max_unreadable: float = .5):
+def store(source: list[Path], out: Path, *, size: Literal[256, 512] = 256, part: Part = (0, 1), max_unreadable: float = .5,
+          hours: Positive | None = None):
     """Build a slice store from DICOM or the organisers' TFRecords; run again to resume.
 
     Args:
@@ -90,10 +91,11 @@ def store(source: list[Path], out: Path, *, size: Literal[256, 512] = 256, part:
         size: pixels per side
         part: part i of n, counted from 0, written i/n (default 0/1: all)
         max_unreadable: largest share of a study's slices that may be unreadable and are filled; 1 allows studies of air
+        hours: time budget; the build stops in time and can be resumed
     """
     if out.is_file():
         raise ValueError(f"{out} is a file; the last path is the folder of the store to make")
-    rk.build_store(source, out, size=size, part=part, max_unreadable=max_unreadable)
+    rk.build_store(source, out, size=size, part=part, max_unreadable=max_unreadable, hours=hours)
     print(rk.SliceStore(out))
 
 # %% ../nbs/16_commands.ipynb #1ae7ac71
@@ -101,7 +103,7 @@ def train(model: str, *, store: list[Path], train_csv: Path, fold: list[Natural]
           recipe: Literal["full", "full-384", "full-512", "original", "demo", "quick"] = "full", set: Annotated[list, "NAME=VALUE"] = (),
           machine: Literal["auto", "here", "t4x2", "v5e-8", "cpu", "none"] = "auto",
           seed: list[Seed] = (0,), out: Path = Path("runs"), earlier: list[Path] = (), weights: str = "auto", tta: Views | None = None,
-          hours: Positive | None = None, image_run: list[Path] = (), features: Path | None = None):
+          hours: Positive | None = None, image_run: list[Path] = (), features: Path | None = None, allow_partial: bool = False):
     """Train a model on all folds but one, resuming from its last checkpoint if there is one.
 
     Args:
@@ -121,11 +123,13 @@ def train(model: str, *, store: list[Path], train_csv: Path, fold: list[Natural]
         hours: time budget of all runs; training stops in time and can be resumed
         image_run: sequence: folders of the image runs that it reads, of each fold that is trained
         features: sequence: folder for their features (default: features beside OUT)
+        allow_partial: train although studies of train.csv are in no part of the store
     """
     from rsnape_kit.competition.labels import STUDY
     from rsnape_kit.kaggle.runtime import find_machine
     from rsnape_kit.runs.machine import fit_and_tell
     from rsnape_kit.runs.recipes import find_recipe, override_settings
+    from rsnape_kit.store.coverage import check_studies
     from rsnape_kit.utils.files import complete_folder
 
     began = time.monotonic()
@@ -134,6 +138,7 @@ def train(model: str, *, store: list[Path], train_csv: Path, fold: list[Natural]
     if found := find_machine(machine, config.entry.framework == "torch"):
         config = fit_and_tell(config, found, [each.partition("=")[0] for each in set])
     source, truth = rk.SliceStore(*store), rk.Predictions.from_train_csv(train_csv)
+    check_studies(source, truth.exams.index, allow_partial, how="--allow-partial")
     split = rk.make_folds(source.table[STUDY].unique(), truth, folds)
     options = {"features": features} if features else {}
     for held_out, number in product(fold, seed):
@@ -154,7 +159,8 @@ def _of_fold(runs: list[Path], fold: int | None) -> list:
 
 # %% ../nbs/16_commands.ipynb #1c916fbb
 def blend(runs: list[Path] = (), *, train_csv: Path | None = None, preset: Literal["original", "first-version"] | None = None,
-          store: list[Path] = (), space: Literal["probability", "logit"] = "probability", out: Path = Path("ensemble.json")):
+          store: list[Path] = (), space: Literal["probability", "logit"] = "probability", out: Path = Path("ensemble.json"),
+          allow_partial: bool = False):
     """Fit calibration, blend weights and positive share on the runs' out-of-fold predictions.
 
     Args:
@@ -164,9 +170,11 @@ def blend(runs: list[Path] = (), *, train_csv: Path | None = None, preset: Liter
         store: folders of a slice store, all its parts, for the first version's prior by position
         space: scale on which predictions are averaged; the presets average probabilities
         out: file to write; a picture of the blend weights is written beside it
+        allow_partial: blend although folds of a model are missing, on the studies that all models have
     """
     from rsnape_kit.ensemble.weight_fitting import loss_by_label, plot_weights, summary
     from rsnape_kit.inference.predict_runs import load_folds, load_oofs, load_views
+    from rsnape_kit.runs.oof import common_studies, finished_runs
 
     if preset == "original" and not train_csv:
         return _unfitted(preset, runs, out)
@@ -174,7 +182,8 @@ def blend(runs: list[Path] = (), *, train_csv: Path | None = None, preset: Liter
         raise ValueError("no labels: give --train-csv; only --preset original does without")
     if preset == "first-version" and not store:
         raise ValueError("no slice store: the prior by position needs the order of the slices; give --store")
-    truth, oofs, folds = rk.Predictions.from_train_csv(train_csv), load_oofs(runs), load_folds(runs)
+    truth, runs = rk.Predictions.from_train_csv(train_csv), finished_runs(runs, allow_partial=allow_partial, how="--allow-partial")
+    oofs, folds = common_studies(load_oofs(runs), truth.exams.index, allow_partial, "--allow-partial"), load_folds(runs)
     slices = rk.SliceStore(*store).table if store else None
     ensemble = rk.fit_preset(preset, oofs, truth, folds, slices) if preset else rk.fit_ensemble(oofs, truth, folds, space)
     ensemble = replace(ensemble, views=load_views(runs))

@@ -113,6 +113,8 @@ def run(paths: list, imports: tuple, scratch: Path) -> list:
     "Run files from a process that has imported some modules; (name, passed, seconds, CPU-seconds) of each."
     for name in imports:
         importlib.import_module(name)
+    if "keras" in imports:
+        importlib.import_module("warm").trace_plainly()
     importlib.import_module("numba").njit(lambda: 0)()  # the first compiled function loads the rest of numba
     if len(paths) > MANY:
         compile_functions(scratch)

@@ -13,6 +13,7 @@ from ..utils import lazy_exports
 if TYPE_CHECKING:
     from rsnape_kit.kaggle.bundle import make_bundle
     from rsnape_kit.kaggle.kernels import export_kernels
+    from rsnape_kit.kaggle.plan import Plan
     from rsnape_kit.kaggle.preflight import check_kernel
     from rsnape_kit.kaggle.runtime import attach
     from rsnape_kit.kaggle.submitter import submit

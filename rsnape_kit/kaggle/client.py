@@ -77,10 +77,10 @@ def _wait_ready(api, name: str, before: int, seconds: float, poll: float) -> int
         time.sleep(poll)
 
 
-def send_bundle(api, folder: Path, name: str, exists: bool):  # exists: whether there is a version of this dataset
-    "Send a folder as a dataset or its next version, noting the manifest's version and commit; return Kaggle's response."
+def send_bundle(api, folder: Path, name: str, exists: bool, notes: str = ""):  # exists: whether there is a version of this dataset
+    "Send a folder as a dataset or its next version, noting the manifest's version and commit by default; return Kaggle's response."
     manifest = read_json(folder / MANIFEST)[0]
-    notes = f"{manifest.get('version', '')} {manifest.get('commit') or ''}".strip() or "new version"
+    notes = notes or f"{manifest.get('version', '')} {manifest.get('commit') or ''}".strip() or "new version"
     if exists:
         made = request(f"a version of {name}", api.dataset_create_version, str(folder), notes, dir_mode="zip")
     else:
@@ -96,6 +96,7 @@ def push_bundle(
     folder,  # a bundle of make_bundle, or any folder with dataset-metadata.json
     wait: float = 1800,  # seconds until the dataset must be ready
     poll: float = 5,  # seconds between two requests
+    notes: str = "",  # text of the version; default: the manifest's version and commit
 ) -> Pushed:
     "Make a dataset or its next version and wait until it can be attached."
     folder = Path(folder)
@@ -104,7 +105,7 @@ def push_bundle(
     status, before = request(f"the status of {name}", dataset_state, api, name)
     if before is None:
         raise KaggleError(f"Kaggle does not return which version {name} has now, so a new version cannot be recognised: try again")
-    made = send_bundle(api, folder, name, exists=bool(status))
+    made = send_bundle(api, folder, name, exists=bool(status), notes=notes)
     pushed = Pushed(made.url, _wait_ready(api, name, before, wait, poll))
     print(f"dataset ready: {pushed}")
     return pushed

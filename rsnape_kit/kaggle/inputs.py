@@ -15,7 +15,7 @@ from ..competition.labels import STUDY
 from ..competition.predictions import Predictions
 from ..ensemble.ensemble import Ensemble, as_ensemble, default_ensemble
 from .draft import ENSEMBLE, ONE_SLICE, SubmissionState, one_line, seconds_of
-from .runtime import KAGGLE, mount_names, mounts
+from .runtime import KAGGLE, MODEL, mount_names, mounts
 from ..runs.config import RunConfig
 from ..runs.folder import find_runs, run_settings
 from ..runs.recipes import IMAGE_RUN_FROM
@@ -49,16 +49,21 @@ def resume_inputs(out, kaggle: Path = KAGGLE) -> Path:  # out: folder in which a
     return out
 
 # %% ../../nbs/13_kaggle/11_inputs.ipynb #e8b259f4
+def _roots(kaggle: Path) -> list:
+    "Return the folders to search for runs: versions of models are deeper than other inputs."
+    return [Path(kaggle, "input"), *sorted(Path(kaggle, "input").glob(MODEL))]
+
+
 def input_runs(kaggle: Path = KAGGLE) -> list:  # folders
     "Return the trained runs among the inputs."
-    found = {run.name: run for run in reversed(find_runs(None, Path(kaggle, "input")))}
+    found = {run.name: run for run in reversed(find_runs(None, *_roots(kaggle)))}
     return [found[name] for name in sorted(found)]
 
 
 def input_image_run(model: str, fold: int, seed: int, kaggle: Path = KAGGLE) -> Path:  # model: one of IMAGE_RUN_FROM
     "Return the finished image run, among the inputs, whose features a model of sequences reads."
     name = RunConfig(model=IMAGE_RUN_FROM[model], fold=fold, seed=seed).name
-    found = next((run for run in find_runs(name, Path(kaggle, "input")) if complete_folder(run / "oof")), None)
+    found = next((run for run in find_runs(name, *_roots(kaggle)) if complete_folder(run / "oof")), None)
     if found is None:
         raise FileNotFoundError(f"{model} reads a finished run {name}, and none is attached; attached: {mount_names(kaggle)}. Name "
                                 "the kernel that trained it in kernel_sources of kernel-metadata.json")

@@ -237,7 +237,8 @@ def fitting_weights(config) -> list:  # of PublishedWeights, the preferred first
 def weight_folders() -> list:  # paths
     "Return where weights are looked for: ./weights, the bundle's folder of that name, and all Kaggle inputs."
     bundle = Path(__file__).parents[2] if "__file__" in globals() else Path()
-    return [Path("weights"), bundle / "weights", Path(os.environ.get("RSNAPE_KAGGLE", "/kaggle"), "input")]
+    inputs = Path(os.environ.get("RSNAPE_KAGGLE", "/kaggle"), "input")
+    return [Path("weights"), bundle / "weights", inputs, *sorted(inputs.glob("models/*/*/*"))]  # owner, model, framework
 
 
 def find_file(name: str, folders, depth: int = 4):

@@ -96,7 +96,7 @@ def open_run(folder: Path | str, config) -> Path:  # config: frozen dataclass, a
     if (folder / "config.json").exists() and has_begun(folder):
         changed = first_difference(folder, config)
         if changed:
-            raise ValueError(f"{folder} was started with {changed}; choose another folder, or the settings it had")
+            raise ValueError(f"{folder} was started with {changed}; choose another folder, or the settings and parts of the store it had")
         _note_tta(folder / "config.json", config)
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -264,7 +264,7 @@ def resume_from(folder: Path | str, config, *roots: Path | str) -> Path:
         print(f"resuming {best} after {epochs_done(folder)} epochs")
     elif best is None and copies and not epochs_done(folder):
         found, changed = next(iter(copies.items()))
-        raise ValueError(f"{found} has {epochs_done(found)} epochs and was started with {changed}: use the settings it "
+        raise ValueError(f"{found} has {epochs_done(found)} epochs and was started with {changed}: use the settings and parts of the store it "
                          "had, or start another run with another seed, or with earlier=()")
     return open_run(folder, config)
 

@@ -8,10 +8,13 @@ __all__ = ['STUDIES_PER_SHARD', 'LABELS', 'study_hash', 'shard_rows', 'fingerpri
 # %% ../../nbs/03_store/07_build.ipynb #83460609
 import hashlib
 import json
+import math
 import os
+import time
 import warnings
 from collections import Counter
 from concurrent.futures import BrokenExecutor, Executor
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -185,7 +188,7 @@ def _is_indexed(out, meta):
 # %% ../../nbs/03_store/07_build.ipynb #17c18749
 def build_store(source: PixelSource | pd.DataFrame | str | os.PathLike | list, out: str | os.PathLike, size: int = 256,
                 part: tuple[int, int] = (0, 1), executor: Executor | None = None, labels: pd.DataFrame | None = None,
-                keep_padding: bool = False, max_unreadable: float = .5) -> Path:
+                keep_padding: bool = False, max_unreadable: float = .5, hours: float | None = None) -> Path:
     """Build a store of slices in HU x 4 (fixed point), or resume building it.
 
     Args:
@@ -200,6 +203,7 @@ def build_store(source: PixelSource | pd.DataFrame | str | os.PathLike | list, o
         keep_padding: keep values below -1024 HU, down to -8192, for a method that scales by each image's minimum.
         max_unreadable: largest share of a study's slices that are filled, 0 to 1, for a `source` that is not a pixel source
             already; 1 allows studies of air.
+        hours: time budget; the shards that are being written then are finished, and no more are begun.
 
     Returns:
         `out`, for `SliceStore`. It contains problems.csv, a list of irregular and unreadable slices.
@@ -210,8 +214,9 @@ def build_store(source: PixelSource | pd.DataFrame | str | os.PathLike | list, o
         ValueError: an argument is invalid, too many slices of a study are unreadable, or `out` contains a store of other slices
             or settings.
         RuntimeError: another process is building in `out`, or a worker process ended.
+        TimeoutError: the time was up first; building again resumes.
     """
-    out = Path(valid_path(out, "out"))
+    out, deadline = Path(valid_path(out, "out")), math.inf if hours is None else time.monotonic() + 3600 * hours
     if not any(out.glob("*.slices")):  # an unfinished store has shards, or what a killed build left of the first
         refuse_foreign(out, KIND, ("*.slices.*.tmp", ".lock"))
     source = _as_input(source, size, keep_padding, max_unreadable)
@@ -229,18 +234,21 @@ def build_store(source: PixelSource | pd.DataFrame | str | os.PathLike | list, o
             for left in out.glob("*.slices.*.tmp"):  # of a build that was killed
                 left.unlink()
             todo = [(r, path) for r, path, n in zip(rows, paths, finished) if not n]
-            _write_shards(source, todo, sum(finished), meta, out.name, executor)
+            _write_shards(source, todo, sum(finished), meta, out.name, executor, deadline)
+            if left := [path for path in paths if not slices_in(path)]:
+                raise TimeoutError(f"{out}: {len(left)} of {len(paths)} shards are not written after {hours:g} hours; build again to resume")
             _index(out, paths, meta, source)
     _warn_filled(out)
     return out
 
-def _write_shards(source, todo, finished, meta, name, executor):
-    "Write the shards (rows, path) of `todo`; `finished` slices exist already."
+def _write_shards(source, todo, finished, meta, name, executor, deadline):
+    "Write the shards (rows, path) of `todo` that can be begun before a deadline; `finished` slices exist already."
     left = sum(len(r) for r, _ in todo)
     pool = executor or executor_for(left, len(todo))
     try:
         with tqdm(total=left + finished, initial=finished, unit=" slices", desc=name) as bar:
-            map_ahead(((make_shard, source.take(r), path, meta) for r, path in todo), pool, bar.update)
+            in_time = takewhile(lambda _: time.monotonic() < deadline, todo)
+            map_ahead(((make_shard, source.take(r), path, meta) for r, path in in_time), pool, bar.update)
     except BrokenExecutor as error:
         raise RuntimeError("a worker process of the build ended. In a script, put the main part under "
                            "`if __name__ == '__main__':`; if memory ran out, give an executor with fewer workers. "

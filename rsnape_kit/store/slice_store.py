@@ -144,7 +144,7 @@ def _common_setting(parts, name):
     return found.pop()
 
 def _join(paths):
-    "(table of all parts, sorted; size; lowest)."
+    "(table of all parts, sorted; size; lowest; which part (i, n) of the studies each is)."
     parts = [_open(path) for path in paths]
     size, lowest = _common_setting(parts, "size"), _common_setting(parts, "lowest")
     studies = pd.Series([study for index, _ in parts for study in index.StudyInstanceUID.unique()], dtype=object)
@@ -153,7 +153,7 @@ def _join(paths):
                          "give parts of one division (i, n)")
     table = pd.concat([index for index, _ in parts if len(index)] or [parts[0][0]], ignore_index=True)
     table = table.sort_values(["StudyInstanceUID", "SeriesInstanceUID", "order"], ignore_index=True, kind="stable")
-    return table, size, lowest
+    return table, size, lowest, [settings.get("part") and tuple(settings["part"]) for _, settings in parts]
 
 # %% ../../nbs/03_store/04_slice_store.ipynb #7673d9da
 _fix = "copy the shard again, or delete it and build the store again"
@@ -169,6 +169,7 @@ class SliceStore(RowIndexing):
         size: pixels along each side, S.
         lowest: HU to which all values below were raised.
         paths: the folders, absolute.
+        parts: for each folder, which part (i, n) of the studies it was built of; None if it was made without that note.
 
     Raises:
         FileNotFoundError: a folder has no finished store, or a shard is missing or too short.
@@ -176,7 +177,7 @@ class SliceStore(RowIndexing):
     """
     def __init__(self, *paths: str | os.PathLike):
         self.paths = [os.path.abspath(valid_path(path)) for path in paths]
-        table, self.size, self.lowest = _join(self.paths)
+        table, self.size, self.lowest, self.parts = _join(self.paths)
         self._start, self._bytes, self._crc32 = (table[c].to_numpy() for c in ("start", "bytes", "crc32"))
         self._shard, self._shards = pd.factorize(table["shard"])
         valid = (self._start >= 0).all() and (self._bytes >= 0).all() and not (self._start % 8).any()

@@ -195,7 +195,7 @@ def _object(kind, value, where: str):
     try:
         return kind(**items)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{where.removesuffix(':')}: {error}") from error
 
 # %% ../../nbs/00_utils/05_schema.ipynb #38a283cc
 class Checked:

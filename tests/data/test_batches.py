@@ -235,7 +235,8 @@ def test_device_pixels_on_every_backend(backend):
         source, truth = synthetic(size=64)
         every = itertools.product((InputConfig(size=64), InputConfig((PE,), "fixed", 48, "bilinear")),
                                   ((0., None), (.5, Augment(.3, 40, 3))))
-        for pixels, (flip, augment) in every:
+        near = InputConfig(size=64, neighbours=(-1, 0, 1)), InputConfig((PE,), "fixed", 48, "bilinear", neighbours=(2,))
+        for pixels, (flip, augment) in (*every, *((pixels, (0., None)) for pixels in near)):
             how = dict(batch=30, pixels=pixels, mask=SideMask(p=.7), affine=AffineRange(flip=flip), augment=augment)
             for raw, seen in zip(ImageBatches(source, truth, device=True, **how), ImageBatches(source, truth, **how)):
                 got = keras.ops.convert_to_numpy(device_render(raw[0]["stored"], raw[0]["params"], pixels))

@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import warm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_runs import keras_run
-from test_batches import run_isolated, synthetic
+from test_batches import synthetic
 
 from rsnape_kit.competition.folds import make_folds
 from rsnape_kit.competition.labels import EXAM_LABELS, SERIES, SLICE, STUDY
@@ -93,23 +94,20 @@ def test_each_slice_gets_noise_of_its_own_with_the_quality_of_the_item():
             np.testing.assert_array_equal(picture[..., c:c + 3], alone)
 
 
-@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
-def test_the_device_renders_the_same_pixels(backend):
-    pytest.importorskip(backend)
-    run_isolated("""
-        import keras
-        from rsnape_kit.models.input_layer import device_render
-        from rsnape_kit.transforms.windows import PE
-        source, truth = synthetic((9, 4), size=32)
-        for pixels in (InputConfig(size=32, neighbours=(-1, 0, 1)),
-                       InputConfig((PE,), "fixed", 24, "bilinear", neighbours=(2,))):
-            for kind, how in ((ImageBatches, {"batch": 7}), (StudyBatches, {"batch": 2, "frames": 3})):
-                how |= dict(pixels=pixels, mask=SideMask(p=.7), affine=AffineRange())
-                raws, whole = kind(source, truth, device=True, **how), kind(source, truth, **how)
-                for raw, seen in zip(raws, whole, strict=True):
-                    got = keras.ops.convert_to_numpy(device_render(raw[0]["stored"], raw[0]["params"], pixels))
-                    np.testing.assert_array_equal(got, seen[0])
-    """, KERAS_BACKEND=backend)
+def test_the_device_renders_the_same_pixels():
+    "On TensorFlow; test_batches has the other backends."
+    pytest.importorskip("keras")
+    from rsnape_kit.models.input_layer import device_render
+
+    source, truth = synthetic((9, 4), size=32)
+    for pixels in (InputConfig(size=32, neighbours=(-1, 0, 1)),
+                   InputConfig((PE,), "fixed", 24, "bilinear", neighbours=(2,))):
+        for kind, how in ((ImageBatches, {"batch": 7}), (StudyBatches, {"batch": 2, "frames": 3})):
+            how |= dict(pixels=pixels, mask=SideMask(p=.7), affine=AffineRange())
+            raws, whole = kind(source, truth, device=True, **how), kind(source, truth, **how)
+            for raw, seen in zip(raws, whole, strict=True):
+                got = import_keras().ops.convert_to_numpy(device_render(raw[0]["stored"], raw[0]["params"], pixels))
+                np.testing.assert_array_equal(got, seen[0])
 
 
 @pytest.mark.parametrize("position", [[3., 2., 1., 0.], [0., 0., 0., 0.], [5., 5., 6., 6.], [0., 2., 1., 3.]])
@@ -138,6 +136,12 @@ def tiny(size, channels):
     inputs = import_keras().Input((size, size, channels), dtype="uint8")
     x = layers.GlobalAveragePooling2D()(layers.Rescaling(1 / 128, -1)(inputs))
     return import_keras().Model(inputs, layers.Dense(1, "sigmoid")(layers.Dense(16, "relu")(x)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server():
+    "Started before this process uses a framework."
+    warm.server("both")
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +300,8 @@ def test_dicom_is_predicted_with_neighbours_up_to_the_answer(tmp_path):
     root = make_competition(tmp_path / "dicom", 1, 1, slices=9, size=64, difficulty="demo", clean=True) / "test"
     pixels = InputConfig((PE,), "fixed", 32, neighbours=(-1, 0, 1), step_mm=6.)
     runs = [near_run(tmp_path, model, pixels) for model in ("efficientnet", "resnet3d")]
-    predict_dicom(runs, root, tmp_path / "out", heat=1)
+    with warm.workers():
+        predict_dicom(runs, root, tmp_path / "out", heat=1)
     answer = Answer.load(tmp_path / "out" / "answer.json").studies[0]
     assert len(answer.slices) == 9 and list((tmp_path / "out" / "heatmaps").glob("*.png"))
     for run in runs:

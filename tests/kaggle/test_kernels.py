@@ -2,6 +2,7 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from rsnape_kit.competition.predictions import Predictions
 from rsnape_kit.competition.priors import constant_prior
 from rsnape_kit.competition.tables import sample_submission, slice_index
 from rsnape_kit.ensemble.ensemble import Ensemble, fit_ensemble
-from rsnape_kit.kaggle.kernels import KERNELS, copies, export_kernels, pushed
+from rsnape_kit.kaggle.kernels import KERNELS, copies, export_templates, pushed
+from rsnape_kit.kaggle.plan import Plan
+from rsnape_kit.kaggle.preflight import check_kernel
 from rsnape_kit.kaggle.runtime import HEADER, PYTHON
 from rsnape_kit.phantom.generate import make_competition
 from rsnape_kit.runs.config import RunConfig
@@ -50,6 +53,7 @@ def test_the_submission_kernel_predicts_every_id_on_both_mount_layouts(tmp_path,
     result = run_kernel(tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1].startswith(str(tmp_path)), "not the attached rsnape_kit"
+    assert result_of(tmp_path / "working")["finished"]
     submission = pd.read_csv(tmp_path / "working" / "submission.csv")
     assert submission["id"].tolist() == sample["id"].tolist()
     values = submission.set_index("id").label
@@ -58,7 +62,9 @@ def test_the_submission_kernel_predicts_every_id_on_both_mount_layouts(tmp_path,
 
 
 def test_the_blend_kernel_fits_on_all_runs_among_the_inputs(tmp_path):
-    "Two models of two folds, one a kernel's output and one a dataset; a good one and one that predicts constants."
+    """Two models of two folds, one a kernel's output and one a dataset; a good one and one that predicts constants.
+
+    Then one of them lacks a fold: that is refused by name, or the blend is fitted on what both have and says so."""
     truth = simulate_truth(80, (4, 8, 12), seed=1)
     competition(tmp_path / "input" / COMPETITION)
     train = truth.images.rename(IMAGE_LABEL).reset_index().merge(truth.exams, left_on=STUDY, right_index=True)
@@ -79,6 +85,29 @@ def test_the_blend_kernel_fits_on_all_runs_among_the_inputs(tmp_path):
     assert ensemble.blend_weights.table().loc[IMAGE_LABEL, "resnet3d"] > .8
     expected = fit_ensemble(oofs, truth, split)  # the same from memory, with the folds as they were made
     pd.testing.assert_frame_equal(ensemble.blend_weights.table()[list(oofs)], expected.blend_weights.table(), atol=1e-6)
+    said = result_of(tmp_path / "working")
+    assert said == {"finished": True, "reason": "blended efficientnet, resnet3d", "progress": 1}
+
+    shutil.rmtree(next(tmp_path.glob("input/datasets/owner/runs/resnet3d-fold1-*")))
+    (tmp_path / "working" / "ensemble.json").unlink()
+    result = run_kernel(tmp_path, "blend", values={"MODELS": ["efficientnet", "resnet3d"], "HELD_OUT": [0, 1]})
+    assert "resnet3d has no run of fold 1" in result.stderr and "ALLOW_PARTIAL = True" in result.stderr
+    assert result.returncode and not (tmp_path / "working" / "ensemble.json").exists()
+    result = run_kernel(tmp_path, "blend", values={"ALLOW_PARTIAL": True})
+    assert result.returncode == 0, result.stderr
+    assert "BLENDED WITHOUT ALL FOLDS: resnet3d has no run of fold 1" in result.stdout
+    assert "resnet3d has no run of fold 1" in result_of(tmp_path / "working")["reason"]
+    ensemble = Ensemble.load(tmp_path / "working" / "ensemble.json")
+    half = {name: oof.select(split.valid(0)) for name, oof in oofs.items()}
+    expected = fit_ensemble(half, truth, split)
+    pd.testing.assert_frame_equal(ensemble.blend_weights.table()[list(oofs)], expected.blend_weights.table(), atol=1e-6)
+
+
+def result_of(folder):
+    "What a kernel says of its run."
+    found = json.loads((folder / "result.json").read_text())
+    assert set(found) == {"finished", "reason", "progress"}
+    return found
 
 
 def source(name, **values):
@@ -88,10 +117,14 @@ def source(name, **values):
 
 
 def test_every_copy_of_a_kernel_has_its_own_parameters():
-    every = [(name, values) for name in KERNELS for values in copies(name, 2).values() if values]
-    assert len(every) == 8 + 2 * 5
-    others = {"SEED": 7, "RECIPE": "demo"}, {"MODEL": "petaformer", "SETTINGS": ["batch=2"]}
-    for name, values in [*every, *(("train", values) for values in others)]:
+    plan = Plan(n_folds=2, recipe="demo", seed=7, settings={"petaformer": ("batch=2",)})
+    every = [(name, values) for name in KERNELS for values in copies(name, plan).values() if values]
+    assert len(every) == 8 + 2 * 5 + 1
+    assert every[-2][1] == {"MODEL": "sequence", "FOLD": 1, "FOLDS": 2, "RECIPE": "demo", "SEED": 7, "SETTINGS": [],
+                            "ALLOW_PARTIAL": False}
+    assert every[-1][1] == {"MODELS": list(plan.models), "HELD_OUT": [0, 1], "ALLOW_PARTIAL": False}
+    assert [values["SETTINGS"] for _, values in every if values.get("MODEL") == "petaformer"] == [["batch=2"]] * 2
+    for name, values in every:
         code = source(name, **values)
         compile(code, name, "exec")
         for parameter, value in values.items():
@@ -99,7 +132,7 @@ def test_every_copy_of_a_kernel_has_its_own_parameters():
 
 
 def test_parts_are_prepared_and_trained_on_as_one(tmp_path):
-    "Two kernels prepare the store, one of them resuming from its own output; another trains on both parts."
+    "Two kernels prepare the store, one of them in two sessions; another trains on both parts, and on no less."
     made = make_competition(tmp_path / "made", 6, 1, slices=6, size=64, difficulty="demo")
     kit, mounts = tmp_path / "input", tmp_path / "input" / "notebooks" / "me"
     mounts.mkdir(parents=True)
@@ -108,19 +141,31 @@ def test_parts_are_prepared_and_trained_on_as_one(tmp_path):
     train = pd.read_csv(kit / COMPETITION / "train.csv")
     train[IMAGE_LABEL] = train[STUDY].rank(method="dense").astype(int) % 2  # six slices show too little to balance
     train.to_csv(kit / COMPETITION / "train.csv", index=False)
-    for part, first in (("0", True), ("0", False), ("1", True)):
-        result = run_kernel(tmp_path, "prepare", values=copies("prepare")[part] | {"PARTS": 2})
+    sessions = (("0", 0, 0, False), ("0", None, 0, True), ("0", None, 1, True), ("1", None, 0, True))
+    small = {"FOLDS": 2, "RECIPE": "quick", "SETTINGS": ["pixels.size=32", "network.width=.25", "steps=2"]}
+    for part, hours, begun, finished in sessions:
+        change = ("hours=hours", f"hours={hours}")
+        result = run_kernel(tmp_path, "prepare", values=copies("prepare")[part] | {"PARTS": 2}, change=change)
         assert result.returncode == 0, result.stderr
-        done = re.search(r"(\d+)/\d+", result.stderr)[1]  # where the bar begins
-        assert (done == "0") == first, result.stderr
+        done = int(re.search(r"(\d+)/\d+", result.stderr)[1])  # where the bar begins
+        assert bool(done) == begun, result.stderr
+        said = result_of(tmp_path / "working")
+        assert said["finished"] == finished and bool(said["progress"]) == finished
         shutil.rmtree(mounts / part, ignore_errors=True)
         shutil.move(tmp_path / "working", mounts / part)
-    small = ["pixels.size=32", "network.width=.25", "steps=2"]
-    result = run_kernel(tmp_path, "train", values={"FOLDS": 2, "RECIPE": "quick", "SETTINGS": small})
+        if (part, begun) == ("0", 1):
+            result = run_kernel(tmp_path, "train", values=small)
+            lost = set(train[STUDY]) - set(pd.read_parquet(next(mounts.rglob("index.parquet")))[STUDY])
+            assert result.returncode and f"{len(lost)} of 6 studies are in no part of the store" in result.stderr
+            assert all(text in result.stderr for text in [*lost, "push prepare-1", "ALLOW_PARTIAL = True"])
+            assert not (tmp_path / "working" / "runs").exists()
+    result = run_kernel(tmp_path, "train", values=small)
     assert result.returncode == 0, result.stderr
     assert "36 slices of 6 studies" in result.stdout
     run = tmp_path / "working" / "runs" / "efficientnet-fold0-seed42"
     assert len(Predictions.load(run / "oof").exams) == 3
+    epochs = len(pd.read_csv(run / "history.csv"))
+    assert result_of(tmp_path / "working")["progress"] == epochs + 1 and result_of(tmp_path / "working")["finished"]
 
 
 def test_a_missing_competition_is_named_with_the_inputs_found(tmp_path):
@@ -191,11 +236,13 @@ for name in [name for name in sys.modules if name.partition(".")[0] == "rsnape_k
 
 
 def run_kernel(kaggle, name="submit", then="import rsnape_kit; print(rsnape_kit.__file__)", values=(),
-               environ=()):
+               environ=(), change=("", "")):
     """A kernel's cells as one script, /kaggle moved to a folder, then a line of the test.
 
     The process is a fork of this one, which has pandas and numba imported; those that the kernel starts are not."""
     code = source(name, **dict(values)).replace("/kaggle/", f"{kaggle}/")
+    assert change[0] in code
+    code = code.replace(*change) if change[0] else code
     code = "\n".join((FRESH.format(kaggle=str(kaggle)), code, then))
     env = KERNEL_ENV | {"RSNAPE_KAGGLE": str(kaggle), **dict(environ)}
     return warm.run_command([sys.executable, "-c", code], env=env, start=warm._in_a_fork)
@@ -213,7 +260,7 @@ def test_the_documented_commands_are_ones_that_the_library_takes(monkeypatch):
     page = (ROOT / "docs" / "howto" / "kaggle.md").read_text().partition("## Resume")[0]
     blocks = re.findall(r"```sh\n(.*?)```", page, re.S)
     commands = [line.split() for line in re.findall(r"\brsnape ([^#&;\n]+)", "".join(blocks))]
-    assert len(commands) == 5 + 13
+    assert len(commands) > 20
     for command in commands:
         parser().parse_args(command)
     made = []
@@ -225,13 +272,103 @@ def test_the_documented_commands_are_ones_that_the_library_takes(monkeypatch):
     assert all(["push", out] in commands for out in made)
 
 
-def test_exported_kernels_are_in_step_with_their_notebooks(tmp_path):
-    "For any owner: `rsnape kernels --owner NAME` writes a name into the metadata."
-    owner = json.loads((ROOT / "kernel-metadata.json").read_text())["id"].partition("/")[0]
+def test_templates_are_in_step_with_the_notebooks(tmp_path):
+    "In the repository and in the package. Whoever pushes from the repository's top edits the owner there."
     shutil.copytree(ROOT / "nbs" / "kernels", tmp_path / "nbs" / "kernels")
-    folders = export_kernels(owner, tmp_path)
-    assert {folder.name for folder in folders} <= {folder.name for folder in (ROOT / "kernels").iterdir()}
-    made = [tmp_path / "kernel-metadata.json", *(path for folder in folders for path in folder.iterdir())]
-    assert len(made) == 1 + 2 * len(folders) > 1
+    made = export_templates(tmp_path)
+    assert len(made) == 3 * len(KERNELS) + 1
+    owner = json.loads((ROOT / "kernel-metadata.json").read_text())["id"].partition("/")[0]
     for path in made:
-        assert (ROOT / path.relative_to(tmp_path)).read_text() == path.read_text(), f"export {path.parent.name} again"
+        here = (ROOT / path.relative_to(tmp_path)).read_text().replace(f'"{owner}/', '"OWNER/')
+        assert here == path.read_text(), f"call export_templates, {path} is newer"
+    kept = {path for folder in ("kernels", "rsnape_kit/kaggle/notebooks") for path in (ROOT / folder).rglob("*.*")}
+    assert kept == {ROOT / path.relative_to(tmp_path) for path in made[:-1]}
+
+
+def kernels(capsys, *words):
+    "Run `rsnape kernels` and return the lines that it prints."
+    main(["kernels", *words])
+    return capsys.readouterr().out.splitlines()
+
+
+def written(folder):
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_kernels_keep_what_an_earlier_call_decided(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    kernels(capsys, "--owner", "me", "--models", "efficientnet", "sequence", "--folds", "0", "2", "--resume")
+    before = written(tmp_path / "kernels")
+    kept = next(line for line in kernels(capsys, "--trained") if line.startswith("kept: "))
+    assert all(text in kept for text in ("owner me", "models efficientnet sequence", "folds 0 2", "resume True"))
+    after = written(tmp_path / "kernels")
+    changed = {name for name in {*before, *after} if before.get(name) != after.get(name)}
+    assert changed == {"plan.json", "submit/kernel-metadata.json"}
+    assert json.loads(after["submit/kernel-metadata.json"])["kernel_sources"] == [
+        f"me/rsnape-kit-{name}" for name in ("blend", "train-efficientnet-fold-0", "train-efficientnet-fold-2",
+                                             "train-sequence-fold-0", "train-sequence-fold-2")]
+    kernels(capsys, "--no-trained")
+    assert written(tmp_path / "kernels") == before
+    kernels(capsys, "--no-resume", "--n-folds", "3", "--set", "efficientnet.batch=64", "--accelerator", "sequence=tpu")
+    meta = json.loads((tmp_path / "kernels" / "train-sequence-fold-2" / "kernel-metadata.json").read_text())
+    assert meta["enable_tpu"] and meta["id"] not in meta["kernel_sources"]
+    text = written(tmp_path / "kernels")["train-efficientnet-fold-2/train.ipynb"]
+    assert all(line in text for line in ("SETTINGS = ['batch=64']", "FOLDS = 3", "FOLD = 2"))
+    shutil.copyfile("kernels/plan.json", "plan.json")
+    kernels(capsys, "--plan", "plan.json", "--out", "other")
+    assert written(tmp_path / "other") == written(tmp_path / "kernels")
+
+
+@pytest.mark.parametrize("words, problem", [
+    ("--folds 5", "fold 5 is none of 5 folds"), ("--models sequence", "sequence reads the runs of efficientnet"),
+    ("--models vit", "unknown model 'vit'"), ("--accelerator petaformer=tpu", "petaformer cannot be trained on tpu"),
+    ("--set resnet3d.batsh=2", "batsh"), ("--recipe fuller", "unknown recipe 'fuller'")])
+def test_a_plan_that_cannot_run_is_refused_and_nothing_is_written(tmp_path, monkeypatch, words, problem):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=problem):
+        main(["kernels", *words.split()])
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_folders_of_the_former_plan_are_removed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    kernels(capsys, "--models", "efficientnet", "--n-folds", "3", "--parts", "3")
+    (tmp_path / "kernels" / "prepare-2" / "notes.txt").write_text("one's own")
+    shutil.copytree(tmp_path / "kernels" / "submit", tmp_path / "kernels" / "my-submission")
+    lines = kernels(capsys, "--n-folds", "2", "--parts", "2")
+    folders = {path.name for path in (tmp_path / "kernels").iterdir() if path.is_dir()}
+    assert folders == {"prepare-0", "prepare-1", "train-efficientnet-fold-0", "train-efficientnet-fold-1", "blend",
+                       "submit", "prepare-2", "my-submission"}
+    assert [line.split()[1] for line in lines if line.startswith("removed")] == ["kernels/train-efficientnet-fold-2,"]
+    assert {line.split()[2] for line in lines if line.startswith("left alone")} == {
+        "kernels/prepare-2,", "kernels/my-submission,"}
+
+
+def test_the_repository_is_never_written_to(tmp_path, monkeypatch, capsys):
+    "From its top the kernels go to build/, which git ignores; its own kernels are refused as a target."
+    for name in ("kernels", "nbs/kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    shutil.copy(ROOT / "kernel-metadata.json", tmp_path)
+    before = written(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    kernels(capsys, "--owner", "me", "--models", "efficientnet", "--folds", "0")
+    after = written(tmp_path)
+    assert {name.split("/")[:2] == ["build", "kernels"] for name in {*after} - {*before}} == {True}
+    for out in ("kernels", "."):
+        with pytest.raises(SystemExit, match="the repository's templates"):
+            main(["kernels", "--out", out])
+    assert written(tmp_path) == after and all(after[name] == text for name, text in before.items())
+
+
+def test_an_installed_package_writes_kernels(tmp_path):
+    "What setup.py installs, without the repository, in a folder of one's own."
+    lib, here = tmp_path / "lib", tmp_path / "here"
+    here.mkdir()
+    for command, folder in ((["setup.py", "-q", "build_py", "--build-lib", str(lib)], ROOT),
+                            (["-m", "rsnape_kit.cli", "kernels", "--owner", "me"], here)):
+        done = subprocess.run([sys.executable, *command], cwd=folder, env=KERNEL_ENV | {"PYTHONPATH": str(lib)},
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    for name in KERNELS:
+        folder = next((here / "kernels").glob(f"{name}*"))
+        assert not [fault for fault in check_kernel(folder) if "rsnape_kit" not in fault]

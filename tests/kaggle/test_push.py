@@ -11,6 +11,7 @@ from kaggle_stub import Stub, connected
 from rsnape_kit.kaggle.api import KaggleBusy, KaggleError
 from rsnape_kit.kaggle.client import push, push_bundle, submit_kernel
 from rsnape_kit.kaggle.kernels import export_kernels
+from rsnape_kit.kaggle.plan import PLAN, Plan
 from rsnape_kit.kaggle.runtime import COMPETITION
 from rsnape_kit.utils.manifest import MANIFEST, write_manifest
 
@@ -54,6 +55,8 @@ def test_a_dataset_is_made_then_versioned_and_arrives_as_it_left(stub, bundle):
     assert first.url == "https://www.kaggle.com/datasets/test/rsnape-kit"
     assert len(stub.sent("CreateDataset")) == len(stub.sent("CreateDatasetVersion")) == 1
     assert stub.sent("CreateDatasetVersion")[0]["body"]["versionNotes"] == "1.2 abc"
+    push_bundle(bundle, poll=.01, notes="five folds, seed 1")
+    assert stub.sent("CreateDatasetVersion")[1]["body"]["versionNotes"] == "five folds, seed 1"
     left = {path.relative_to(bundle).as_posix(): path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
     assert stub.datasets["test/rsnape-kit"]["files"] == {k: v for k, v in left.items() if k != "dataset-metadata.json"}
 
@@ -149,11 +152,13 @@ def test_a_damaged_bundle_is_refused_before_anything_is_sent(stub, bundle):
 
 @pytest.fixture
 def kernels(stub, tmp_path):
-    "This repository's kernels, exported for the user called test; all that they read is there."
-    (tmp_path / "nbs").mkdir()
-    (tmp_path / "nbs" / "kernels").symlink_to(ROOT / "nbs" / "kernels")
-    for folder in export_kernels("test", tmp_path):
+    "The kernels of a small plan, and the repository's template at the top, of the user test; what they read is there."
+    plan = Plan("test", models=("efficientnet", "petaformer"), folds=(0,), parts=1)
+    for folder in export_kernels(plan, tmp_path / "kernels"):
         stub.complete |= set(json.loads((folder / "kernel-metadata.json").read_text())["kernel_sources"])
+    (tmp_path / "kernels" / PLAN).unlink()
+    text = (ROOT / "kernel-metadata.json").read_text().replace('"OWNER/', '"test/')
+    (tmp_path / "kernel-metadata.json").write_text(text)
     for name in ("test/rsnape-kit", "test/rsnape-kit-tpu"):
         stub.add_dataset(name)
     return tmp_path

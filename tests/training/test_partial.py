@@ -1,0 +1,33 @@
+"What is trained on if the store lacks studies of train.csv."
+import pandas as pd
+import pytest
+
+import rsnape_kit as rk
+from rsnape_kit.cli import main
+from rsnape_kit.competition.labels import STUDY
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    "A competition, and one of two parts of its store."
+    folder = tmp_path_factory.mktemp("partial")
+    competition = rk.make_competition(folder / "made", 8, 1, slices=2, size=64, difficulty="demo")
+    rk.build_store(competition / "train", folder / "store-0", size=64, part=(0, 2))
+    return competition / "train.csv", folder / "store-0"
+
+
+def test_training_without_all_studies_is_refused_by_name(made, monkeypatch):
+    train_csv, store = made
+    calls = []
+    monkeypatch.setattr("rsnape_kit.train", lambda *settings, **more: calls.append(more["folds"]) or store)
+    studies, there = pd.read_csv(train_csv)[STUDY].unique(), rk.SliceStore(store).table[STUDY].unique()
+    lost = sorted(set(studies) - set(there))
+    assert 2 <= len(there) < len(studies) == 8
+    words = f"train efficientnet --recipe quick --folds 2 --store {store} --train-csv {train_csv}".split()
+    with pytest.raises(SystemExit) as refused:
+        main(words)
+    assert all(text in str(refused.value) for text in [*lost[:5], f"part 1 ({len(lost)} studies)", "--allow-partial"])
+    assert not calls
+    with pytest.warns(UserWarning, match="GOING ON WITHOUT A PART OF THE STUDIES"):
+        main([*words, "--allow-partial"])
+    assert set(calls[0].of.index) == set(there)
