@@ -155,7 +155,7 @@ def campaign(folder: Path | None = None, *, bundles: list[Path] = (), models: li
         dry_run: print what would be sent, in order, and send nothing
         once: look once and do not wait
         retry: forget failures and try again
-        again: kernels to run again although they are done, or all
+        again: kernels to run again, with those that read them, although they are done; all for everything
         strict: do not blend or submit without every fold
         no_submit: do not enter the submission
         message: text shown beside the score

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .api import KaggleBusy, KaggleError, client, http_status, request
 from .campaign_driver import CampaignSettings, Driver, passes, send_dataset
-from .campaign_state import CAMPAIGN, Campaign, Entry, KernelState, read_jobs, startable
+from .campaign_state import CAMPAIGN, Campaign, Entry, JobState, read_jobs, startable
 from .campaign_steps import enter, follow, start
 from .campaign_table import expected_hours, next_step, progress_table, quota_line
 from .dataset import METADATA, check_dataset, read_json
@@ -85,7 +85,7 @@ def clear(campaign: Campaign, jobs: dict, retry: bool, again: Iterable) -> Campa
         campaign: what was reached.
         jobs: the kernels.
         retry: forget failures; a kernel that ran without outputs because of them runs again too.
-        again: slugs or names of folders of kernels to run again, or 'all'.
+        again: slugs or names of folders of kernels to run again, or 'all'; those that read them run again too.
     """
     names = {"all": set(jobs)} | {key: {name} for name, job in jobs.items() for key in (name, job.slug, job.folder.name)}
     if unknown := [each for each in again if each not in names]:
@@ -93,11 +93,18 @@ def clear(campaign: Campaign, jobs: dict, retry: bool, again: Iterable) -> Campa
     states = dict(campaign.kernels)
     for name, now in campaign.kernels.items():
         if retry and (now.without or now.state == "failed"):
-            states[name] = KernelState(resumes=now.resumes and now.state == "failed", adopt=False)
-    states |= dict.fromkeys(set().union(*(names[each] for each in again)), KernelState(adopt=False))
+            states[name] = JobState(resumes=now.resumes and now.state == "failed", adopt=False)
+    states |= dict.fromkeys(_readers(jobs, set().union(*(names[each] for each in again))), JobState(adopt=False))
     datasets = {name: each for name, each in campaign.datasets.items() if not (retry and each.state == "failed")}
     failed = retry and campaign.entry and campaign.entry.state == "failed"
     return replace(campaign, kernels=states, datasets=datasets, entry=None if failed else campaign.entry)
+
+
+def _readers(jobs: dict, chosen: set) -> set:
+    "Return some kernels with all that read them, directly or through others."
+    while more := {name for name, job in jobs.items() if name not in chosen and chosen & set(job.sources)}:
+        chosen = chosen | more
+    return chosen
 
 # %% ../../nbs/13_kaggle/18_campaign.ipynb #9e1eea73
 print_now = partial(print, flush=True)  # a night's log is read while it is written

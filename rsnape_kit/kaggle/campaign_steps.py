@@ -103,11 +103,11 @@ def start(driver: Driver, job: Job, without: list):
     version, found = newest(driver.api, job.name)
     folder = folder_to_push(job, without, driver.folder, resumes=version > 0)
     if version and not now.sessions and _runs_already(driver, job, folder, found):
-        return driver.change(job.name, state="running", version=version, sessions=1, without=tuple(without))
+        return driver.change(job.name, state="running", version=version, sessions=1, without=tuple(without), content=job.content)
     meta = read_json(folder / KERNEL)[0]
     if waits := _missing_sources(driver, job, meta):
         return driver.change(job.name, reason=waits)
-    driver.change(job.name, state="pushing", before=version, without=tuple(without))
+    driver.change(job.name, state="pushing", before=version, without=tuple(without), content=job.content)
     try:
         made = push(folder, allow=driver.settings.allow, known=[*meta.get("kernel_sources", []), *meta.get("dataset_sources", [])], api=driver.api)
     except KaggleBusy:

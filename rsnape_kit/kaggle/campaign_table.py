@@ -115,6 +115,8 @@ def next_step(jobs: Mapping, campaign: Campaign, folder: Path | str, submits: bo
     failed += [f"the dataset {name} failed: {each.reason}" for name, each in campaign.datasets.items() if each.state == "failed"]
     failed += [f"{jobs[name].slug} did not start: it {note}" for name, state, note in rows if state == "stopped"]
     failed += [f"the submission failed: {campaign.entry.reason}" for _ in [0] if campaign.entry and campaign.entry.state == "failed"]
+    if changed := [jobs[name].slug for name, now in campaign.kernels.items() if name in jobs and now.state == "done" and now.content != jobs[name].content]:
+        found.append(f"changed since they ran: {', '.join(changed)}; run them and what reads them with: {command} --again {' '.join(changed)}")
     left = [name for name, state, _ in rows if state in ("waiting", "pushing", "running")]
     if failed:
         found += [*failed, f"correct what failed, then: {command} --retry"]

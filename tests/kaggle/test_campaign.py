@@ -13,6 +13,8 @@ from rsnape_kit.kaggle.api import KaggleError, client
 from rsnape_kit.kaggle.campaign import plan_campaign, run_campaign
 from rsnape_kit.kaggle.campaign_driver import CampaignSettings
 from rsnape_kit.kaggle.campaign_state import CAMPAIGN, Campaign
+from rsnape_kit.kaggle.kernels import export_kernels
+from rsnape_kit.kaggle.plan import Plan
 from rsnape_kit.kaggle.runtime import COMPETITION
 from rsnape_kit.utils.manifest import write_manifest
 from rsnape_kit.utils.processes import exclusive
@@ -20,6 +22,7 @@ from rsnape_kit.utils.processes import exclusive
 PARTS = ["prepare-0", "prepare-1"]
 RUNS = ["train-a-fold-0", "train-a-fold-1", "train-b-fold-0", "train-b-fold-1"]  # b reads a's run of the same fold
 ALL = [*PARTS, *RUNS, "blend", "submit"]
+FAILED = ("ERROR", {}, "Traceback (most recent call last):\nMemoryError: 29 GB are not enough\n[NbConvertApp] done\n")
 
 
 def name(kernel: str) -> str:
@@ -269,6 +272,31 @@ def test_a_lost_state_is_found_again_on_kaggle(kaggle, kernels):
     assert kaggle.pushes(name("blend")) == 3 and kaggle.pushes(name("train-b-fold-0")) == 2
 
 
+def test_a_changed_kernel_is_named_and_runs_again_with_what_reads_it(kaggle, kernels):
+    drive(kernels)
+    code = kernels / "train-b-fold-0" / "train.py"
+    code.write_text(code.read_text() + "x = 1")
+    _, left, _, _ = drive(kernels)
+    assert left.startswith("changed since they ran: rsnape-kit-train-b-fold-0; ") and pushed_once(kaggle)
+    _, left, _, _ = drive(kernels, again=["train-b-fold-0"])
+    twice = [each for each in ALL if kaggle.pushes(name(each)) == 2]
+    assert left == "" and twice == ["train-b-fold-0", "blend", "submit"] and len(kaggle.submissions) == 2
+
+
+def test_the_kernels_of_a_plan(kaggle, tmp_path):
+    "The real notebooks; one fold fails, so the blend's notebook is told to go on without it."
+    plan = Plan("test", models=("efficientnet",), folds=(0, 1), parts=2, accelerators={"efficientnet": "gpu"})
+    export_kernels(plan, tmp_path / "kernels")
+    kaggle.outcomes[name("train-efficientnet-fold-1")] = [FAILED]
+    campaign, left, _, _ = drive(tmp_path / "kernels")
+    assert "train-efficientnet-fold-1 failed" in left and campaign.entry.state == "scored"
+    assert sources(kaggle, "submit") == {"train-efficientnet-fold-0", "blend"}
+    cells = "".join(each["source"] for each in json.loads(kaggle.kernels[name("blend")][0]["sent"]["text"])["cells"])
+    assert "ALLOW_PARTIAL = True" in cells and kaggle.most["gpu"] == 2
+    export_kernels(plan, tmp_path / "kernels")  # what the campaign has left there is no obstacle
+    assert len(plan_campaign(tmp_path / "kernels")) == 0
+
+
 def late(progress: float) -> tuple:
     return "COMPLETE", {"result.json": {"finished": False, "reason": "time is up", "progress": progress}}
 
@@ -290,9 +318,6 @@ def test_a_training_that_does_not_get_on_is_stopped(kaggle, kernels, ends, sessi
     campaign, left, _, _ = drive(kernels, sessions=sessions)
     assert words in left and kaggle.pushes(name("train-a-fold-1")) == len(ends)
     assert sources(kaggle, "blend") == {"train-a-fold-0", "train-b-fold-0"} and campaign.entry.state == "scored"
-
-
-FAILED = ("ERROR", {}, "Traceback (most recent call last):\nMemoryError: 29 GB are not enough\n[NbConvertApp] done\n")
 
 
 def test_a_failed_fold_is_left_out_and_can_be_tried_again(kaggle, kernels):
