@@ -31,7 +31,7 @@ from rsnape_kit.competition.priors import constant_prior, position_prior
 from rsnape_kit.dicom.slices import scan
 from rsnape_kit.phantom.generate import make_competition
 from rsnape_kit.report.scores import gain_over
-from rsnape_kit.runs.recipes import DEMO, override_settings
+from rsnape_kit.runs.recipes import DEMO, ORIGINAL, override_settings
 from rsnape_kit.store.build import build_store
 from rsnape_kit.store.slice_store import SliceStore
 from rsnape_kit.training.trainer import train
@@ -125,7 +125,7 @@ def main():
     parser.add_argument("--slices", type=int, default=32)
     parser.add_argument("--phantom-seed", type=int, default=5)
     parser.add_argument("--difficulty", default="demo", choices=("demo", "real"))
-    parser.add_argument("--models", nargs="+", default=list(DEMO), choices=list(DEMO))
+    parser.add_argument("--models", nargs="+", default=list(ORIGINAL), choices=list(ORIGINAL))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--use", type=int, help="how many of the studies to train and validate on; default: all")
     parser.add_argument("--folds", type=int, default=6, help="one of them is held out to choose the best epoch")

@@ -23,7 +23,8 @@ def next_step(*command):
 def kernels(*, owner: str | None = None, models: list[str] | None = None, folds: list[Natural] | None = None, n_folds: Count | None = None,
             parts: Count | None = None, recipe: str | None = None, seed: Seed | None = None, set: Annotated[list, "MODEL.NAME=VALUE"] = (),
             accelerator: Annotated[list, "MODEL=KIND"] = (), trained: bool | None = None, resume: bool | None = None,
-            allow_partial: bool | None = None, model_sources: list[str] | None = None, plan: Path | None = None, out: Path | None = None):
+            allow_partial: bool | None = None, model_sources: list[str] | None = None, full_commit: bool | None = None,
+            plan: Path | None = None, out: Path | None = None):
     """Write the kernels of a plan; options change the plan of an earlier call, and what is not named stays.
 
     Args:
@@ -40,6 +41,7 @@ def kernels(*, owner: str | None = None, models: list[str] | None = None, folds:
         resume: attach the own last output to the prepare and training kernels
         allow_partial: train and blend although parts of the store, folds or studies are missing
         model_sources: Kaggle Models with weights or runs for the training and submission kernels, owner/model/framework/variation/number
+        full_commit: predict the whole public test set when the submission kernel is pushed, not a few studies
         plan: start from this file instead of OUT/plan.json
         out: folder to write (default: kernels; in the repository build/kernels)
     """
@@ -50,7 +52,8 @@ def kernels(*, owner: str | None = None, models: list[str] | None = None, folds:
     out = kernels_folder() if out is None else out
     former = find_plan(out) if plan is None else Plan.load(plan)
     named = {"owner": owner, "models": models, "folds": folds, "n_folds": n_folds, "parts": parts, "recipe": recipe, "seed": seed,
-             "trained": trained, "resume": resume, "allow_partial": allow_partial, "model_sources": model_sources}
+             "trained": trained, "resume": resume, "allow_partial": allow_partial, "model_sources": model_sources,
+             "full_commit": full_commit}
     new = change_plan(former or Plan(), set, accelerator, **named)
     removed, foreign = other_folders(new, out)
     folders = export_kernels(new, out)
@@ -80,16 +83,20 @@ def bundle(*, out: str = "", target: Literal["gpu", "tpu"] = "gpu", runs: list[P
 
 
 def check(folder: Path = Path("."), *, bundle: Path | None = None, allow: Annotated[list, "TEXT"] = ()):
-    """Report what would make a kernel fail on Kaggle.
+    """Report what would make a kernel fail on Kaggle, and as warnings what may be in order; only the first fails.
 
     Args:
         folder: folder with kernel-metadata.json
         bundle: folder of the attached bundle, to check its modules too
-        allow: ignore faults that contain this text; can be repeated
+        allow: ignore faults and warnings that contain this text; can be repeated
     """
-    from rsnape_kit.kaggle.preflight import check_kernel
+    from rsnape_kit.kaggle.preflight import Note, kernel_findings
 
-    faults = check_kernel(folder, bundle, allow=allow)
+    found = kernel_findings(folder, bundle, allow)
+    faults = [fault for fault in found if not isinstance(fault, Note)]
+    for note in found:
+        if isinstance(note, Note):
+            print(f"warning: {note}")
     if faults:
         sys.exit("\n".join(faults))
     print(f"{folder}: no faults")
@@ -174,13 +181,17 @@ def campaign(folder: Path | None = None, *, bundles: list[Path] = (), models: li
     sys.exit(left or print("everything is done"))
 
 
-def rehearse(*, folder: Path = Path("build/rehearsal"), runs: list[Path] = (), bundle: Path | None = None):
-    """Run the submission kernel as Kaggle would: its folders, its Python, no network.
+def rehearse(*, folder: Path = Path("build/rehearsal"), runs: list[Path] = (), bundle: Path | None = None, chain: bool = False,
+             models: list[str] = (), torch: bool = False):
+    """Run the submission kernel, or all kernels, as Kaggle would: its folders, its Python, no network.
 
     Args:
         folder: folder for all files
         runs: folders of trained runs, and ensemble.json, to submit with
         bundle: folder of a bundle (default: a new one is made)
+        chain: run prepare, one fold of each model, blend and submit, each with the outputs of those before it
+        models: models of the chain (default: all)
+        torch: install PyTorch for Kaggle's Python, 7 GB (default: PetaFormer runs with this project's Python)
     """
     from rsnape_kit.kaggle.kernels import export_kernel
     from rsnape_kit.kaggle.plan import Plan
@@ -189,6 +200,13 @@ def rehearse(*, folder: Path = Path("build/rehearsal"), runs: list[Path] = (), b
     if reason := why_not():
         sys.exit(f"rsnape: rehearsal is not possible: {reason}")
     bundle = bundle or rk.make_bundle(folder / "bundle", runs=runs)
+    if chain:
+        from rsnape_kit.kaggle.chain import describe_chain, rehearse_chain
+        from rsnape_kit.kaggle.chain_kernels import SMALL, chain_kits
+
+        result = rehearse_chain(folder / "chain", *chain_kits(folder, bundle, torch), models or tuple(SMALL))
+        print(describe_chain(result))
+        sys.exit(0 if result.ok else "rsnape: not every step of the chain ran well")
     competition = rk.make_competition(folder / "competition", 4, 2, slices=16, difficulty="demo")
     python, skipped = make_environment(folder / "python", packages=CORE + MORE if runs else CORE)
     print("packages missing in the rehearsal's Python:", ", ".join(skipped) or "none")

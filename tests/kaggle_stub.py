@@ -95,8 +95,9 @@ class Stub:
         return 200, {"ref": body["datasetSlug"], "currentVersionNumber": dataset["version"]}
 
     def SaveKernel(self, body):
-        url = f"https://www.kaggle.com/code/{body['slug']}"
-        return 200, {"ref": "/" + body["slug"], "url": url, "versionNumber": len(self.sent("SaveKernel"))}
+        name = body.get("slug") or f"known-by-number/{body['id']}"
+        url = f"https://www.kaggle.com/code/{name}"
+        return 200, {"ref": f"/{name}", "url": url, "versionNumber": len(self.sent("SaveKernel"))}
 
     def GetKernel(self, body):
         newest = len(self.sent("SaveKernel"))

@@ -14,7 +14,8 @@ from latex2mathml.converter import convert
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
-from rsnape_kit.runs.machine import MACHINES, recipe_table
+from rsnape_kit.runs.hardware import MACHINES
+from rsnape_kit.runs.machine import recipe_table
 from rsnape_kit.utils import typed_imports
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ __all__ = ['LabelledRows', 'join_labels', 'batch_render_params', 'Batches']
 
 # %% ../../nbs/06_data/05_base.ipynb #fb04c14a
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from ..competition.metric import metric_weights
 from ..competition.predictions import Predictions
 from ..competition.tables import locate, slice_index
 from .adapters import Prefetcher, keras_dataset, torch_loader
-from .crops import crops_of
+from .crops import crops_of, heart_rows
 from .sampling import CounterRNG, check_shard, epoch_order, hash_ids, neighbour_rows
 from .slice_loader import SliceLoader
 from ..store.dicom_source import PixelSource
@@ -232,6 +232,9 @@ class Batches(_BatchAccess):
                 raise ValueError(f"{name} {value!r}: expected an integer of at least {least}")
         self.loader, self.labelled = SliceLoader(source, workers), join_labels(source.table, truth, studies)
         self.pixels = pixels or (InputConfig((PE,)) if self.channels else InputConfig())
+        if self.pixels.crop == "heart" and self.sample == "studies":
+            first, count = heart_rows(source, self.labelled.study)
+            self.labelled = replace(self.labelled, first=first, count=count)
         self.batch, self.mask, self.affine, self.augment, self.seed, self.shuffle = batch, mask, affine, augment or Augment(), seed, shuffle
         self.shard, self.weights, self.device, self.has_labels = check_shard(shard), weights, device, truth is not None
         intercept = source.table.get("intercept", np.full(len(source.table), -1024.))

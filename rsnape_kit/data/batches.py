@@ -162,7 +162,7 @@ class StudyBatches(_StudyLevelBatches):
         source: Slices, e.g. a SliceStore (training) or a DicomSource (inference).
         truth: Labels of at least the selected studies. None: batches without labels.
         studies: StudyInstanceUIDs to use, e.g. those of a fold. Default: all that the truth has.
-        frames: Slices of each study, one from each of equal intervals.
+        frames: Slices of each study, one from each of equal intervals; with pixels.crop='heart' of those that show the heart.
         random_frames: Take a random slice of each interval instead of its middle. Default: as `shuffle`.
         **settings: labels (names, default EXAM_LABELS), batch (int, default 1), balanced (bool: weight slices by class);
             pixels, mask, affine, augment, seed, shuffle, shard, weights, device and workers: see `Batches`.

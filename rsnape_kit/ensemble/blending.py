@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'MIN_WEIGHT', 'MEAN', 'TRAIN_MEANS', 'IMAGES', 'PRESETS', 'BlendWeights', 'to_space', 'from_space',
-           'combine', 'blend', 'preset_weights']
+           'combine', 'blend', 'positive_probability', 'times_positive', 'join_to', 'join_ratios', 'preset_weights']
 
 # %% ../../nbs/11_ensemble/03_blending.ipynb #dc790fc2
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit, logit
 
-from ..competition.labels import EXAM_LABELS, IMAGE_LABEL
-from ..competition.predictions import Predictions
+from ..competition.labels import EXAM_LABELS, IMAGE_LABEL, NOT_POSITIVE, RV_LV
+from ..competition.predictions import Predictions, ratio_only
 from ..competition.priors import at_position
 from ..competition.tables import locate, slice_index
 from ..utils.files import validate_name
@@ -100,14 +100,16 @@ MEAN = "mean"  # a model without a network: the prior
 
 
 def blend(preds: dict[str, Predictions], blend_weights: BlendWeights,
-          slices: pd.DataFrame | None = None) -> Predictions:
+          slices: pd.DataFrame | None = None, positive: pd.Series | None = None) -> Predictions:
     """Return the weighted mean of several models' predictions, without gaps.
 
     Args:
-        preds: model name -> predictions of any studies, NaN for missing values; models may be left out.
+        preds: model name -> predictions of any studies, NaN for missing values; models may be left out. A model of the RV/LV ratio
+            alone (see `ratio_only`) predicts it for the case of an embolus; its values are multiplied by that probability.
         blend_weights: one weight per model and label, with the prior for values that no model has.
         slices: table with the columns StudyInstanceUID and SOPInstanceUID of every slice to predict; default: all
             slices that any of `preds` covers. With a column `order` (feet to head), the prior can be one by position.
+        positive: study -> probability of an embolus; default: 1 - negative - indeterminate, as blended here.
 
     Returns:
         Complete predictions: exam probabilities [studies, 9] and image probabilities [slices].
@@ -120,11 +122,17 @@ def blend(preds: dict[str, Predictions], blend_weights: BlendWeights,
         raise ValueError(f"no blend weights for model {unknown[0]!r}; expected one of {', '.join(blend_weights.models)}")
     index = _covered(preds) if slices is None else slice_index(slices)
     studies = index.unique(0)
-    exams = {name: pred.exams.reindex(studies) for name, pred in preds.items()}
-    columns = {}
-    for label in EXAM_LABELS:
-        p = {name: pred[label].to_numpy() for name, pred in exams.items()}
-        columns[label] = _filled(p, np.full(len(studies), blend_weights.prior[label]), label, blend_weights)
+    exams, columns = {name: pred.exams.reindex(studies) for name, pred in preds.items()}, {}
+
+    def add(labels):
+        for label in labels:
+            p = {name: pred[label].to_numpy() for name, pred in exams.items()}
+            columns[label] = _filled(p, np.full(len(studies), blend_weights.prior[label]), label, blend_weights)
+
+    add(NOT_POSITIVE)
+    share = positive_probability(columns) if positive is None else positive.reindex(studies).to_numpy()
+    exams |= {name: times_positive(exams[name], share) for name, pred in preds.items() if ratio_only(pred)}
+    add(EXAM_LABELS[len(NOT_POSITIVE):])
     p = {name: _images_at(pred, index) for name, pred in preds.items()}
     blended = pd.Series(_filled(p, _image_prior(slices, len(index), blend_weights), IMAGE_LABEL, blend_weights), index)
     return Predictions(pd.DataFrame(columns, studies), blended)
@@ -161,6 +169,29 @@ def _filled(p: dict, prior: np.ndarray, label: str, blend_weights: BlendWeights)
     values = [p.get(name, prior if name == MEAN else gaps) for name in blend_weights.models]
     mean = combine(np.reshape(values, (len(values), len(prior))), blend_weights.blend_weights[label], blend_weights.space)
     return np.where(np.isnan(mean), prior, mean)
+
+# %% ../../nbs/11_ensemble/03_blending.ipynb #cfa9ae6a
+def positive_probability(exams):  # table or dict with the columns of NOT_POSITIVE -> float [studies]
+    "Return the probability of an embolus, 1 less those of a negative and of an indeterminate study."
+    return np.clip(1 - sum(np.asarray(exams[label], float) for label in NOT_POSITIVE), 0, 1)
+
+
+def times_positive(exams: pd.DataFrame, positive) -> pd.DataFrame:  # of a model of the ratio alone; float [studies]
+    "Return the joint probabilities of an embolus and a ratio; the two sum to that of the embolus."
+    both = exams[list(RV_LV)]
+    return exams.assign(**both.div(both.sum(axis=1, min_count=2), axis=0).mul(np.asarray(positive, float), axis=0))
+
+
+def join_to(preds: dict[str, Predictions], exams: pd.DataFrame) -> dict[str, Predictions]:  # exams: that say how likely an embolus is
+    "Return the predictions with those of the ratio alone multiplied by the probability of an embolus."
+    positive = pd.Series(positive_probability(exams), exams.index)
+    return {name: Predictions(times_positive(pred.exams, positive[pred.exams.index]), pred.images) if ratio_only(pred) else pred
+            for name, pred in preds.items()}
+
+
+def join_ratios(preds: dict[str, Predictions], blend_weights: BlendWeights) -> dict[str, Predictions]:
+    "Return the predictions with those of the ratio alone multiplied by the blend's probability of an embolus."
+    return join_to(preds, blend(preds, blend_weights).exams) if any(map(ratio_only, preds.values())) else preds
 
 # %% ../../nbs/11_ensemble/03_blending.ipynb #60675038
 # Prior without a training set: the means of train.csv's exam labels, and the image constant of least loss

@@ -15,7 +15,7 @@ from scipy.special import expit, logit
 
 from ..competition.labels import AUX_LABELS, EXAM_LABELS, IMAGE_LABEL
 from ..competition.metric import loss_table
-from ..competition.predictions import Predictions
+from ..competition.predictions import Predictions, positive_studies, ratio_only
 from .cross_fit import LabelArrays, arrays_by_label, cross_fit
 from ..utils.schema import Checked, JSONFile, Measured, NonNegative
 
@@ -72,9 +72,14 @@ def _fit_label(arrays: LabelArrays, offset: bool, shrinkage: float) -> tuple:
     return tuple(float(v) for v in found.x)
 
 
+def _counted(oof: Predictions, truth: Predictions) -> Predictions:
+    "Return the predictions of the studies that a model is for: of those with an embolus if it predicts the RV/LV ratio alone."
+    return oof.select(positive_studies(truth.align(oof)).exams.index) if ratio_only(oof) else oof
+
+
 def fit_scaling(oof: Predictions, truth: Predictions, offset: bool = True, shrinkage: float = 3.) -> Calibration:
     "Fit the coefficients of each label on all studies, without losses; no offset is temperature scaling."
-    arrays = arrays_by_label({"oof": oof}, truth)
+    arrays = arrays_by_label({"oof": _counted(oof, truth)}, truth)
     return Calibration({label: _fit_label(own, offset, shrinkage) for label, own in arrays.items()})
 
 # %% ../../nbs/11_ensemble/02_calibration.ipynb #b9cf95df
@@ -109,7 +114,8 @@ def fit_calibration(oof: Predictions, truth: Predictions, folds: pd.Series | Non
         ValueError: if `method` is unknown or a study has no fold.
     """
     nested = cross_calibrate(oof, truth, folds, method, shrinkage)
-    before, after = (loss_table(truth.align(oof), _scorable(pred)).loss for pred in (oof, nested))
+    before, after = (_counted(pred, truth) for pred in (oof, nested))
+    before, after = (loss_table(truth.align(pred), _scorable(pred)).loss for pred in (before, after))
     losses = {label: {"before": float(before[label]), "after": float(after[label])} for label in before.index}
     return Calibration(fit_scaling(oof, truth, method == "platt", shrinkage).coefficients, losses)
 

@@ -17,7 +17,15 @@ from scipy.special import expit
 from ..competition.labels import EXAM_LABELS, IMAGE_LABEL
 from ..competition.metric import loss_table
 from ..competition.predictions import Predictions
-from .blending import LABELS, MIN_WEIGHT, BlendWeights, blend, to_space
+from rsnape_kit.ensemble.blending import (
+    LABELS,
+    MIN_WEIGHT,
+    BlendWeights,
+    blend,
+    join_ratios,
+    positive_probability,
+    to_space,
+)
 from .cross_fit import LabelArrays, arrays_by_label, cross_fit
 
 # %% ../../nbs/11_ensemble/04_weight_fitting.ipynb #e4c47cc6
@@ -59,9 +67,14 @@ def _fit_label(arrays: LabelArrays, space: str, shrinkage: float) -> np.ndarray:
 # %% ../../nbs/11_ensemble/04_weight_fitting.ipynb #f418dfec
 def best_weights(oofs: dict, truth: Predictions, space: str = "probability", shrinkage: float = 1.) -> BlendWeights:
     "Fit the weights of least competition loss on all studies, without losses; arguments as in `fit_weights`."
-    arrays = arrays_by_label(oofs, truth)
-    return BlendWeights(tuple(oofs), {label: _fit_label(a, space, shrinkage).tolist() for label, a in arrays.items()},
-                        {label: a.prior for label, a in arrays.items()}, space)
+    def fit(oofs):
+        arrays = arrays_by_label(oofs, truth)
+        return BlendWeights(tuple(oofs), {label: _fit_label(a, space, shrinkage).tolist() for label, a in arrays.items()},
+                            {label: a.prior for label, a in arrays.items()}, space)
+
+    fitted = fit(oofs)
+    joined = join_ratios(oofs, fitted)  # a model of the ratio alone is multiplied by what the others say of an embolus
+    return fitted if joined is oofs else fit(joined)
 
 
 def blend_oof(oofs: dict[str, Predictions], truth: Predictions, folds: pd.Series | dict[str, pd.Series] | None = None,
@@ -110,9 +123,9 @@ def measure_weights(
 ) -> BlendWeights:
     "Return the weights with the losses of the blend, of each model and of equal weights."
     equal = replace(fitted, blend_weights=dict.fromkeys(LABELS, (1 / len(oofs),) * len(oofs)))
-    truth = truth.align(nested)
-    table = loss_table(truth, nested)
-    losses = {"models": {name: _losses(truth, oof, blend({name: oof}, fitted)) for name, oof in oofs.items()},
+    truth, exams = truth.align(nested), blend(oofs, fitted).exams
+    table, positive = loss_table(truth, nested), pd.Series(positive_probability(exams), exams.index)
+    losses = {"models": {name: _losses(truth, oof, blend({name: oof}, fitted, positive=positive)) for name, oof in oofs.items()},
               "equal": _losses(truth, nested, blend(oofs, equal)), "blend": table.loss.dropna().to_dict(),
               "metric_weights": table.weight.to_dict()}
     return replace(fitted, losses=losses)

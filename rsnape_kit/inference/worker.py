@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from ..competition.labels import EXAM_LABELS
+from ..competition.predictions import ratio_only
 from ..dicom.series import FILLED, FILLED_WITH_AIR
 from .results import fetch_study, has_failed, load_result, save_failure, save_result
 from ..models.registry import BUILT_IN, ModelEntry, find_model, list_models, register_model
@@ -219,6 +220,8 @@ def work(job: Job):
 
 def _check_finite(pred, lost):
     "Raise if the model predicts NaN for a slice with pixel data, or for some of the exam labels, of which slices do not know `indeterminate`."
+    if ratio_only(pred):
+        return
     predicted = pred.exams[list(EXAM_LABELS)].drop(columns="indeterminate").notna().to_numpy()
     gaps = pred.images.isna().to_numpy() & ~lost
     if gaps.any():

@@ -98,10 +98,10 @@ def _count_views(results, predictions: int, runs: int) -> dict:  # results: bool
 def rank_of(report: dict) -> tuple:  # report: models, studies, views, as in submit.json
     "Return the rank of a submission for comparisons; larger is better."
     studies, models = report["studies"], report["models"].values()
-    predicted = studies["by every model"] + studies["by some"]
+    predicted, unknown = studies["by every model"] + studies["by some"], studies.get("of unknown origin", 0)
     views = _augmented(report) if predicted else 0
-    return (predicted, sum(each["studies"] for each in models), sum(each.get("predictions", 0) for each in models), views,
-            studies.get("of unknown origin", 0))
+    origin = 2 if predicted and not report.get("light") else 1 if unknown else 0
+    return (origin, predicted, sum(each["studies"] for each in models), sum(each.get("predictions", 0) for each in models), views)
 
 
 def _augmented(report: dict) -> float:
@@ -136,6 +136,8 @@ class SubmissionState:
     seconds: dict = field(default_factory=dict)  # stage -> seconds
     finished: bool = False
     kept: bool = False  # whether an earlier session's file ranks higher and was kept
+    light: str = ""  # why models predicted only a few studies of the file; empty after a full pass
+    light_pass: str = ""  # the same for this session, whose file may not be the one that is kept
 
     def load_previous(self):
         "Read the counts of an earlier session's file, if that is valid."
@@ -146,7 +148,7 @@ class SubmissionState:
         try:
             found = json.loads(self.out.with_name("submit.json").read_text())
             rank_of(found)
-            self.models, self.studies, self.views = found["models"], found["studies"], found.get("views", {})
+            self._take(found)
         except Exception:  # missing, damaged, or another file
             self.studies = count_studies([], total) | {"by the prior": 0, "of unknown origin": total}
 
@@ -164,13 +166,22 @@ class SubmissionState:
 
     def write(self, preds: dict, work=None) -> bool:  # whether the file was written
         "Replace submission.csv and submit.json, unless the present file ranks higher."
-        now = {"models": {}, "studies": count_studies([], self.test[STUDY].nunique())} if work is None else count_predictions(work, self.test)
+        now = self._prior() if work is None else count_predictions(work, self.test) | {"light": self.light_pass}
         self.kept = rank_of(now) < rank_of(vars(self))
         if not self.kept:
             self._write(self.ensemble(preds, self.test) if len(self.test) else None)
-            self.models, self.studies, self.views = now["models"], now["studies"], now.get("views", {})
+            self._take(now)
             self.note()
         return not self.kept
+
+    def _prior(self) -> dict:
+        "The counts of a file without predictions."
+        return {"models": {}, "studies": count_studies([], self.test[STUDY].nunique())}
+
+    def _take(self, counts: dict):
+        "Make the counts of a file those of the present one."
+        self.models, self.studies = counts["models"], counts["studies"]
+        self.views, self.light = counts.get("views", {}), counts.get("light", "")
 
     def try_write(self, work):
         "Write the predictions so far; note an error instead of raising."
@@ -182,7 +193,7 @@ class SubmissionState:
     def write_prior(self):
         "Write constants for all ids of the sample, for a test set that the ensemble cannot predict."
         write_constants(self.sample, self.out, _constants(default_ensemble()))
-        self.models, self.studies, self.views = {}, count_studies([], self.test[STUDY].nunique()), {}
+        self._take(self._prior())
         self.note()
 
     def _write(self, pred):
@@ -197,7 +208,7 @@ class SubmissionState:
 
     def note(self):
         "Write submit.json; ignore a full disk, which must not cost the submission."
-        keep = ("models", "studies", "views", "problems", "seconds", "finished")
+        keep = ("models", "studies", "views", "light", "problems", "seconds", "finished")
         report = {name: getattr(self, name) for name in keep} | {"losses": self.ensemble.losses}
         with suppress(OSError):
             atomic_write(self.out.with_name("submit.json"), json.dumps(report, indent=1, default=str) + "\n")
@@ -222,7 +233,9 @@ class SubmissionState:
         lines = [f"{self.out}: {n['all']} studies, {n['by every model']} predicted by every model, {n['by some']} by some, "
                  f"{n['by the prior']} by the prior alone" if "of unknown origin" not in n else
                  f"{self.out}: {n['all']} studies, an existing file of unknown origin"]
-        lines += ["  kept from an earlier session, which predicted more than this one; delete it to start again"] * self.kept
+        why = "which predicted more than this one" if self.light or not self.light_pass else "since this one was a light pass"
+        lines += [f"  kept from an earlier session, {why}; delete it to start again"] * self.kept
+        lines += [f"  a light pass: {self.light}"] * bool(self.light)
         lines += [f"  {self.problems[ENSEMBLE]}"] if ENSEMBLE in self.problems else []
         lines += [f"  {name}: {n['runs']} runs, {n['studies']} studies, {n['with all runs']} of them by all runs"
                   for name, n in self.models.items()]

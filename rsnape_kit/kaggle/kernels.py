@@ -54,7 +54,7 @@ def copies(name: str, plan: Plan | None = None) -> dict:  # variant, which is pa
                 for model in plan.models for fold in plan.held_out}
     if name == "blend":
         return {"": {"MODELS": list(plan.models), "HELD_OUT": list(plan.held_out), "ALLOW_PARTIAL": plan.allow_partial}}
-    return {"": {}}
+    return {"": {"FULL_COMMIT": plan.full_commit}}
 
 
 def kernels_of(plan: Plan) -> dict:  # folder's name, e.g. 'train-petaformer-fold-0' -> (notebook, variant)

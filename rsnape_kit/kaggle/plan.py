@@ -49,6 +49,7 @@ class Plan(Checked):
         allow_partial: train and blend although parts of the store, folds or studies are missing.
         model_sources: versions of Kaggle Models with weights or runs, owner/model/framework/variation/number; attached to the
             training and submission kernels.
+        full_commit: predict the whole public test set when the submission kernel is pushed, not a few studies.
 
     Raises:
         ValueError: for a value that no kernel could run with.
@@ -66,6 +67,7 @@ class Plan(Checked):
     resume: bool = False
     allow_partial: bool = False
     model_sources: tuple[str, ...] = ()
+    full_commit: bool = False
 
     def __post_init__(self):
         super().__post_init__()

@@ -36,6 +36,7 @@ class Image:
     target: str  # gpu or tpu
     python: str  # its Python, such as '3.12'
     source: str  # origin and date of the list
+    date: str  # of the list
     packages: dict  # normal name -> version, '' if unknown
 
     def has(self, name: str) -> bool:
@@ -53,14 +54,20 @@ def image(target: str = "gpu") -> Image:  # target: gpu (also for sessions on a 
     python = next(note.removeprefix("python: ") for note in notes if note.startswith("python: "))
     split = (line.partition("==") for line in lines if line and not line.startswith("#"))
     source = " ".join(note for note in notes if note.startswith(("date: ", "https://")))
-    return Image(target, python, source, {canonicalize_name(name): version for name, _, version in split})
+    date = next(note.removeprefix("date: ") for note in notes if note.startswith("date: "))
+    return Image(target, python, source, date, {canonicalize_name(name): version for name, _, version in split})
 
 # %% ../../nbs/13_kaggle/02_wheels.ipynb #c93f6c63
 MODULES = {  # module -> distributions that provide it, where the names differ
     "PIL": ("pillow",), "cv2": ("opencv-python", "opencv-python-headless"), "sklearn": ("scikit-learn",),
     "skimage": ("scikit-image",), "yaml": ("pyyaml",), "dateutil": ("python-dateutil",), "IPython": ("ipython",),
     "tensorflow": ("tensorflow", "tensorflow-cpu"), "attr": ("attrs",), "bs4": ("beautifulsoup4",),
-    "google": ("protobuf",), "pkg_resources": ("setuptools",), "mpl_toolkits": ("matplotlib",),
+    "google": ("protobuf",), "pkg_resources": ("setuptools",), "mpl_toolkits": ("matplotlib",), "pywt": ("pywavelets",),
+    "imblearn": ("imbalanced-learn",), "umap": ("umap-learn",), "skopt": ("scikit-optimize",), "scikitplot": ("scikit-plot",),
+    "bayes_opt": ("bayesian-optimization",), "ignite": ("pytorch-ignite",), "openslide": ("openslide-python",),
+    "tree": ("dm-tree",), "haiku": ("dm-haiku",), "tlz": ("toolz",), "zmq": ("pyzmq",), "jwt": ("pyjwt",), "git": ("gitpython",),
+    "cupy": ("cupy-cuda12x",), "cuml": ("cuml-cu12",), "cudf": ("cudf-cu12",), "pynvml": ("nvidia-ml-py",), "osgeo": ("gdal",),
+    "slugify": ("python-slugify",), "Crypto": ("pycryptodome",), "vtkmodules": ("vtk",),
 }
 
 
@@ -203,7 +210,7 @@ def _pip(names, python: str, *options):
                        f"up.\n{done.stderr.strip()[-1500:]}")
 
 # %% ../../nbs/13_kaggle/02_wheels.ipynb #a771e7f9
-ARCHIVES = (".zip", ".gz", ".tar", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".whl")
+ARCHIVES = (".zip", ".gz", ".tar", ".tgz", ".bz2", ".xz", ".7z", ".rar")  # which Kaggle unpacks in a dataset; a wheel stays a file
 UNWANTED = {"tests", "test", "test_files", "__pycache__"}
 
 
@@ -216,7 +223,7 @@ def _place(member: str, wheel: str) -> str | None:  # wheel: name for the error
         if len(parts) < 3 or parts[1] not in ("purelib", "platlib"):
             return None
         parts = parts[2:]
-    if UNWANTED.intersection(parts[:-1]) or parts[-1].lower().endswith(ARCHIVES):
+    if UNWANTED.intersection(parts[:-1]) or parts[-1].lower().endswith((*ARCHIVES, ".whl")):
         return None
     return "/".join(parts)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..competition.labels import EXAM_LABELS, NOT_POSITIVE, POSITIVE_LABELS
+from ..competition.labels import EXAM_LABELS, NOT_POSITIVE, POSITIVE_LABELS, RV_LV
 from ..competition.predictions import Predictions
 from ..competition.priors import best_constants
 from .keras_backend import fused, import_keras, jit, resolve_precision
@@ -25,7 +25,7 @@ from ..utils.files import validate_name
 from ..utils.schema import convert
 
 # %% ../../nbs/07_models/08_registry.ipynb #0b5ebecf
-FRAMEWORKS = {"image": "keras", "volume": "keras", "groups": "torch", "sequence": "keras"}  # kind of a model -> framework that trains it
+FRAMEWORKS = {"image": "keras", "volume": "keras", "ratio": "keras", "groups": "torch", "sequence": "keras"}  # kind of a model -> framework that trains it
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,13 @@ class ModelEntry:
         "Whether the factory takes an argument of this name."
         return name in self.settings or any(each.kind is each.VAR_KEYWORD for each in self.settings.values())
 
+    def check_training(self, loss: str, pixels):  # InputConfig, or None without pixels
+        "Raise ValueError for a loss or a crop that a model of this kind cannot be trained with."
+        if self.kind == "ratio" and loss != "metric":
+            raise ValueError(f"{self.name} learns one label, of studies with an embolus: set loss='metric'")
+        if self.kind in ("volume", "groups") and pixels.crop == "heart":
+            raise ValueError(f"{self.name} predicts all slices, pixels.crop='heart' shows only some: set pixels.crop to 'lungs' or None")
+
     def check_network(self, network: dict):  # arguments for the factory
         "Raise ValueError for an argument that the factory does not take, or of another kind than its annotation allows."
         for name, value in network.items():
@@ -69,7 +76,7 @@ class ModelEntry:
 _MODELS = {name: ModelEntry(name, f"rsnape_kit.models.{factory}", kind) for name, factory, kind in (
     ("efficientnet", "efficientnet:efficientnet", "image"), ("resnet3d", "volume:resnet3d", "volume"),
     ("efficientnet3d", "volume:efficientnet3d", "volume"), ("petaformer", "petaformer:PetaFormer", "groups"),
-    ("sequence", "sequence:sequence", "sequence"))}
+    ("sequence", "sequence:sequence", "sequence"), ("rvlv", "volume:rvlv", "ratio"))}
 BUILT_IN = tuple(_MODELS)
 
 # %% ../../nbs/07_models/08_registry.ipynb #120221e4
@@ -96,9 +103,9 @@ def register_model(name: str, factory: Callable, kind: str | None = None) -> Mod
     Args:
         name: letters, digits, '.', '_' and '-'; names run folders. A name registered before is replaced, except the kit's own.
         factory: function that returns an untrained network. Keras models take uint8 [b, size, size, channels] (image) or
-            [b, frames, size, size, channels] (volume) and return probabilities; PyTorch models take uint8
+            [b, frames, size, size, channels] (volume, ratio) and return probabilities; PyTorch models take uint8
             [b, groups, slices, size, size] and a bool mask [b, groups], and return logits; for 'sequence' see `models.sequence`.
-        kind: 'image' or 'volume' (Keras), 'sequence' (Keras), or 'groups' (PyTorch); default: 'volume' if the factory has a parameter
+        kind: 'image', 'volume', 'ratio' or 'sequence' (Keras), or 'groups' (PyTorch); default: 'volume' if the factory has a parameter
             `frames`, else 'image'.
 
     Returns:
@@ -143,7 +150,7 @@ def build_model(config, truth: Predictions | None = None, weights: Path | str | 
         weights: path of weights to start the backbone with: a published file or, for EfficientNet3D, best.npz of an image run.
 
     Returns:
-        keras.Model for models of kind 'image' and 'volume', a bag of them for 'sequence' (see `models.sequence`),
+        keras.Model for models of kind 'image', 'volume' and 'ratio', a bag of them for 'sequence' (see `models.sequence`),
         torch.nn.Module on the CPU for 'groups'.
 
     Raises:
@@ -188,6 +195,8 @@ def _expected(config, truth) -> dict:  # argument of the factory -> probabilitie
         from rsnape_kit.data.batches import EXAM_OUTPUTS
         exams = exams.reindex(EXAM_OUTPUTS).fillna(.5)
         return {"expect_exam": np.clip(exams.to_numpy(), .01, .99), "expect_image": float(np.clip(image, .01, .99))}
+    if config.entry.kind == "ratio":
+        return {"expect": float(np.clip(exams[RV_LV[0]], .01, .99))}
     if config.loss == "bce":
         image = .5 if config.balanced else truth.images.mean()
     image = float(np.clip(image, .01, .99))
@@ -260,9 +269,12 @@ def compile_model(model, config):  # keras.Model from build_model, KerasConfig o
     else:
         settings |= {"global_clipnorm": config.clip}
     optimizer = kind(config.phases[0].lr, **settings)
-    loss = {"exams": weighted_bce(), "images": weighted_bce()} if config.is_volume else weighted_bce()
+    ratio = config.entry.kind == "ratio"
+    heads = ("exams",) if ratio else ("exams", "images")
+    loss = {head: weighted_bce() for head in heads} if config.is_volume else weighted_bce()
     model.compile(optimizer, loss, jit_compile=jit())
-    if config.entry.kind == "volume":  # creates the losses' variables: TensorFlow traces a step that creates some twice
-        p = {"images": np.full((1, config.frames), .5, "float32"), "exams": np.full((1, len(EXAM_LABELS)), .5, "float32")}
+    if ratio or config.entry.kind == "volume":  # creates the losses' variables: TensorFlow traces a step that creates some twice
+        p = {"images": np.full((1, config.frames), .5, "float32"), "exams": np.full((1, 1 if ratio else len(EXAM_LABELS)), .5, "float32")}
+        p = {head: p[head] for head in heads}
         model.compute_loss(y=pack_targets(p, p), y_pred=p)
     return model

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from ..competition.labels import STUDY
 from ..competition.predictions import Predictions
-from ..ensemble.blending import BlendWeights
+from ..ensemble.blending import BlendWeights, join_to
 from ..ensemble.consistency import PositiveShareModel
 from . import sections
 from .html import join_html, page, tag
@@ -52,7 +52,8 @@ def write_report(out: Path | str, truth: Predictions, contenders: dict, slices: 
     Args:
         out: path of the HTML file; an existing file is replaced atomically.
         truth: labels, 0 or 1.
-        contenders: name -> Predictions of at least the truth's studies; the report is about the first.
+        contenders: name -> Predictions of at least the truth's studies; the report is about the first. Those of the RV/LV ratio alone (see
+            `ratio_only`) are multiplied by its probability of an embolus.
         slices: slices table, a row per slice; default: that of the source.
         source: pixel source (`SliceStore`, `DicomSource`) for pictures; default: no pictures.
         priors: name -> Predictions; default: the constant and the position prior, fitted on this truth.
@@ -75,6 +76,8 @@ def write_report(out: Path | str, truth: Predictions, contenders: dict, slices: 
     """
     slices = source.table if slices is None and source is not None else slices
     given = both_priors(truth, slices) if priors is None else priors
+    if contenders:
+        contenders = join_to(contenders, next(iter(contenders.values())).align(truth).exams)
     subject = make_report_data(truth, contenders, given, times)
     ordered = slices if slices is not None and "order" in slices else None
     parts = {

@@ -13,7 +13,8 @@ from ..utils import lazy_exports
 if TYPE_CHECKING:
     from rsnape_kit.runs.config import KerasConfig, PetaFormerConfig, Phase, SequenceConfig
     from rsnape_kit.runs.folder import find_runs, load_config
-    from rsnape_kit.runs.machine import MACHINES, fit_to_machine, recipe_table
+    from rsnape_kit.runs.hardware import MACHINES
+    from rsnape_kit.runs.machine import fit_to_machine, recipe_table
     from rsnape_kit.runs.oof import join_oof
     from rsnape_kit.runs.recipes import RECIPES
 

@@ -134,6 +134,11 @@ class FitConfig(RunConfig):
         return self.batch * self.accumulate
 
     @property
+    def is_volume(self) -> bool:
+        "Whether a Keras model takes studies."
+        return self.entry.kind in ("volume", "ratio", "sequence")
+
+    @property
     def all_epochs(self) -> int:
         "Epochs over all phases."
         return sum(phase.epochs for phase in self.phases)
@@ -153,7 +158,7 @@ class KerasConfig(TrainConfig):
     """Settings of a Keras run: a model of slices or of volumes.
 
     Args:
-        model: name of a registered model of kind 'image' or 'volume'.
+        model: name of a registered model of kind 'image', 'volume' or 'ratio', which is a volume model of the RV/LV ratio.
         fold: number of the fold that is held out.
         seed: seed of initial weights, order, augmentation and dropout.
         network: further arguments of the model's factory, such as variant, width, depth, pool.
@@ -192,11 +197,6 @@ class KerasConfig(TrainConfig):
     smoothing: Share = 0.
     optimizer: Optimizer = "adam"
     ema: Rate | None = None
-
-    @property
-    def is_volume(self) -> bool:
-        "Whether a sample is a study."
-        return self.entry.kind == "volume"
 
 # %% ../../nbs/08_runs/01_config.ipynb #8234750b
 @dataclass(frozen=True, kw_only=True)
@@ -260,7 +260,6 @@ class SequenceConfig(FitConfig):
     loss: Literal["metric"] = "metric"
     features: Natural = 0
     image_runs: tuple[str, ...] = ()
-    is_volume = True  # a sample is a study
 
 # %% ../../nbs/08_runs/01_config.ipynb #1ad0fc6f
 CONFIGS = {"keras": KerasConfig, "torch": PetaFormerConfig, "sequence": SequenceConfig}  # kind or framework -> its settings
@@ -283,9 +282,9 @@ def check_config(config: FitConfig):
     if not isinstance(config, expected := config_class(config.model)):
         raise ValueError(f"{config.model}: its settings are a {expected.__name__}, not a {type(config).__name__}")
     config.entry.check_network(config.network)
-    idle = {"balanced": kind == "volume" and config.balanced and loss == "bce", "exam_maxima": getattr(config, "exam_maxima", 0) and not config.exam_labels,
+    idle = {"balanced": kind in ("volume", "ratio") and config.balanced and (kind == "ratio" or loss == "bce"), "exam_maxima": getattr(config, "exam_maxima", 0) and not config.exam_labels,
             "exam_labels": getattr(config, "exam_labels", 0) and not (kind == "image" and loss == "metric" and config.entry.accepts("outputs")),
-            "emphasis": kind == "image" and config.emphasis != 1, "slice_warmup": kind == "image" and config.slice_warmup is not None}
+            "emphasis": kind in ("image", "ratio") and config.emphasis != 1, "slice_warmup": kind in ("image", "ratio") and config.slice_warmup is not None}
     if name := next((name for name, no_effect in idle.items() if no_effect), None):
         why = "without exam_labels" if name == "exam_maxima" else f"for {config.model} with loss={loss!r}"
         raise ValueError(f"{name}={getattr(config, name)!r} has no effect {why}: leave it out")
@@ -296,5 +295,6 @@ def check_config(config: FitConfig):
     if kind == "groups" and (len(config.pixels.windows) != 1 or not config.pixels.alone):
         raise ValueError(f"{config.model} takes one window, pixels.windows has {len(config.pixels.windows)}; its channels are neighbouring "
                          f"slices (`slices`), pixels.neighbours={config.pixels.neighbours} has to be (0,)")
-    if kind == "volume" and resolve_precision(config.precision) == "bfloat16" and not jit():
+    config.entry.check_training(loss, getattr(config, "pixels", None))
+    if kind in ("volume", "ratio") and resolve_precision(config.precision) == "bfloat16" and not jit():
         raise ValueError("TensorFlow on a CPU computes 3-D convolutions in bfloat16 wrongly: set precision='float32' or backend='jax'")

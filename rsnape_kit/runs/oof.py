@@ -114,9 +114,9 @@ def common_studies(oofs: dict[str, Predictions], studies: Iterable[str], allow_p
     """
     if not oofs:
         raise ValueError("no out-of-fold predictions: give or attach runs that have finished")
-    studies = pd.Index(studies)
-    counts = {name: len(oof.exams.index.intersection(studies)) for name, oof in oofs.items()}
-    few = [f"{name} has predictions of {count} of {len(studies)} studies" for name, count in counts.items() if count < len(studies)]
+    every = pd.Index(list(studies))
+    counts = {name: len(oof.exams.index.intersection(every)) for name, oof in oofs.items()}
+    few = [f"{name} has predictions of {count} of {len(every)} studies" for name, count in counts.items() if count < len(every)]
     shared = [study for study in next(iter(oofs.values())).exams.index if all(study in oof.exams.index for oof in oofs.values())]
     if all(len(oof.exams.index) == len(shared) for oof in oofs.values()):
         print(*few, sep="\n", end="\n" * bool(few))

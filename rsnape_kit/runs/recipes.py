@@ -21,7 +21,7 @@ from rsnape_kit.runs.config import (
 )
 from ..transforms.affine import STUDY_RANGE, AffineRange
 from ..transforms.input_config import InputConfig
-from ..transforms.windows import PE, PE_WINDOWS
+from ..transforms.windows import HEART, PE, PE_WINDOWS
 
 # %% ../../nbs/08_runs/02_recipes.ipynb #a0613f91
 def parse_value(
@@ -84,6 +84,9 @@ FULL = {
     "efficientnet3d": KerasConfig(model="efficientnet3d", tta=4, **_WHOLE),
     "petaformer": PetaFormerConfig(tta=4),
     "sequence": SequenceConfig(),
+    "rvlv": KerasConfig(
+        model="rvlv", network=dict(dropout=.3), pixels=InputConfig((HEART,), "fixed", 128, crop="heart"), frames=32, batch=16, mask=None,
+        affine=STUDY_RANGE, loss="metric", optimizer="adamw", clip=5., phases=(Phase(1, 2e-4), Phase(39, 1e-3, 1e-5, False)), tta=4),
 }
 SHARP = {f"full-{size}": {"efficientnet": replace(FULL["efficientnet"], pixels=InputConfig(size=size))} for size in (384, 512)}
 
@@ -155,6 +158,10 @@ DEMO = {
         pixels=InputConfig((PE,), "fixed", 96, crop=165.), groups=32, slices=1, affine=AffineRange(4, 1, .03, .02),
         slice_warmup=SliceWarmup(), backbone_lr=0., batch=5, phases=(Phase(8, 2e-3, one_cycle=.25),), clip=5., tta=1),
     "sequence": SequenceConfig(network=dict(units=32, dropout=.5), weight_decay=.3, tta=1),
+    "rvlv": KerasConfig(
+        model="rvlv", network=dict(width=.25, depth=.34, momentum=.9), pixels=InputConfig((HEART,), "fixed", 64, crop="heart"), frames=16,
+        batch=8, steps=30, mask=None, affine=AffineRange(4, 1, .03, .02), loss="metric", optimizer="adamw", clip=5., validate=7,
+        phases=(Phase(1, 7e-4), Phase(6, 3e-3, 5e-5, False)), tta=1),
 }
 IMAGE_RUN_FROM = {"sequence": "efficientnet"}  # model -> image model whose run of the same fold it reads
 BACKBONE_FROM = {"efficientnet3d": "efficientnet"}  # model -> model whose best.npz of the same fold it starts from

@@ -235,8 +235,8 @@ def build_store(source: PixelSource | pd.DataFrame | str | os.PathLike | list, o
                 left.unlink()
             todo = [(r, path) for r, path, n in zip(rows, paths, finished) if not n]
             _write_shards(source, todo, sum(finished), meta, out.name, executor, deadline)
-            if left := [path for path in paths if not slices_in(path)]:
-                raise TimeoutError(f"{out}: {len(left)} of {len(paths)} shards are not written after {hours:g} hours; build again to resume")
+            if lacking := [path for path in paths if not slices_in(path)]:
+                raise TimeoutError(f"{out}: {len(lacking)} of {len(paths)} shards are not written after {hours:g} hours; build again to resume")
             _index(out, paths, meta, source)
     _warn_filled(out)
     return out

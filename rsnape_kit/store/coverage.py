@@ -31,11 +31,11 @@ def describe_missing(source: PixelSource, studies: Iterable[str]) -> str:
         source: a SliceStore, or any pixel source.
         studies: StudyInstanceUIDs, e.g. those of train.csv.
     """
-    studies = pd.Index(studies)
-    missing = studies.difference(source.table[STUDY].unique())
+    wanted = pd.Index(list(studies))
+    missing = wanted.difference(source.table[STUDY].unique())
     if not len(missing):
         return ""
-    lines = [f"{len(missing)} of {len(studies)} studies are in no part of the store: {first_few(missing)}"]
+    lines = [f"{len(missing)} of {len(wanted)} studies are in no part of the store: {first_few(missing)}"]
     return "\n".join([*lines, *_parts_of(missing, getattr(source, "parts", []), getattr(source, "paths", []))])
 
 

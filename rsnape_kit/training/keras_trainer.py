@@ -16,11 +16,11 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ..competition.labels import EXAM_LABELS, EXAM_WEIGHTS, IMAGE_LABEL, IMAGE_WEIGHT
+from ..competition.labels import EXAM_LABELS, EXAM_WEIGHTS, IMAGE_LABEL, IMAGE_WEIGHT, RV_LV
 from ..competition.metric import log_loss, loss_table, metric_weights
-from ..competition.predictions import Predictions
+from ..competition.predictions import Predictions, positive_studies, ratio_only
 from ..data.batches import ImageBatches, StudyBatches
-from ..inference.keras_predictor import make_views, predict_batches
+from ..inference.keras_predictor import make_views, predict_views
 from ..models.input_layer import on_tpu, with_pixels
 from ..models.keras_backend import all_devices, fused, import_keras, jit, resolve_precision, zero_weights
 from ..models.losses import pack_targets, weight_targets, weighted_bce
@@ -41,6 +41,10 @@ def scores(
 ) -> dict:  # val_loss; val_images, val_exams: mean losses as the metric weights them; val_competition if both are predicted
     "Return the losses of predictions."
     pred = pred.align(truth)
+    if ratio_only(pred):
+        positive = positive_studies(truth)
+        value = float(log_loss(positive.exams[RV_LV[0]], pred.align(positive).exams[RV_LV[0]]).mean())
+        return {"val_loss": value, "val_exams": value}
     table = loss_table(truth, pred)
     exams = table.loc[list(EXAM_LABELS)]
     losses = {"val_images": table.loss[IMAGE_LABEL], "val_exams": exams.loss @ exams.weight / exams.weight.sum(),
@@ -73,7 +77,8 @@ def training_batches(
                 "augment": config.augment, "seed": config.seed, "shuffle": True, "weights": config.loss == "metric", "balanced": config.balanced,
                 "device": device}
     if config.is_volume:
-        return StudyBatches(source, truth, frames=config.frames, **settings)
+        labels = (RV_LV[0],) if config.entry.kind == "ratio" else EXAM_LABELS
+        return StudyBatches(source, truth, frames=config.frames, labels=labels, **settings)
     return ImageBatches(source, truth, exam_labels=config.exam_labels, **settings)
 
 # %% ../../nbs/10_training/02_keras_trainer.ipynb #0cd39cd4
@@ -150,6 +155,9 @@ def train_keras(
 
 
 def _train(run, config, source: PixelSource, train_truth, held_out, weights, deadline, progress, on_device):
+    ratio, scored = config.entry.kind == "ratio", held_out
+    if ratio:
+        train_truth, scored = positive_studies(train_truth), positive_studies(held_out)
     network, batches = build_model(config, train_truth, weights), training_batches(config, source, train_truth, on_device)
     fitted = compile_model(with_pixels(network, batches) if on_device else network, config)
     final = [CountedBatches(view) for view in make_views(config, source, held_out.exams.index, range(config.tta + 1))]
@@ -158,13 +166,17 @@ def _train(run, config, source: PixelSource, train_truth, held_out, weights, dea
                 epochs_done(run) and warm_up + epochs_done(run) * per_epoch)
     if config.slice_warmup and not epochs_done(run):
         warm_up_on_slices(network, config, source, train_truth, progress)
-    views = make_views(config, source, held_out.exams.index, passes=1)
-    scale = metric_weights(train_truth).per_study if config.is_volume else 1.
+    views = make_views(config, source, scored.exams.index, passes=1)
+    scale = EXAM_WEIGHTS[RV_LV[0]] if ratio else metric_weights(train_truth).per_study if config.is_volume else 1.
+
+    def ready(batch):
+        x, y = weight_targets(config.loss, batch, scale, config.smoothing, config.emphasis)
+        return x, {"exams": y["exams"]} if ratio else y
+
     fit_phases(fitted, batches, run, config.phases,
-               validate=lambda _: scores(held_out, predict_batches(network, views), config.loss),
-               ready=lambda batch: weight_targets(config.loss, batch, scale, config.smoothing, config.emphasis),
-               seed=config.seed, steps=config.steps, every=config.validate, deadline=deadline, progress=progress)
+               validate=lambda _: scores(scored, predict_views(replace(config, exam_maxima=False), network, views), config.loss),
+               ready=ready, seed=config.seed, steps=config.steps, every=config.validate, deadline=deadline, progress=progress)
     if not (run / "oof").exists():
         with atomic_file(run / "best.npz") as fresh:
             shutil.copy2(load_checkpoint(run)[0] / "best.npz", fresh)
-        predict_batches(network, final, exam_maxima=config.exam_maxima).save(run / "oof")
+        predict_views(config, network, final).save(run / "oof")

@@ -32,7 +32,8 @@ class InputConfig(Checked):
         mode: interpolation, 'nearest' or 'bilinear'.
         crop: what to keep: a number is the side of the central square, mm; 'lungs' is the square around the box of both lungs (see
             `lung_box`), in which nothing is distorted, 'lungs-stretched' that box itself, stretched to the result, which leaves
-            more pixels to the lungs; None is the whole field of view.
+            more pixels to the lungs; 'heart' is the square around the heart (see `heart_edges`), and models of whole studies see only
+            the slices that show it; None is the whole field of view.
         fill: value of hidden pixels: 'air', or 'zero' for a stored 0, as in the original.
         jpeg: training: range of the random quality (from, below) of JPEG noise before the affine transform, e.g. (30, 100),
             the original's for ResNet3D. None: no noise. It needs one or three windows; each neighbour is compressed by itself.
@@ -44,7 +45,7 @@ class InputConfig(Checked):
     scale: str = "image"
     size: Annotated[int, Limits(2, 4096)] = 256
     mode: str = "nearest"
-    crop: Positive | Literal["lungs", "lungs-stretched"] | None = None
+    crop: Positive | Literal["lungs", "lungs-stretched", "heart"] | None = None
     fill: str = "air"
     jpeg: tuple[int, int] | None = None
     neighbours: tuple[Annotated[int, Limits(-4096, 4096)], ...] = (0,)

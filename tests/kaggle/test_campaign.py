@@ -388,9 +388,9 @@ def test_a_run_without_a_submission_is_not_entered(kaggle, small, monkeypatch):
 
 def test_faults_of_a_kernel_are_found_before_it_is_sent(kaggle, kernels):
     meta = kernels / "train-a-fold-1" / "kernel-metadata.json"
-    meta.write_text(meta.read_text().replace('"enable_internet": false', '"enable_internet": true'))
+    meta.write_text(meta.read_text().replace('"language": "python"', '"language": "perl"'))
     _, left, _, _ = drive(kernels)
-    assert "enable_internet is True" in left and not kaggle.pushes(name("train-a-fold-1"))
+    assert "language is 'perl'" in left and not kaggle.pushes(name("train-a-fold-1"))
 
 
 def test_a_refused_login_stops_the_driver_and_no_kernel(kaggle, kernels):

@@ -226,7 +226,8 @@ def test_what_the_client_only_prints_is_an_error(stub, kernels, response, words)
 
 
 @pytest.mark.parametrize("values", [
-    {"id": "OWNER/rsnape-kit-submit"}, {"title": "other"}, {"enable_internet": None}, {"enable_internet": True},
+    {"id": "OWNER/rsnape-kit-submit"}, {"title": "INSERT_TITLE_HERE"}, {"enable_internet": None},
+    {"enable_internet": True},
     {"competition_sources": ["competitions/rsna"]}, {"dataset_sources": ["datasets/test/rsnape-kit"]},
     {"dataset_sources": []}, {"machine_shape": "TpuV38"}, {"code_file": "gone.ipynb"}, {"kernel_type": "script"},
     {"enable_gpu": True, "enable_tpu": True}, {"enable_gpuu": True}])

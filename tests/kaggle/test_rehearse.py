@@ -1,22 +1,30 @@
 "The committed submission kernel in a copy of Kaggle: its folders, its Python, no network, nothing but the bundle."
+import itertools
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from small_runs import keras_run
+from numba.core.caching import UserProvidedCacheLocator
 from test_kernels import competition
 
+from rsnape_kit.competition.predictions import Predictions
+from rsnape_kit.competition.submission import check_submission
+from rsnape_kit.competition.tables import read_csv
+from rsnape_kit.ensemble.ensemble import Ensemble
 from rsnape_kit.kaggle.bundle import make_bundle
-from rsnape_kit.kaggle.dataset import check_dataset
+from rsnape_kit.kaggle.chain import describe_chain, rehearse_chain
+from rsnape_kit.kaggle.chain_kernels import SMALL, chain_kits, own_kit
+from rsnape_kit.kaggle.dataset import BUNDLES, check_dataset
 from rsnape_kit.kaggle.preflight import KERNEL, check_kernel
-from rsnape_kit.kaggle.rehearsal import LAYOUTS, make_environment, rehearse, why_not
-from rsnape_kit.kaggle.runtime import HEADER
+from rsnape_kit.kaggle.rehearsal import LAYOUTS, make_environment, rehearse, unshare, why_not
+from rsnape_kit.kaggle.runtime import HEADER, PYTHON
 from rsnape_kit.kaggle.static_check import imports, parse, reached, read_code
 from rsnape_kit.kaggle.wheels import IMAGES, NEVER, image
-from rsnape_kit.phantom.generate import make_competition
+from rsnape_kit.store.slice_store import SliceStore
 from rsnape_kit.utils.files import read_json, write_json
 
 NEEDED_BY_WHEELS = ("numpy", "six")  # which both images have
@@ -90,7 +98,7 @@ def test_the_committed_kernel_passes_the_preflight_with_the_bundle(bundles, tmp_
     assert check_kernel(folder, bundles["gpu"]) == []
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["old", "new"])  # a chain has the mixture
 def test_the_whole_rerun_offline_from_the_bundle_alone(bundles, python, contest, tmp_path, layout):
     went = rehearse(bundles["gpu"], contest, ROOT / "kernels" / "submit", python, out=tmp_path / "out", layout=layout)
     assert went.ok, went.problem + went.log
@@ -160,21 +168,64 @@ def test_what_the_bundle_brings_works_on_kaggles_python(bundles, python, contest
     assert went.ok, went.problem + went.log
 
 
-@pytest.mark.slow
-def test_a_trained_model_predicts_in_the_rehearsal(shelf, python, tmp_path):
-    """Keras on JAX, from DICOM to submission.csv; PyTorch and TensorFlow are too large for this test.
+def compiled(folder: Path) -> Path:
+    "Functions that were compiled here, where numba looks for them in a sandbox; it would compile them there."
+    for layout, own in itertools.product(LAYOUTS.values(), (ROOT / "rsnape_kit").rglob("*.nb[ic]")):
+        for slug in BUNDLES.values():
+            package = Path("/kaggle/input", layout["dataset"].format(owner="me", slug=slug), "rsnape_kit")
+            source = package / own.parents[1].relative_to(ROOT / "rsnape_kit") / "module.py"
+            place = folder / "numba" / UserProvidedCacheLocator.get_suitable_cache_subpath(str(source))
+            place.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(own, place)
+    folder.mkdir(exist_ok=True)
+    return folder
 
-    It is the last one, since it adds packages to the environment that the others use."""
-    run = keras_run(tmp_path / "runs", "efficientnet3d")
-    try:
-        bundle = make_bundle(tmp_path / "kit", owner="me", wheels=shelf / "wheels", runs=[run])
-        more = "pydicom", "numba", "scikit-image", "keras", "jax"
-        python, skipped = make_environment(shelf / "python", packages=more)
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    assert not skipped
-    made = make_competition(tmp_path / "made", 2, 2, slices=6, size=64, difficulty="demo")
-    shutil.rmtree(made / "truth")
-    went = rehearse(bundle, made, ROOT / "kernels" / "submit", python, out=tmp_path / "out")
-    assert went.ok, went.problem + went.log
-    assert "2 studies, 2 predicted by every model" in went.log, went.log
+
+@pytest.mark.slow
+def test_a_chain_from_dicom_to_a_submission_of_a_model_that_it_trained(tmp_path):
+    "PetaFormer with this project's Python: it starts fastest."
+    if not unshare():
+        pytest.skip(why_not())
+    kit, lines = own_kit(tmp_path / "own"), []
+    chain = rehearse_chain(tmp_path / "chain", kit, models=["petaformer"], show=lines.append,
+                           temp=compiled(tmp_path / "temp"))
+    logs = {path.stem: path.read_text() for path in (tmp_path / "chain" / "logs").glob("*")}
+    assert chain.ok, (describe_chain(chain), logs)
+    kernels = ["prepare", "train-petaformer-fold-0", "blend", "submit"]
+    assert [(step.kernel, step.layout) for step in chain.steps] == list(zip(kernels, [*LAYOUTS, "old"]))
+    assert all(log.startswith("rerun on cpu") for log in logs.values()) and len(lines) == len(logs) == 4
+    outputs = tmp_path / "chain" / "outputs"
+    assert len(SliceStore(outputs / "prepare" / "store-0")) == 16 * 8
+    run = outputs / "train-petaformer-fold-0" / "runs" / "petaformer-fold0-seed42"
+    held_out, truth = Predictions.load(run / "oof"), Predictions.from_train_csv(chain.competition / "train.csv")
+    assert len(held_out.exams) == 8 and set(held_out.exams.index) < set(truth.exams.index)
+    assert Ensemble.load(outputs / "blend" / "ensemble.json").models == ("petaformer",)
+    assert json.loads((outputs / "submit" / "submit.json").read_text())["models"]["petaformer"]["studies"] == 2
+    sample, test = (chain.competition / name for name in ("sample_submission.csv", "test.csv"))
+    assert check_submission(outputs / "submit" / "submission.csv", sample, read_csv(test)) == []
+
+
+def test_what_a_failed_kernel_feeds_is_skipped(contest, tmp_path, monkeypatch):
+    if not unshare():
+        pytest.skip(why_not())
+    monkeypatch.setattr("rsnape_kit.kaggle.chain.make_competition", lambda *_, **__: contest)
+    kit = own_kit(tmp_path / "own")
+    (kit.bundle / "rsnape_kit" / "store" / "build.py").unlink()
+    chain = rehearse_chain(tmp_path / "chain", kit, models=["efficientnet", "sequence"])
+    assert not chain.ok and [bool(step.problem) for step in chain.steps] == [True, False, False, False, False]
+    assert "store/build.py" in chain.steps[0].problem and "prepare, which it reads" in chain.steps[1].skipped
+    assert "0 of 5 steps ran well" in describe_chain(chain) and "store/build.py" in chain.problems[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("RSNAPE_TRUST" not in os.environ, reason="trains every model: make trust")
+def test_the_whole_chain_on_kaggles_python(bundles, shelf, tmp_path):
+    "The last one, since it adds packages to the environment of the others; PetaFormer has this project's Python."
+    if reason := why_not():
+        pytest.skip(reason)
+    chain = rehearse_chain(tmp_path, *chain_kits(shelf, bundles["gpu"], torch=False))
+    assert chain.ok, describe_chain(chain)
+    assert {step.kit for step in chain.steps} == {"Kaggle's Python 3.12", f"this project's Python {PYTHON}"}
+    reports = {step.kernel: json.loads((tmp_path / "outputs" / step.kernel / "submit.json").read_text())
+               for step in chain.steps if step.kernel.startswith("submit")}
+    assert [len(report["models"]) for report in reports.values()] == [len(SMALL) - 1, len(SMALL)]

@@ -77,8 +77,9 @@ def forked():
 
 def test_broken_studies_end_in_a_complete_valid_submission(world, tmp_path):
     out = tmp_path / "submission.csv"
-    state = submit([world.keras, world.torch], world.ensemble, competition=world.made, out=out, progress=False)
-    assert world.valid(out) and state.finished
+    state = submit([world.keras, world.torch], world.ensemble, competition=world.made, out=out, public_studies=1,
+                   progress=False)
+    assert world.valid(out) and state.finished and not state.light  # 64 slices are not the public test set
     by_prior = {kind for kind, is_prior in world.prior(read_csv(out)).items() if is_prior}
     assert by_prior == {kind for kind, predicted in BROKEN.items() if not predicted} == {"no folder", "all broken"}
     assert state.studies == {"all": 8, "by every model": 6, "by some": 0, "by the prior": 2}
@@ -87,6 +88,34 @@ def test_broken_studies_end_in_a_complete_valid_submission(world, tmp_path):
     assert "filled from" in state.problems[world.studies["truncated"]]
     report = json.loads((tmp_path / "submit.json").read_text())
     assert report["finished"] and set(report["seconds"]) == {"first version", "scan", "keras", "torch"}
+
+
+def test_a_light_pass_predicts_a_few_studies_of_the_public_test_set_a_rerun_all(world, forked, tmp_path, monkeypatch):
+    "It counts as the public one; then Kaggle's variable says that it is the scored run; then light again."
+    monkeypatch.setattr(submitter, "PUBLIC_TEST_SLICES", len(world.test))
+    monkeypatch.setattr(submitter, "PUBLIC_TEST_STUDIES", len(world.studies))
+    chosen = set(submitter.spread_studies(world.test, 4))
+    predicted = {study for kind, study in world.studies.items() if BROKEN.get(kind, True)}
+    out, work, runs = tmp_path / "submission.csv", tmp_path / "work", [world.keras, world.torch]
+    how = dict(competition=world.made, out=out, work=work, public_studies=4, progress=False)
+    state = submit(runs, world.ensemble, **how)
+    assert world.valid(out) and state.finished
+    by_model = {study for kind, study in world.studies.items() if not world.prior(read_csv(out))[kind]}
+    assert by_model == chosen & predicted and set(pd.read_parquet(work / "slices.parquet")[STUDY]) <= chosen
+    assert state.studies == {"all": 8, "by every model": len(by_model), "by some": 0, "by the prior": 8 - len(by_model)}
+    assert json.loads((tmp_path / "submit.json").read_text())["light"].startswith("4 of 8 studies by every run")
+    assert "a light pass: 4 of 8 studies" in state.summary
+    results = {path: path.stat().st_mtime_ns for path in work.glob("*/view0/*") if path.suffix == ""}
+    assert len(results) == 2 * len(by_model)
+    monkeypatch.setenv("KAGGLE_IS_COMPETITION_RERUN", "1")
+    full = submit(runs, world.ensemble, **how)
+    assert world.valid(out) and full.finished and not full.light and full.studies["by every model"] == len(predicted)
+    assert all(path.stat().st_mtime_ns == when for path, when in results.items())  # none is made again
+    monkeypatch.delenv("KAGGLE_IS_COMPETITION_RERUN")
+    before = out.read_bytes()
+    late = submit(runs, world.ensemble, **how)
+    assert out.read_bytes() == before and late.kept and late.studies == full.studies and not late.light
+    assert json.loads((tmp_path / "submit.json").read_text())["light"] == ""
 
 
 def test_a_whole_study_is_the_ensemble_of_the_single_predictions(world, forked, tmp_path):

@@ -87,12 +87,16 @@ def test_the_training_kernel_goes_on_in_a_second_session(tmp_path):
     first = run_kernel(kaggle, small, short=True)
     assert first.returncode == 0, first.stderr[-3000:]
     assert "stopping after 1 of 2 epochs" in first.stdout
+    said = json.loads((kaggle / "working" / "result.json").read_text())
+    assert (said["finished"], said["progress"]) == (False, 1) and "1 of 2 epochs" in said["reason"]
     shutil.move(kaggle / "working", kaggle / "input" / "notebooks" / "me" / "train-petaformer")
     second = run_kernel(kaggle, small)
     assert second.returncode == 0, second.stderr[-3000:]
     run = kaggle / "working" / "runs" / "petaformer-fold0-seed42"
     assert history(run).epoch.tolist() == [0, 1]
     assert len(Predictions.load(run / "oof").exams) == 3
+    said = json.loads((kaggle / "working" / "result.json").read_text())
+    assert (said["finished"], said["progress"]) == (True, 3)
 
 
 SHORT = """
