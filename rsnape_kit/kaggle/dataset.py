@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METADATA', 'BUNDLES', 'OWNER', 'LICENCES', 'PREFIXES', 'MOST_ENTRIES', 'SKIPPED', 'HIDDEN', 'ZIP_EPOCH', 'Note',
-           'tell', 'read_json', 'name_faults', 'metadata_faults', 'check_dataset']
+           'tell', 'read_json', 'name_faults', 'name_notes', 'metadata_faults', 'check_dataset']
 
 # %% ../../nbs/13_kaggle/03_dataset.ipynb #b8a03c86
 import json
@@ -55,7 +55,7 @@ PREFIXES = ("datasets/", "competitions/", "kernels/", "code/", "notebooks/", "mo
 
 
 def name_faults(value, what: str, version: str = "") -> list:  # what: name of the value; version: pattern of what may follow
-    "Return the faults and notes of a value that should be owner/slug, the name of a kernel or dataset."
+    "Return the faults of a value that should be owner/slug, the name of a kernel or dataset."
     if isinstance(value, str) and "INSERT_" in value:
         return [f"{what} is {value!r}, as the template has it: write your own"]
     if not isinstance(value, str) or not re.fullmatch(rf"[\w-]+/[A-Za-z0-9-]+{version}", value, re.A) or value.startswith(PREFIXES):
@@ -63,9 +63,13 @@ def name_faults(value, what: str, version: str = "") -> list:  # what: name of t
         return [f"{what} is {value!r}: write owner/slug, the slug in lower case with dashes, no prefix{more}"]
     if value.startswith(f"{OWNER}/"):
         return [f"{what} is {value!r}: put your Kaggle user name for {OWNER} (option --owner of rsnape kernels and rsnape bundle)"]
-    if value.partition("/")[2] != value.partition("/")[2].lower():
-        return [Note(f"{what} is {value!r}: Kaggle writes slugs in lower case")]
     return []
+
+
+def name_notes(value, what: str) -> list:
+    "Return a note if the slug of a name has capitals."
+    slug = str(value).partition("/")[2]
+    return [] if slug == slug.lower() else [Note(f"{what} is {value!r}: Kaggle writes slugs in lower case")]
 
 
 def _length_fault(meta: dict, key: str, least: int, most: int) -> list:
@@ -84,7 +88,8 @@ def _licence_faults(licences) -> list:
 
 def metadata_faults(meta: dict) -> list:  # one text per fault, with its fix
     "Return what Kaggle would refuse in the content of a dataset-metadata.json, and notes."
-    found, slug = name_faults(meta.get("id"), "id"), str(meta.get("id")).rpartition("/")[2]
+    name = meta.get("id")
+    found, slug = name_faults(name, "id") or name_notes(name, "id"), str(name).rpartition("/")[2]
     if meta.get("title") == "INSERT_TITLE_HERE":
         found.append("title is INSERT_TITLE_HERE, as the template has it: write your own")
     found += _length_fault(meta, "title", 6, 50)

@@ -12,7 +12,7 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
-from .dataset import PREFIXES, Note, name_faults
+from .dataset import PREFIXES, Note, name_faults, name_notes
 
 # %% ../../nbs/13_kaggle/05_kernel_metadata.ipynb #km000010
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def slug_of(title: str) -> str:
 def _name_and_title(meta: dict) -> list:
     found, name, title = [], meta.get("id"), meta.get("title")
     if name or not meta.get("id_no"):
-        found += name_faults(name, "id")
+        found += name_faults(name, "id") or name_notes(name, "id")
         if len(slug := str(name).rpartition("/")[2]) < 5:
             found.append(f"id's slug {slug!r} has {len(slug)} characters: write at least 5")
     if not isinstance(meta.get("id_no"), int | None):
@@ -157,7 +157,7 @@ def _sources(meta: dict, submits: bool) -> list:
             if not known or (not re.fullmatch(pattern, entry, re.A) if pattern else faults and f"write {how}" in faults[0]):
                 found.append(f"{key} has {entry!r}, which is refused, or dropped without an error: write {how}")
             elif not pattern:
-                found += faults
+                found += faults or name_notes(entry, f"an entry of {key}")
                 if key == "kernel_sources" and len(entry.split("/")[1]) < 5:
                     found.append(f"kernel_sources has {entry!r}: the slug of a kernel has at least 5 characters")
     if not meta.get("competition_sources"):

@@ -170,7 +170,7 @@ def reached(
         elif path := _source(package, name):
             parents = {".".join(name.split(".")[:depth]) for depth in range(1, name.count(".") + 1)}
             home = name if path.stem == "__init__" else name.rpartition(".")[0]
-            todo |= {module: name for module in _module(path, home)[0] | parents if module not in seen}
+            todo |= {module: name for module in sorted(_module(path, home)[0] | parents) if module not in seen}
         elif not (parent := _source(package, name.rpartition(".")[0])):
             foreign[name] = by
         else:
