@@ -101,9 +101,9 @@ def test_notes_are_refused_where_they_would_be_lost(tmp_path):
         main(["push", str(tmp_path), "--notes", "x"])
 
 
-def test_kernels_attach_models(tmp_path, run, monkeypatch):
-    told = {}
-    monkeypatch.setattr("rsnape_kit.export_kernels", lambda owner, **options: told.update(options) or [], raising=False)
-    assert run("kernels --owner me --model-sources me/weights/keras/b1/1")[1] == "bundle --owner me"
-    assert told["model_sources"] == ["me/weights/keras/b1/1"]
-    assert run("kernels")[1] == "kernels --owner NAME"
+def test_kernels_attach_models(tmp_path, run):
+    assert run(f"kernels --out {tmp_path / 'a'}")[1] == "kernels --owner NAME"
+    command = f"kernels --owner me --models efficientnet --model-sources me/weights/keras/b1/1 --out {tmp_path / 'b'}"
+    assert run(command)[1] == "bundle --owner me"
+    meta = json.loads((tmp_path / "b" / "train-efficientnet-fold-0" / "kernel-metadata.json").read_text())
+    assert meta["model_sources"] == ["me/weights/keras/b1/1"]
