@@ -129,9 +129,17 @@ def send_dataset(driver: Driver, name: str, folder: Path):
             return
         if not state and now.before:
             return driver.forget_dataset(name)  # deleted there: the next pass begins again
-    if now.state == "sending" and (not state or state == READY and version == now.before):  # it has not been sent
-        send_bundle(driver.api, folder, name, exists=bool(state))
+    if now.state == "sending" and not _has_arrived(state, version, now):
+        try:
+            send_bundle(driver.api, folder, name, exists=bool(state))
+        except KaggleError:  # the client repeats a request whose response was lost, and Kaggle may refuse the second one
+            if not _has_arrived(*request(f"the status of {name}", dataset_state, driver.api, name), now):
+                raise
         driver.change_dataset(name, state="sent", reason="Kaggle unpacks it")
+
+
+def _has_arrived(state: str, version: int | None, now: DatasetState) -> bool:
+    return bool(state) and (state != READY or (version or 0) > now.before)
 
 
 def not_ready(driver: Driver, job: Job) -> str:
