@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .api import KaggleBusy, KaggleError, http_status, refuse, request
 from .campaign_state import CAMPAIGN, Campaign, DatasetState, Job
-from .client import READY, dataset_ready, dataset_state, send_bundle
+from .client import FAILED, READY, dataset_ready, dataset_state, send_bundle
 from .dataset import check_dataset
 from .retry import passing_failure
 from ..utils.files import file_digest
@@ -139,7 +139,8 @@ def send_dataset(driver: Driver, name: str, folder: Path):
 
 
 def _has_arrived(state: str, version: int | None, now: DatasetState) -> bool:
-    return bool(state) and (state != READY or (version or 0) > now.before)
+    "Return whether the version that is being sent is there, unpacked or not."
+    return state not in ("", READY, *FAILED) or (version or 0) > now.before
 
 
 def not_ready(driver: Driver, job: Job) -> str:
