@@ -17,6 +17,7 @@ import pandas as pd
 import rsnape_kit as rk
 from .competition.labels import IMAGE_LABEL
 from .competition.tables import read_parquet, write_parquet
+from .ensemble.blending import join_to
 from .ensemble.weight_fitting import summary
 from .inference.predict_runs import load_folds, load_oofs, load_views, plan_predictions
 from .report.scores import gain_over
@@ -171,7 +172,8 @@ def _report(folder: Path, settings: DemoSettings, ensemble: rk.Ensemble, preds: 
               "position prior": rk.position_prior(truth, *tables)}
     blended = ensemble.blend(preds, tables[1])
     consistent = rk.make_consistent(blended, ensemble.q)
-    scores = score(preds | {"blend": blended, "consistent blend": consistent}, priors, held_out)
+    members = join_to(preds, blended.exams)  # a model of the ratio alone needs the blend's probability of an embolus
+    scores = score(members | {"blend": blended, "consistent blend": consistent}, priors, held_out)
     scores.to_csv(folder / "scores.csv")
     note = (f"Synthetic studies of difficulty {settings.difficulty!r}, seed {settings.seed}; {settings.studies} for training. "
             f"The scores do not apply to patients. {views}")

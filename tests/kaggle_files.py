@@ -7,12 +7,12 @@ from importlib import import_module
 from json import dumps, loads
 from urllib.parse import quote, unquote, urlsplit
 
-from kaggle_stub import Stub
+import kaggle_stub
 
 STORAGE = "http://storage.localhost/"
 
 
-class FileStub(Stub):
+class FileStub(kaggle_stub.Stub):
     "A competition's files, kernels' outputs and logs, submissions."
 
     def __init__(self):
@@ -111,20 +111,7 @@ def serving_files(stub: FileStub):
 @contextmanager
 def connected(monkeypatch, home):
     "A stub and Kaggle's client connected to it, without pauses."
-    extended = import_module("kaggle.api.kaggle_api_extended")
-    stub = FileStub()
-    with serving_files(stub) as proxy:
-        for name in ("NO_PROXY", "no_proxy", "KAGGLE_API_TOKEN"):
-            monkeypatch.delenv(name, raising=False)
-        for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-            monkeypatch.setenv(name, proxy)
-        home.mkdir()
-        for name in ("HOME", "TMPDIR"):
-            monkeypatch.setenv(name, str(home))
-        for name in ("KAGGLE_USERNAME", "KAGGLE_KEY"):
-            monkeypatch.setenv(name, "test")
-        monkeypatch.setattr(extended.KaggleApi, "args", ["--local"])
-        monkeypatch.setattr("tempfile.tempdir", None)
-        monkeypatch.setattr(extended.time, "sleep", lambda seconds: None)
+    with kaggle_stub.connected(FileStub(), monkeypatch, home, serving_files) as stub:
+        monkeypatch.setattr(import_module("kaggle.api.kaggle_api_extended").time, "sleep", lambda seconds: None)
         monkeypatch.setattr("rsnape_kit.kaggle.retry.pause_after", lambda error, attempt: 0.)
         yield stub

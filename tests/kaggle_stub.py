@@ -161,7 +161,7 @@ def serving(stub: Stub):
 
 
 @contextmanager
-def connected(stub: Stub, monkeypatch, home):
+def connected(stub: Stub, monkeypatch, home, serving=serving):
     "The real client connected to a stub, with a separate home folder for its records."
     extended = pytest.importorskip("kaggle.api.kaggle_api_extended", reason="pip install kaggle==2.2.4 six")
     with serving(stub) as proxy:

@@ -16,7 +16,7 @@ import pandas as pd
 from ..competition.folds import Folds
 from ..competition.labels import STUDY
 from ..competition.metric import competition_loss, loss_table
-from ..competition.predictions import Predictions
+from ..competition.predictions import Predictions, ratio_only
 from ..competition.priors import best_constants, constant_prior, position_curve
 from ..competition.tables import slice_rows
 from .blending import LABELS, MEAN, TRAIN_MEANS, BlendWeights, blend, preset_weights
@@ -183,6 +183,8 @@ def fit_preset(name: str, oofs: dict[str, Predictions], truth: Predictions, fold
     Raises:
         ValueError: if the preset lacks a model, the models cover different studies, or a slice is not in `slices`.
     """
+    if alone := [model for model, oof in oofs.items() if ratio_only(oof)]:
+        raise ValueError(f"the preset {name!r} has no weight for {', '.join(alone)}: leave its runs out")
     like = next(iter(oofs.values()))
     truth = truth.align(like)
     rows = None if slices is None else slice_rows(slices, like.images.index)

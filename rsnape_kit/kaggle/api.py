@@ -66,16 +66,18 @@ def client():
         def newest_version(self, name):
             return getattr(self.newest_kernel(name).metadata, "current_version_number", 0)
 
-        def session_output(self, name, page=""):  # files (name -> address) and log of the last run
+        def session_output(self, name):  # files (name -> address) and log of the last run
             from kagglesdk.kernels.types.kernels_api_service import ApiListKernelSessionOutputRequest
 
-            request = ApiListKernelSessionOutputRequest()
-            request.user_name, _, request.kernel_slug = name.partition("/")
-            request.page_size, request.page_token = 100, page
-            with self.build_kaggle_client() as kaggle:
-                found = kaggle.kernels.kernels_api_client.list_kernel_session_output(request)
-            files = {each.file_name: each.url for each in found.files or []}
-            return files | (self.session_output(name, found.next_page_token)[0] if found.next_page_token else {}), found.log or ""
+            request, files, pages = ApiListKernelSessionOutputRequest(), {}, [""]
+            (request.user_name, _, request.kernel_slug), request.page_size = name.partition("/"), 100
+            while pages[-1] not in pages[:-1]:
+                request.page_token = pages[-1]
+                with self.build_kaggle_client() as kaggle:
+                    found = kaggle.kernels.kernels_api_client.list_kernel_session_output(request)
+                files |= {each.file_name: each.url for each in found.files or []}
+                pages.append(found.next_page_token or "")  # the first again: there are no more
+            return files, found.log or ""
 
     api = Client()
     try:

@@ -34,6 +34,7 @@ SMALL = {  # model -> changes of the recipe `quick`
     "efficientnet3d": ("network.width=.25", "frames=4"),
     "petaformer": ("network.width=.125", "network.layers=1", "groups=4", "slices=1"),
     "sequence": (),
+    "rvlv": ("network.width=.125", "frames=4"),
 }
 PIXELS = ("pixels.size=32", "steps=2")  # of models that read images; PetaFormer's epochs are of whole studies
 
@@ -50,6 +51,11 @@ class ChainKernel:
     folder: Path
     name: str  # of the notebook
     model: str = ""  # that it trains
+
+    @property
+    def label(self) -> str:
+        "What it does, e.g. 'train petaformer'."
+        return f"{self.name} {self.model}".strip()
 
     @property
     def meta(self) -> dict:

@@ -187,8 +187,9 @@ def _check_writable(plan: Plan, out: Path):
     here, package = out.resolve(), Path(rsnape_kit.__file__).resolve().parent
     if package in (here, *here.parents):
         raise ValueError(f"{out} is inside the package rsnape_kit: give another folder (--out)")
-    if (here.parent.joinpath(*TOP).is_dir() and here.name == "kernels") or here.joinpath(*TOP).is_dir():
-        raise ValueError(f"{out} has the repository's templates, which stay as they are: give another folder (--out), such as build/kernels")
+    tops = [top for top in (here, *here.parents) if top.joinpath(*TOP).is_dir()]
+    if any(here.relative_to(top).parts[:1] in ((), ("kernels",), ("nbs",)) for top in tops):
+        raise ValueError(f"{out} is where the repository's templates are, which stay as they are: give another folder (--out), such as build/kernels")
     for name in kernels_of(plan):
         if (out / name).exists() and not is_exported(out / name):
             raise FileExistsError(f"{out / name} is no kernel that was exported before: move it, or give another folder (--out)")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAST', 'SHOWN', 'kernel_names', 'kernel_name', 'KernelState', 'kernel_state', 'kernel_states', 'state_lines',
-           'log_lines', 'kernel_log', 'inside', 'list_output', 'fetch_output']
+           'log_lines', 'kernel_log', 'inside', 'fetch_output']
 
 # %% ../../nbs/13_kaggle/19_outputs.ipynb #65a5f6b5
 import json
@@ -119,27 +119,7 @@ LAST = ("config.json", MANIFEST)
 SHOWN = 50_000_000  # bytes from which a file has a progress bar of its own
 
 
-def list_output(api, name: str) -> list:  # with file_name and url
-    "Return all pages of the list of a kernel's output files."
-    from kagglesdk.kernels.types.kernels_api_service import ApiListKernelSessionOutputRequest
-
-    def page(token: str):
-        asked = ApiListKernelSessionOutputRequest()
-        (asked.user_name, _, asked.kernel_slug), asked.page_size, asked.page_token = name.partition("/"), 100, token
-        with api.build_kaggle_client() as kaggle:
-            return kaggle.kernels.kernels_api_client.list_kernel_session_output(asked)
-
-    files, token, seen = [], "", {""}
-    while True:
-        response = retrying(request, f"the output of {name}", page, token)
-        files += response.files or []
-        token = response.next_page_token
-        if token in seen:  # no further page
-            return files
-        seen.add(token)
-
-
-def _fetch_output(api, file, out: Path) -> bool:  # whether it was fetched
+def _fetch_output(api, name: str, url: str, out: Path) -> bool:  # whether it was fetched
     "Fetch an output file unless the same is there."
     import requests
 
@@ -147,11 +127,11 @@ def _fetch_output(api, file, out: Path) -> bool:  # whether it was fetched
         large = int(response.headers.get("Content-Length", 0)) >= SHOWN
         api.download_file(response, str(part / "file"), None, quiet=not large, resume=True)
 
-    with requests.get(file.url, headers={"Accept-Encoding": "identity"}, stream=True, timeout=300) as response:
+    with requests.get(url, headers={"Accept-Encoding": "identity"}, stream=True, timeout=300) as response:
         response.raise_for_status()
-        if not api.download_needed(response, str(out / file.file_name)):
+        if not api.download_needed(response, str(out / name)):
             return False
-        fetch_file(partial(fetch, response=response), out, file.file_name)
+        fetch_file(partial(fetch, response=response), out, name)
     return True
 
 
@@ -171,14 +151,14 @@ def fetch_output(name: str, out: Path | str, pattern: str = "*", api=None) -> li
         KaggleError: if there is no such file, a name leads out of the folder, or a file cannot be fetched.
     """
     out, api = Path(out), api or client()
-    listed = list_output(api, name)
-    files = sorted((file for file in listed if fnmatch(file.file_name, pattern)), key=lambda file: Path(file.file_name).name in LAST)
+    listed, _ = retrying(request, f"the output of {name}", api.session_output, name)
+    files = sorted((file for file in listed if fnmatch(file, pattern)), key=lambda file: Path(file).name in LAST)
     if not files:
-        raise KaggleError(f"{name} has {len(listed)} output files and none like {pattern!r}: {', '.join(f.file_name for f in listed[:8]) or 'see its log'}")
-    paths = [inside(out, file.file_name) for file in files]
+        raise KaggleError(f"{name} has {len(listed)} output files and none like {pattern!r}: {', '.join(list(listed)[:8]) or 'see its log'}")
+    paths = [inside(out, file) for file in files]
     with tqdm(files, unit="file") as bar:
         for file in bar:
-            bar.set_postfix_str(file.file_name[-40:])
-            retrying(request, f"fetching {file.file_name}", _fetch_output, api, file, out, report=partial(tqdm.write, file=sys.stderr))
+            bar.set_postfix_str(file[-40:])
+            retrying(request, f"fetching {file}", _fetch_output, api, file, listed[file], out, report=partial(tqdm.write, file=sys.stderr))
     end_download(out)
     return paths

@@ -21,7 +21,8 @@ from ..utils.schema import Checked, Count, Limits, Natural, Seed, convert
 # %% ../../nbs/13_kaggle/05_plan.ipynb #plan0007
 PLAN = "plan.json"
 PARTS, FOLDS = 8, 5  # parts of the store, at most 18 GB each; folds of the studies
-TRAINED_ON = {"efficientnet": "tpu", "resnet3d": "tpu", "efficientnet3d": "tpu", "petaformer": "gpu", "sequence": "gpu"}
+TRAINED_ON = {"efficientnet": "tpu", "resnet3d": "tpu", "efficientnet3d": "tpu", "petaformer": "gpu", "sequence": "gpu",
+              "rvlv": "gpu"}
 Accelerator = Literal["cpu", "gpu", "tpu"]
 
 

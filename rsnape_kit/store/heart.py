@@ -68,6 +68,6 @@ def heart_boxes(source: PixelSource, used=None) -> pd.DataFrame:
     known = lungs["lung_top"].notna().to_numpy()
     series = source.table.groupby([name for name in (STUDY, SERIES) if name in source.table], sort=False)
     order = source.table["order"] if "order" in source.table else series.cumcount()
-    first, last = heart_slices(*(lungs[name].fillna(0).to_numpy(float) for name in ("lung_first", "lung_last")),
-                               series[STUDY].transform("size").to_numpy(), lungs["lung_source"].to_numpy(object))
+    ends = lungs[["lung_first", "lung_last"]].fillna(0).to_numpy(float).T
+    first, last = heart_slices(ends[0], ends[1], series[STUDY].transform("size").to_numpy(), lungs["lung_source"].to_numpy(object))
     return boxes.assign(heart_aspect=lungs["lung_aspect"].astype(float), heart_shown=known & order.between(first, last).to_numpy())

@@ -9,7 +9,7 @@ from rsnape_kit.competition.metric import loss_table
 from rsnape_kit.competition.predictions import Predictions, positive_studies, ratio_only
 from rsnape_kit.ensemble.blending import LABELS
 from rsnape_kit.ensemble.calibration import cross_calibrate, fit_calibration, fit_scaling
-from rsnape_kit.ensemble.ensemble import Ensemble, default_ensemble, fit_ensemble, nested_blend
+from rsnape_kit.ensemble.ensemble import Ensemble, default_ensemble, fit_ensemble, fit_preset, nested_blend
 from rsnape_kit.ensemble.weight_fitting import blend_oof, fit_weights, loss_by_label
 from rsnape_kit.testing import simulate_model, simulate_truth
 
@@ -117,3 +117,9 @@ def test_an_ensemble_with_it_is_fitted_saved_and_consistent(world, tmp_path):
     assert whole.exams.notna().all(axis=None) and missing.exams.notna().all(axis=None)
     table = loss_table(truth.select(truth.exams.index[:40]), loaded.blend(part))
     assert table.loss.notna().all()
+
+
+def test_a_preset_refuses_it(world):
+    truth, members, folds = world
+    with pytest.raises(ValueError, match="the preset 'first-version' has no weight for rvlv: leave its runs out"):
+        fit_preset("first-version", members, truth, folds)

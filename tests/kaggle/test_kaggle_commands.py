@@ -101,9 +101,12 @@ def test_notes_are_refused_where_they_would_be_lost(tmp_path):
         main(["push", str(tmp_path), "--notes", "x"])
 
 
-def test_kernels_attach_models(tmp_path, run):
-    assert run(f"kernels --out {tmp_path / 'a'}")[1] == "kernels --owner NAME"
-    command = f"kernels --owner me --models efficientnet --model-sources me/weights/keras/b1/1 --out {tmp_path / 'b'}"
-    assert run(command)[1] == "bundle --owner me"
-    meta = json.loads((tmp_path / "b" / "train-efficientnet-fold-0" / "kernel-metadata.json").read_text())
-    assert meta["model_sources"] == ["me/weights/keras/b1/1"]
+def test_kernels_attach_models(tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("kernels")[1] == "kernels --owner NAME"
+    assert run("kernels --owner me --model-sources me/weights/keras/b1/1")[1] == "bundle --owner me"
+    attached = {path.parent.name: json.loads(path.read_text())["model_sources"]
+                for path in tmp_path.glob("kernels/*/kernel-metadata.json")}
+    with_models = {name for name, sources in attached.items() if sources == ["me/weights/keras/b1/1"]}
+    assert with_models == {name for name in attached if name.startswith(("train", "submit"))}
+    assert not any(sources for name, sources in attached.items() if name not in with_models)

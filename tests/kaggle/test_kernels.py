@@ -120,8 +120,8 @@ def test_every_copy_of_a_kernel_has_its_own_parameters():
     plan = Plan(n_folds=2, recipe="demo", seed=7, settings={"petaformer": ("batch=2",)})
     every = [(name, values) for name in KERNELS for values in copies(name, plan).values() if values]
     assert len(every) == 8 + 2 * len(plan.models) + 1 + 1
-    assert every[-3][1] == {"MODEL": "sequence", "FOLD": 1, "FOLDS": 2, "RECIPE": "demo", "SEED": 7, "SETTINGS": [],
-                            "ALLOW_PARTIAL": False}
+    assert every[-3][1] == {"MODEL": plan.models[-1], "FOLD": 1, "FOLDS": 2, "RECIPE": "demo", "SEED": 7,
+                            "SETTINGS": [], "ALLOW_PARTIAL": False}
     assert every[-2][1] == {"MODELS": list(plan.models), "HELD_OUT": [0, 1], "ALLOW_PARTIAL": False}
     assert every[-1][1] == {"FULL_COMMIT": False}
     assert [values["SETTINGS"] for _, values in every if values.get("MODEL") == "petaformer"] == [["batch=2"]] * 2
