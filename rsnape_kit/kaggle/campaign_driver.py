@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .api import KaggleBusy, KaggleError, http_status, refuse, request
 from .campaign_state import CAMPAIGN, Campaign, DatasetState, Job
-from .client import READY, dataset_ready, dataset_state, send_bundle
+from .client import FAILED, READY, dataset_ready, dataset_state, send_bundle
 from .dataset import check_dataset
 from .retry import passing_failure
 from ..utils.files import file_digest
@@ -129,9 +129,18 @@ def send_dataset(driver: Driver, name: str, folder: Path):
             return
         if not state and now.before:
             return driver.forget_dataset(name)  # deleted there: the next pass begins again
-    if now.state == "sending" and (not state or state == READY and version == now.before):  # it has not been sent
-        send_bundle(driver.api, folder, name, exists=bool(state))
+    if now.state == "sending" and not _has_arrived(state, version, now):
+        try:
+            send_bundle(driver.api, folder, name, exists=bool(state))
+        except KaggleError:  # the client repeats a request whose response was lost, and Kaggle may refuse the second one
+            if not _has_arrived(*request(f"the status of {name}", dataset_state, driver.api, name), now):
+                raise
         driver.change_dataset(name, state="sent", reason="Kaggle unpacks it")
+
+
+def _has_arrived(state: str, version: int | None, now: DatasetState) -> bool:
+    "Return whether the version that is being sent is there, unpacked or not."
+    return state not in ("", READY, *FAILED) or (version or 0) > now.before
 
 
 def not_ready(driver: Driver, job: Job) -> str:

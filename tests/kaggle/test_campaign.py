@@ -143,6 +143,15 @@ def test_a_kernel_waits_for_the_new_version_of_its_dataset(kaggle, small, bundle
     assert calls[calls.index("CreateDatasetVersion"):calls.index("SaveKernel")].count("GetDatasetStatus") > 6
 
 
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_dataset_whose_confirmation_was_lost_is_not_sent_again(kaggle, small, bundle, exists):
+    method = "CreateDatasetVersion" if exists else "CreateDataset"
+    kaggle.datasets = kaggle.datasets if exists else {}
+    kaggle.hiccups = {(method, 1): LOSE, (method, 2): (200, {"status": "error", "error": "the title is in use"})}
+    assert drive(small, [bundle])[1] == "" and kaggle.datasets["test/rsnape-kit"]["version"] == 1 + exists
+    assert pushed_once(kaggle, ["train-a-fold-0", "submit"])
+
+
 @pytest.mark.parametrize("how", ["text", "status"])
 def test_refused_sessions_are_waited_for(kaggle, kernels, how):
     kaggle.limits, kaggle.refuses_by = {"gpu": 1, "tpu": 1, "cpu": 1}, how
