@@ -13,7 +13,6 @@ import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from ..ensemble.ensemble import Ensemble
@@ -174,7 +173,7 @@ def rehearse_chain(
     torch_kit: Kit | None = None,  # for kernels that need PyTorch; default: `kit` if it has it, else they are left out
     models: Iterable[str] = tuple(SMALL),
     seconds: float = 1800,  # for a kernel
-    show=partial(print, flush=True),  # is called with a line after each step
+    show=print,  # is called with a line after each step
     temp: Path | None = None,  # as for `run_kernel`
 ) -> Chain:
     "Rehearse prepare, a fold of each model, blend and submit."
