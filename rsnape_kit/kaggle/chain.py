@@ -173,7 +173,7 @@ def rehearse_chain(
     torch_kit: Kit | None = None,  # for kernels that need PyTorch; default: `kit` if it has it, else they are left out
     models: Iterable[str] = tuple(SMALL),
     seconds: float = 1800,  # for a kernel
-    show=print,  # is called with a line after each step
+    show=lambda line: print(line, flush=True),  # is called with a line after each step
     temp: Path | None = None,  # as for `run_kernel`
 ) -> Chain:
     "Rehearse prepare, a fold of each model, blend and submit."
