@@ -1,10 +1,13 @@
 "A whole campaign by the real client against a server that imitates Kaggle's sessions: it ends, whatever is in its way."
 import json
 import os
+import re
 from collections import Counter
+from functools import partial
 
 import pytest
 import requests
+from conftest import ROOT
 from kaggle_sessions import Kaggle
 from kaggle_stub import DROP, LOSE, connected
 
@@ -13,7 +16,7 @@ from rsnape_kit.kaggle.api import KaggleError, client
 from rsnape_kit.kaggle.campaign import plan_campaign, run_campaign
 from rsnape_kit.kaggle.campaign_driver import CampaignSettings
 from rsnape_kit.kaggle.campaign_state import CAMPAIGN, Campaign
-from rsnape_kit.kaggle.kernels import export_kernels
+from rsnape_kit.kaggle.kernels import export_kernels, kernels_of
 from rsnape_kit.kaggle.plan import Plan
 from rsnape_kit.kaggle.runtime import COMPETITION
 from rsnape_kit.utils.manifest import write_manifest
@@ -304,6 +307,27 @@ def test_the_kernels_of_a_plan(kaggle, tmp_path):
     assert "ALLOW_PARTIAL = True" in cells and kaggle.most["gpu"] == 2
     export_kernels(plan, tmp_path / "kernels")  # what the campaign has left there is no obstacle
     assert len(plan_campaign(tmp_path / "kernels")) == 0
+
+
+def test_the_commands_of_the_readme(kaggle, tmp_path, monkeypatch, capsys):
+    "Pasted together in an empty folder: datasets, every kernel once, and a submission with its score."
+    block = re.search(r"## To Kaggle\n.*?```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    commands = [line.partition("#")[0].replace("NAME", "test").split() for line in block.splitlines()]
+    assert len(commands) == 5
+    kaggle.datasets.clear()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rsnape_kit.kaggle.bundle.resolve", lambda *_: [])  # pip cannot reach an index past the stub
+    monkeypatch.setattr("rsnape_kit.kaggle.campaign.run_campaign", partial(run_campaign, sleep=lambda seconds: None))
+    for program, *words in commands:
+        assert program == "rsnape"
+        try:
+            main(words)
+        except SystemExit as end:
+            assert words == ["campaign"] and end.code is None, end
+    assert capsys.readouterr().out.strip().endswith("everything is done")
+    assert set(kaggle.datasets) == {"test/rsnape-kit", "test/rsnape-kit-tpu"}
+    assert [len(versions) for versions in kaggle.kernels.values()] == [1] * len(kernels_of(Plan()))
+    assert [each["status"] for each in kaggle.submissions] == ["COMPLETE"]
 
 
 def late(progress: float) -> tuple:
