@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import rsnape_kit as rk
-from .utils.schema import Count, Natural, Positive, Seed
+from .utils.schema import Count, Limits, Natural, Positive, Seed
 
 # %% ../nbs/17_kaggle_commands.ipynb #a7cm0006
 def next_step(*command):
@@ -20,7 +20,7 @@ def next_step(*command):
     print("next: rsnape", *command, file=sys.stderr)
 
 
-def kernels(*, owner: str | None = None, models: list[str] | None = None, folds: list[Natural] | None = None, n_folds: Count | None = None,
+def kernels(*, owner: str | None = None, models: list[str] | None = None, folds: list[Natural] | None = None, n_folds: Annotated[int, Limits(2)] | None = None,
             parts: Count | None = None, recipe: str | None = None, seed: Seed | None = None, set: Annotated[list, "MODEL.NAME=VALUE"] = (),
             accelerator: Annotated[list, "MODEL=KIND"] = (), trained: bool | None = None, resume: bool | None = None,
             allow_partial: bool | None = None, model_sources: list[str] | None = None, full_commit: bool | None = None,

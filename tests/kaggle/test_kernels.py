@@ -323,7 +323,10 @@ def test_kernels_keep_what_an_earlier_call_decided(tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize("words, problem", [
     ("--folds 5", "fold 5 is none of 5 folds"), ("--models sequence", "sequence reads the runs of efficientnet"),
     ("--models vit", "unknown model 'vit'"), ("--accelerator petaformer=tpu", "petaformer cannot be trained on tpu"),
-    ("--set resnet3d.batsh=2", "batsh"), ("--recipe fuller", "unknown recipe 'fuller'")])
+    ("--set resnet3d.batsh=2", "batsh"), ("--recipe fuller", "unknown recipe 'fuller'"),
+    ("--models efficientnet --set resnet3d.batsh=2", "batsh"), ("--model-sources me/weights", "expected owner/model/"),
+    # the notebook would look for the run of its own fold and seed when all the training is done
+    ("--set efficientnet.seed=5", "seed=5' cannot be set"), ("--set efficientnet.fold=3", "fold=3' cannot be set")])
 def test_a_plan_that_cannot_run_is_refused_and_nothing_is_written(tmp_path, monkeypatch, words, problem):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=problem):
