@@ -176,7 +176,8 @@ def campaign(folder: Path | None = None, *, bundles: list[Path] = (), models: li
     settings = CampaignSettings(read_limits(limit), sessions, poll, strict=strict, submit=not no_submit, message=message, allow=tuple(allow))
     bundles = bundles or [path for path in (Path("build/bundle"), Path("build/bundle-tpu")) if path.exists()]
     if dry_run:
-        return print(*plan_campaign(folder, bundles, settings, models=models, folds=folds), sep="\n")
+        steps = plan_campaign(folder, bundles, settings, models=models, folds=folds, retry=retry, again=again)
+        return print(*steps or ["nothing is left to be sent"], sep="\n")
     _, left = run_campaign(folder, bundles, settings, models=models, folds=folds, once=once, retry=retry, again=again)
     sys.exit(left or print("everything is done"))
 
