@@ -51,7 +51,7 @@ def run_pass(driver: Driver):
                 start(driver, job, without)
             full |= {job.accelerator for error in driver.trouble[before:] if isinstance(error, KaggleBusy)}
     for job in submissions(driver):
-        with driver.branch(lambda text, job=job: driver.save(entry=Entry("failed", driver.campaign.kernel(job.name).version, reason=text))):
+        with driver.branch(lambda text, job=job: driver.save(entry=Entry("failed", driver.campaign.kernel(job.name).version, "", text, job.name))):
             enter(driver, job)
 
 
@@ -199,7 +199,7 @@ def plan_campaign(folder: Path | str = "kernels", bundles: Iterable = (), settin
               if campaign.kernel(name).state == "failed"]
     return found + [f"enter the submission of {job.slug}" for job in jobs.values()
                     if settings.submit and job.stage == "submit" and campaign.kernel(job.name).state == "done"
-                    and not (campaign.entry and campaign.entry.version == campaign.kernel(job.name).version)]
+                    and not ((entry := campaign.entry) and (entry.kernel, entry.version) == (job.name, campaign.kernel(job.name).version))]
 
 
 def _told(faults: list) -> str:

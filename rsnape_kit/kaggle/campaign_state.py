@@ -151,6 +151,7 @@ class Entry(Checked):
     version: Count  # of the submission kernel
     score: str = ""
     reason: str = ""
+    kernel: str = ""  # its name
 
 
 @dataclass(frozen=True)

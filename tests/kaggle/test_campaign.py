@@ -398,6 +398,17 @@ def test_the_next_command_keeps_to_the_chosen_models_and_folds(kaggle, kernels):
     assert left.endswith(f"go on with: rsnape campaign {kernels} --models a b --folds 1 --strict")
 
 
+def test_the_submission_of_another_account_is_entered_too(kaggle, small):
+    "Both are version 1; what the first account has entered is not in the list of the second."
+    drive(small)
+    kaggle.submissions.clear()
+    for path in small.glob("*/kernel-metadata.json"):
+        path.write_text(path.read_text().replace("test/rsnape-kit-", "other/rsnape-kit-"))
+    assert plan_campaign(small)[-1] == "enter the submission of rsnape-kit-submit"
+    campaign, left, _, _ = drive(small)
+    assert left == "" and len(kaggle.submissions) == 1 and campaign.entry.kernel == "other/rsnape-kit-submit"
+
+
 def test_a_run_without_a_submission_is_not_entered(kaggle, small, monkeypatch):
     monkeypatch.setattr(kaggle, "ListKernelSessionOutput", lambda body: (200, {"files": [], "log": "no output"}))
     _, left, _, _ = drive(small)
