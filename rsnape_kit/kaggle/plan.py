@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from .dataset import OWNER
+from .dataset import OWNER, PLACEHOLDERS
 from .kernel_metadata import SOURCES
 from ..models.registry import find_model
 from ..runs.recipes import IMAGE_RUN_FROM, RECIPES, find_recipe, override_settings
@@ -79,7 +79,7 @@ class Plan(Checked):
         _check_settings(self)
         if wrong := [name for name in self.model_sources if not re.fullmatch(SOURCES["model_sources"][0], name, re.A)]:
             raise ValueError(f"model_sources has {wrong[0]!r}: expected {SOURCES['model_sources'][1]}")
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.owner):
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.owner) or self.owner in PLACEHOLDERS and self.owner != OWNER:
             raise ValueError(f"owner is {self.owner!r}: expected a Kaggle user name, as in the address of its page")
         object.__setattr__(self, "models", tuple(model for model in TRAINED_ON if model in self.models))
         object.__setattr__(self, "folds", None if self.folds is None else tuple(sorted(set(self.folds))))

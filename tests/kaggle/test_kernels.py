@@ -324,6 +324,7 @@ def test_kernels_keep_what_an_earlier_call_decided(tmp_path, monkeypatch, capsys
     ("--folds 5", "fold 5 is none of 5 folds"), ("--models sequence", "sequence reads the runs of efficientnet"),
     ("--models vit", "unknown model 'vit'"), ("--accelerator petaformer=tpu", "petaformer cannot be trained on tpu"),
     ("--set resnet3d.batsh=2", "batsh"), ("--recipe fuller", "unknown recipe 'fuller'"),
+    ("--owner NAME", "owner is 'NAME': expected a Kaggle user name"),
     ("--models efficientnet --set resnet3d.batsh=2", "batsh"), ("--model-sources me/weights", "expected owner/model/"),
     # the notebook would look for the run of its own fold and seed when all the training is done
     ("--set efficientnet.seed=5", "seed=5' cannot be set"), ("--set efficientnet.fold=3", "fold=3' cannot be set")])
@@ -332,6 +333,14 @@ def test_a_plan_that_cannot_run_is_refused_and_nothing_is_written(tmp_path, monk
     with pytest.raises(SystemExit, match=problem):
         main(["kernels", *words.split()])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("owner", ["NAME", "J Smith", "", "me/you"])
+def test_a_bundle_of_nobody_is_refused_before_anything_is_fetched(tmp_path, monkeypatch, owner):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=f"the dataset is '{owner}/rsnape-kit': "):
+        main(["bundle", "--owner", owner])
+    assert not list(tmp_path.rglob("*.whl")) and not (tmp_path / "build" / "bundle").exists()
 
 
 def test_only_folders_of_the_former_plan_are_removed(tmp_path, monkeypatch, capsys):
