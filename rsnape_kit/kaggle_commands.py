@@ -48,6 +48,7 @@ def kernels(*, owner: str | None = None, models: list[str] | None = None, folds:
     from rsnape_kit.kaggle.dataset import OWNER
     from rsnape_kit.kaggle.kernels import export_kernels, find_plan, kernels_folder, other_folders
     from rsnape_kit.kaggle.plan import Plan, change_plan, describe_plan
+    from rsnape_kit.kaggle.preflight import KERNEL
 
     out = kernels_folder() if out is None else out
     former = find_plan(out) if plan is None else Plan.load(plan)
@@ -62,7 +63,9 @@ def kernels(*, owner: str | None = None, models: list[str] | None = None, folds:
     if former:
         print("kept:", "; ".join(describe_plan(new, [name for name, value in named.items() if value is None])) or "nothing")
     print(*(f"removed: {path}, a kernel of the former plan" for path in removed),
-          *(f"left alone: {path}, which this command has not written" for path in foreign), *folders, out / "plan.json", sep="\n")
+          *(f"left alone: {path}, " + ("a kernel that is not the plan's or has other files too; rsnape campaign and status take it for one "
+                                       "of yours: move it unless it is" if (path / KERNEL).exists() else "which this command has not written")
+            for path in foreign), *folders, out / "plan.json", sep="\n")
     next_step(*("kernels --owner NAME, with your Kaggle user name",) if new.owner == OWNER else ("bundle --owner", new.owner))
 
 

@@ -348,13 +348,15 @@ def test_only_folders_of_the_former_plan_are_removed(tmp_path, monkeypatch, caps
     kernels(capsys, "--models", "efficientnet", "--n-folds", "3", "--parts", "3")
     (tmp_path / "kernels" / "prepare-2" / "notes.txt").write_text("one's own")
     shutil.copytree(tmp_path / "kernels" / "submit", tmp_path / "kernels" / "my-submission")
+    (tmp_path / "kernels" / "notes").mkdir()
     lines = kernels(capsys, "--n-folds", "2", "--parts", "2")
     folders = {path.name for path in (tmp_path / "kernels").iterdir() if path.is_dir()}
     assert folders == {"prepare-0", "prepare-1", "train-efficientnet-fold-0", "train-efficientnet-fold-1", "blend",
-                       "submit", "prepare-2", "my-submission"}
+                       "submit", "prepare-2", "my-submission", "notes"}
     assert [line.split()[1] for line in lines if line.startswith("removed")] == ["kernels/train-efficientnet-fold-2,"]
-    assert {line.split()[2] for line in lines if line.startswith("left alone")} == {
-        "kernels/prepare-2,", "kernels/my-submission,"}
+    alone = [line for line in lines if line.startswith("left alone")]
+    assert {line.split()[2] for line in alone} == {"kernels/prepare-2,", "kernels/my-submission,", "kernels/notes,"}
+    assert [line.split()[2] for line in alone if "rsnape campaign" not in line] == ["kernels/notes,"]
 
 
 def test_the_repository_is_never_written_to(tmp_path, monkeypatch, capsys):
