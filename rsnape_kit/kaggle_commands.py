@@ -46,7 +46,7 @@ def kernels(*, owner: str | None = None, models: list[str] | None = None, folds:
         out: folder to write (default: kernels; in the repository build/kernels)
     """
     from rsnape_kit.kaggle.dataset import OWNER
-    from rsnape_kit.kaggle.kernels import export_kernels, find_plan, kernels_folder, other_folders
+    from rsnape_kit.kaggle.kernels import edited_folders, export_kernels, find_plan, kernels_folder, other_folders
     from rsnape_kit.kaggle.plan import Plan, change_plan, describe_plan
     from rsnape_kit.kaggle.preflight import KERNEL
 
@@ -57,12 +57,14 @@ def kernels(*, owner: str | None = None, models: list[str] | None = None, folds:
              "full_commit": full_commit}
     new = change_plan(former or Plan(), set, accelerator, **named)
     removed, foreign = other_folders(new, out)
+    edited = edited_folders(former, out) if former and plan is None else []
     folders = export_kernels(new, out)
     named |= {"settings": set or None, "accelerators": accelerator or None}
     print("named:", "; ".join(describe_plan(new, [name for name, value in named.items() if value is not None], changed=False)) or "nothing")
     if former:
         print("kept:", "; ".join(describe_plan(new, [name for name, value in named.items() if value is None])) or "nothing")
-    print(*(f"removed: {path}, a kernel of the former plan" for path in removed),
+    print(*(f"removed: {path}, a kernel of the former plan" + ", edited since" * (path in edited) for path in removed),
+          *(f"replaced: the notebook of {path}, which was edited or made by another version of this package" for path in edited if path in folders),
           *(f"left alone: {path}, " + ("a kernel that is not the plan's or has other files too; rsnape campaign and status take it for one "
                                        "of yours: move it unless it is" if (path / KERNEL).exists() else "which this command has not written")
             for path in foreign), *folders, out / "plan.json", sep="\n")

@@ -343,6 +343,17 @@ def test_a_bundle_of_nobody_is_refused_before_anything_is_fetched(tmp_path, monk
     assert not list(tmp_path.rglob("*.whl")) and not (tmp_path / "build" / "bundle").exists()
 
 
+def test_an_edited_notebook_is_named_when_it_is_replaced(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    kernels(capsys, "--models", "efficientnet", "--folds", "0", "1", "--parts", "1")
+    path = tmp_path / "kernels" / "train-efficientnet-fold-1" / "train.ipynb"
+    path.write_text(path.read_text().replace('"ALLOW_PARTIAL = False', '"ALLOW_PARTIAL = True'))  # as the page says
+    lines = kernels(capsys, "--resume")
+    assert [line.split()[4] for line in lines if line.startswith("replaced")] == ["kernels/train-efficientnet-fold-1,"]
+    assert '"ALLOW_PARTIAL = False' in path.read_text()
+    assert not any(line.startswith("replaced") for line in kernels(capsys, "--allow-partial"))
+
+
 def test_only_folders_of_the_former_plan_are_removed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     kernels(capsys, "--models", "efficientnet", "--n-folds", "3", "--parts", "3")
