@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import rsnape_kit
-from .dataset import BUNDLES, METADATA, OWNER, check_dataset
+from .dataset import BUNDLES, METADATA, OWNER, check_dataset, name_faults
 from .kernels import ROOT
 from .wheels import image, missing, resolve, unpack
 from ..models.published import FULL_RECIPE, verify_weights
@@ -118,6 +118,8 @@ def make_bundle(out: Path | str, target: str = "gpu", owner: str = OWNER, runs: 
     """
     out, there = Path(out), image(target)
     refuse_foreign(out, "bundle", EARLIER)
+    if owner != OWNER and (faults := name_faults(f"{owner}/{BUNDLES[target]}", "the dataset")):
+        raise ValueError(faults[0])
     cache = Path(wheels or out.with_name(out.name + "-wheels"))
     cache.mkdir(parents=True, exist_ok=True)
     chosen = resolve(missing(target), there, cache)

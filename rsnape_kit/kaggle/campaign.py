@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .api import KaggleBusy, KaggleError, client, http_status, request
 from .campaign_driver import CampaignSettings, Driver, passes, send_dataset
-from .campaign_state import CAMPAIGN, Campaign, Entry, JobState, read_jobs, startable
+from .campaign_state import CAMPAIGN, Campaign, Entry, JobState, load_campaign, read_jobs, startable
 from .campaign_steps import enter, follow, start
 from .campaign_table import expected_hours, next_step, progress_table, quota_line
 from .dataset import METADATA, check_dataset, read_json
@@ -51,7 +51,7 @@ def run_pass(driver: Driver):
                 start(driver, job, without)
             full |= {job.accelerator for error in driver.trouble[before:] if isinstance(error, KaggleBusy)}
     for job in submissions(driver):
-        with driver.branch(lambda text, job=job: driver.save(entry=Entry("failed", driver.campaign.kernel(job.name).version, reason=text))):
+        with driver.branch(lambda text, job=job: driver.save(entry=Entry("failed", driver.campaign.kernel(job.name).version, "", text, job.name))):
             enter(driver, job)
 
 
@@ -112,7 +112,12 @@ print_now = partial(print, flush=True)  # a night's log is read while it is writ
 
 def local_bundles(folders: Iterable, jobs: dict) -> dict:  # name -> folder
     "Return those of some bundles that a kernel attaches."
-    names = {read_json(Path(each) / METADATA)[0].get("id"): Path(each) for each in folders}
+    names = {}
+    for folder in map(Path, folders):
+        meta, faults = read_json(folder / METADATA)
+        if faults:
+            raise ValueError(faults[0])
+        names[meta.get("id")] = folder
     used = {name for job in jobs.values() for name in job.datasets}
     return {name: folder for name, folder in names.items() if name in used}
 
@@ -147,7 +152,7 @@ def run_campaign(folder: Path | str = "kernels", bundles: Iterable = (), setting
     folder, settings = Path(folder), settings or CampaignSettings()
     jobs, path = read_jobs(folder, models, folds), Path(folder, CAMPAIGN)
     with exclusive(path, "{} is in use: another process drives this campaign; end it or let it go on"):
-        campaign = clear(Campaign.load(path) if path.exists() else Campaign(), jobs, retry, again)
+        campaign = clear(load_campaign(folder), jobs, retry, again)
         driver = Driver(folder, jobs, local_bundles(bundles, jobs), settings, api, campaign)
         hours, shown, troubled, refused = expected_hours(jobs), None, 0, False
         while True:
@@ -166,28 +171,35 @@ def run_campaign(folder: Path | str = "kernels", bundles: Iterable = (), setting
             if driver.trouble:
                 show(f"not now: {' '.join(str(driver.trouble[-1]).split())[:200]}")
             if last:
-                return driver.campaign, next_step(jobs, driver.campaign, folder, settings.submit, settings.strict)
+                return driver.campaign, next_step(jobs, driver.campaign, folder, settings.submit, settings.strict, models, folds)
             shown = table
             sleep(next_pause(driver, troubled))
 
 # %% ../../nbs/13_kaggle/27_campaign.ipynb #57caf220
-def plan_campaign(folder: Path | str = "kernels", bundles: Iterable = (), settings: CampaignSettings | None = None, *, models=(), folds=()) -> list[str]:
-    "Return the requests that a campaign would still make if all went well, one text each; nothing is sent and nothing written."
+def plan_campaign(folder: Path | str = "kernels", bundles: Iterable = (), settings: CampaignSettings | None = None, *, models=(), folds=(),
+                  retry: bool = False, again: Iterable = ()) -> list[str]:
+    "Return the requests that a campaign would still make if all went well, one text each, and what it leaves; nothing is sent and nothing written."
     folder, settings = Path(folder), settings or CampaignSettings()
     jobs = read_jobs(folder, models, folds)
-    campaign = Campaign.load(folder / CAMPAIGN) if (folder / CAMPAIGN).exists() else Campaign()
-    found = [f"send the dataset {name} from {path}" + _told(check_dataset(path)) for name, path in local_bundles(bundles, jobs).items()
+    campaign, here = clear(load_campaign(folder), jobs, retry, again), local_bundles(bundles, jobs)
+    found = [f"send the dataset {name} from {path}" + _told(check_dataset(path)) for name, path in here.items()
              if name not in campaign.datasets or campaign.datasets[name].state != "ready"]
+    away: dict = {}  # datasets that no bundle here becomes
     for name in [name for name, each in campaign.kernels.items() if name in jobs and each.state in ("pushing", "running")]:
         found.append(f"wait for {jobs[name].slug}")
         campaign = campaign.change(name, state="done")
     while ready := startable(jobs, campaign, settings.limits, settings.strict):
         for job, without in ready:
+            away |= dict.fromkeys(name for name in job.datasets if name not in here)
             missing = f", without {len(without)} outputs" if without else ""
             found.append(f"push {job.folder} ({job.accelerator}{missing})" + _told(check_kernel(job.folder, allow=settings.allow)))
             campaign = campaign.change(job.name, state="done")
+    found = [f"find the dataset {name} on Kaggle: no folder here is sent as this (rsnape bundle, option --bundles)" for name in away] + found
+    found += [f"leave {job.slug}, which failed (option --retry): {campaign.kernel(name).reason}" for name, job in jobs.items()
+              if campaign.kernel(name).state == "failed"]
     return found + [f"enter the submission of {job.slug}" for job in jobs.values()
-                    if settings.submit and job.stage == "submit" and campaign.kernel(job.name).state == "done" and not campaign.entry]
+                    if settings.submit and job.stage == "submit" and campaign.kernel(job.name).state == "done"
+                    and not ((entry := campaign.entry) and (entry.kernel, entry.version) == (job.name, campaign.kernel(job.name).version))]
 
 
 def _told(faults: list) -> str:

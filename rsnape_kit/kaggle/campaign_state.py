@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTIAL', 'CAMPAIGN', 'Job', 'read_job', 'read_jobs', 'JobState', 'DatasetState', 'Entry', 'Campaign',
-           'after_session', 'outlook', 'startable']
+           'load_campaign', 'after_session', 'outlook', 'startable']
 
 # %% ../../nbs/13_kaggle/23_campaign_state.ipynb #68d8618c
 import hashlib
@@ -80,14 +80,18 @@ def read_jobs(folder: Path | str, models=(), folds=()) -> dict:  # name -> Job
         folds: folds to train; default: all.
 
     Raises:
-        ValueError: if there are none, one cannot be read, two have the same id, or they wait for each other.
+        ValueError: if there are none, or none of a model or fold that is named, one cannot be read, two have the same id, or they wait for each other.
     """
     folder = Path(folder)
     found = [read_job(path.parent) for path in sorted(folder.glob("[!.]*/" + KERNEL))]
     if found and not any(job.stage == "submit" for job in found) and (folder.parent / KERNEL).is_file():
         found.append(read_job(folder.parent))
+    for what, asked, known in (("model", models, {job.model for job in found}), ("fold", folds, {job.fold for job in found})):
+        if found and (unknown := [each for each in asked if each not in known]):
+            raise ValueError(f"no kernel of {folder} trains {what} {unknown[0]}: expected some of "
+                             f"{', '.join(sorted(str(each) for each in known if each is not None)) or 'none'}")
     chosen = [job for job in found if job.model is None or (not models or job.model in models) and (not folds or job.fold in folds)]
-    if not found or not chosen:
+    if not found or (models or folds) and not any(job.model for job in chosen):
         raise ValueError(f"{folder} has no kernels{' of these models and folds' if found else ''}: write them with rsnape kernels")
     jobs = {job.name: job for job in chosen}
     if len(jobs) < len(chosen):
@@ -147,6 +151,7 @@ class Entry(Checked):
     version: Count  # of the submission kernel
     score: str = ""
     reason: str = ""
+    kernel: str = ""  # its name
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,15 @@ class Campaign(JSONFile, Checked):
     def change(self, name: str, **values) -> "Campaign":
         "Return the campaign with values of one kernel changed."
         return replace(self, kernels=self.kernels | {name: replace(self.kernel(name), **values)})
+
+# %% ../../nbs/13_kaggle/23_campaign_state.ipynb #brk00001
+def load_campaign(folder: Path | str) -> Campaign:
+    "Return what the campaign of a folder has reached."
+    path = Path(folder, CAMPAIGN)
+    try:
+        return Campaign.load(path) if path.exists() else Campaign()
+    except ValueError as error:
+        raise ValueError(f"{error}. Without a copy, delete it and run the campaign again, which finds on Kaggle what runs or has run") from error
 
 # %% ../../nbs/13_kaggle/23_campaign_state.ipynb #ee90988f
 def after_session(

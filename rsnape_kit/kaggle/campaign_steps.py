@@ -185,8 +185,8 @@ def follow(driver: Driver, job: Job):
 def enter(driver: Driver, job: Job):
     "Enter the submission kernel's output in the competition, or see whether it has its score."
     version, entry = driver.campaign.kernel(job.name).version, driver.campaign.entry
-    if entry is None or entry.version != version:
-        entry = Entry("entering", version)
+    if entry is None or (entry.kernel, entry.version) != (job.name, version):
+        entry = Entry("entering", version, kernel=job.name)
         driver.save(entry=entry)
     if entry.state in ("scored", "failed"):
         return
@@ -195,7 +195,7 @@ def enter(driver: Driver, job: Job):
     found = next((each for each in made if each and each.description == description), None)
     if found:
         state = {"complete": "scored", "error": "failed"}.get(found.status.name.lower(), "entered")
-        driver.save(entry=Entry(state, version, found.public_score or "", found.error_description or ""))
+        driver.save(entry=Entry(state, version, found.public_score or "", found.error_description or "", job.name))
     elif entry.state == "entering":
         print(enter_submission(driver.api, job.name, version, description))
-        driver.save(entry=Entry("entered", version))
+        driver.save(entry=replace(entry, state="entered"))

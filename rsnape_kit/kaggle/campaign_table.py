@@ -122,9 +122,12 @@ def progress_table(jobs: Mapping, campaign: Campaign, strict: bool = False, hour
     return "\n".join([*lines, ", ".join(f"{count} {state}" for state, count in counts.items()) + (f"; training to go: {rest}" if rest else "")])
 
 # %% ../../nbs/13_kaggle/24_campaign_table.ipynb #e6484f8b
-def next_step(jobs: Mapping, campaign: Campaign, folder: Path | str, submits: bool = True, strict: bool = False) -> str:
+def next_step(jobs: Mapping, campaign: Campaign, folder: Path | str, submits: bool = True, strict: bool = False,
+              models: Iterable = (), folds: Iterable = ()) -> str:
     "Return what is missing and the command that goes on; empty if everything is done."
-    rows, command, found = progress_rows(jobs, campaign, strict), f"rsnape campaign {folder}", []
+    chosen = "".join(f" --{key} {' '.join(map(str, each))}" for key, each in (("models", models), ("folds", folds)) if each)
+    command = f"rsnape campaign {folder}{chosen}" + " --strict" * strict + " --no-submit" * (not submits)
+    rows, found = progress_rows(jobs, campaign, strict), []
     failed = [f"{jobs[name].slug} failed: {note}" for name, state, note in rows if state == "failed"]
     failed += [f"the dataset {name} failed: {each.reason}" for name, each in campaign.datasets.items() if each.state == "failed"]
     failed += [f"{jobs[name].slug} did not start: it {note}" for name, state, note in rows if state == "stopped"]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHAPE', 'KERNELS', 'SPLIT', 'ROOT', 'NOTEBOOKS', 'TOP', 'Kernel', 'copies', 'kernels_of', 'kernel_metadata',
            'with_values', 'pushed', 'export_kernel', 'is_exported', 'kernels_folder', 'find_plan', 'other_folders',
-           'export_kernels', 'export_templates']
+           'edited_folders', 'export_kernels', 'export_templates']
 
 # %% ../../nbs/13_kaggle/08_kernels.ipynb #c3851158
 import ast
@@ -180,6 +180,16 @@ def other_folders(plan: Plan, out: Path | str) -> tuple:
     folders = [path for path in sorted(Path(out).glob("*")) if path.is_dir() and path.name not in wanted]
     former = [path for path in folders if is_exported(path) and len(list(path.iterdir())) == 2]
     return former, [path for path in folders if path not in former]
+
+
+def edited_folders(plan: Plan, out: Path | str) -> list[Path]:
+    "Return the folders of a plan's kernels whose notebook is not as `export_kernel` writes it: edited, or of another version of the package."
+    found = []
+    for folder, (name, variant) in kernels_of(plan).items():
+        code = Path(out, folder, f"{name}.ipynb")
+        if code.exists() and read_json(code)[0] != pushed(read_json(NOTEBOOKS / code.name)[0], copies(name, plan)[variant]):
+            found.append(code.parent)
+    return found
 
 
 def _check_writable(plan: Plan, out: Path):

@@ -306,7 +306,7 @@ def test_the_kernels_of_a_plan(kaggle, tmp_path):
     cells = "".join(each["source"] for each in json.loads(kaggle.kernels[name("blend")][0]["sent"]["text"])["cells"])
     assert "ALLOW_PARTIAL = True" in cells and kaggle.most["gpu"] == 2
     export_kernels(plan, tmp_path / "kernels")  # what the campaign has left there is no obstacle
-    assert len(plan_campaign(tmp_path / "kernels")) == 0
+    assert [text.split()[0] for text in plan_campaign(tmp_path / "kernels")] == ["leave"]
 
 
 def test_the_commands_of_the_readme(kaggle, tmp_path, monkeypatch, capsys):
@@ -413,6 +413,35 @@ def test_some_models_and_folds(kaggle, kernels):
     assert sources(kaggle, "blend") == {"train-a-fold-1"} and sources(kaggle, "submit") == {"train-a-fold-1", "blend"}
 
 
+@pytest.mark.parametrize("words, problem", [
+    ("--models c", "trains model c: expected some of a, b"), ("--folds 0 7", "trains fold 7: expected some of 0, 1"),
+    ("--models b --folds 1", "has no kernels of these models and folds")])
+def test_models_and_folds_of_no_kernel_are_refused(kaggle, kernels, words, problem):
+    "Nothing is started: the submission would run, and be entered, without any model."
+    (kernels / "train-b-fold-1" / "train.py").unlink()
+    (kernels / "train-b-fold-1" / "kernel-metadata.json").unlink()
+    for option in ("--once", "--dry-run"):
+        with pytest.raises(SystemExit, match=problem):
+            main(["campaign", str(kernels), option, *words.split()])
+    assert not kaggle.calls
+
+
+def test_the_next_command_keeps_to_the_chosen_models_and_folds(kaggle, kernels):
+    _, left, _, _ = drive(kernels, models=["a", "b"], folds=[1], strict=True, once=True)
+    assert left.endswith(f"go on with: rsnape campaign {kernels} --models a b --folds 1 --strict")
+
+
+def test_the_submission_of_another_account_is_entered_too(kaggle, small):
+    "Both are version 1; what the first account has entered is not in the list of the second."
+    drive(small)
+    kaggle.submissions.clear()
+    for path in small.glob("*/kernel-metadata.json"):
+        path.write_text(path.read_text().replace("test/rsnape-kit-", "other/rsnape-kit-"))
+    assert plan_campaign(small)[-1] == "enter the submission of rsnape-kit-submit"
+    campaign, left, _, _ = drive(small)
+    assert left == "" and len(kaggle.submissions) == 1 and campaign.entry.kernel == "other/rsnape-kit-submit"
+
+
 def test_a_run_without_a_submission_is_not_entered(kaggle, small, monkeypatch):
     monkeypatch.setattr(kaggle, "ListKernelSessionOutput", lambda body: (200, {"files": [], "log": "no output"}))
     _, left, _, _ = drive(small)
@@ -445,6 +474,33 @@ def test_a_dry_run_shows_the_order_and_sends_nothing(kaggle, kernels, bundle):
     assert [text.split()[1].rpartition("/")[2] for text in found[1:-1]] == [
         *PARTS, "train-a-fold-0", "train-a-fold-1", "train-b-fold-0", "train-b-fold-1", "blend", "submit"]
     assert found[-1] == "enter the submission of rsnape-kit-submit" and not (kernels / CAMPAIGN).exists()
+
+
+def test_a_dry_run_shows_what_is_run_again_and_what_is_not(kaggle, kernels):
+    kaggle.outcomes = {name("train-b-fold-0"): [FAILED]}
+    drive(kernels)
+    failed, = plan_campaign(kernels)
+    assert failed.startswith("leave rsnape-kit-train-b-fold-0, which failed (option --retry): ended as error")
+    pushes = ["train-b-fold-0", "blend", "submit"]
+    for options in ({"retry": True}, {"again": ["train-b-fold-0"]}):
+        assert plan_campaign(kernels, **options)[0].startswith("find the dataset test/rsnape-kit on Kaggle")
+        assert [text.split()[1].rpartition("/")[2] for text in plan_campaign(kernels, **options)[1:-1]] == pushes
+        assert plan_campaign(kernels, **options)[-1] == "enter the submission of rsnape-kit-submit"
+
+
+def test_a_folder_that_is_no_bundle_is_named(kaggle, kernels, tmp_path):
+    with pytest.raises(SystemExit, match="nothing/dataset-metadata.json does not exist"):
+        main(["campaign", str(kernels), "--once", "--bundles", str(tmp_path / "nothing")])
+    assert not kaggle.calls
+
+
+def test_a_damaged_state_says_what_to_do(kaggle, small):
+    drive(small)
+    (small / CAMPAIGN).write_text((small / CAMPAIGN).read_text()[:99])
+    with pytest.raises(SystemExit, match="damaged or no JSON .* delete it and run the campaign again"):
+        main(["campaign", str(small), "--once"])
+    (small / CAMPAIGN).unlink()
+    assert drive(small)[1] == "" and pushed_once(kaggle, ["train-a-fold-0", "submit"]) and len(kaggle.submissions) == 1
 
 
 def test_the_command_makes_one_pass_and_names_the_next_step(kaggle, kernels, capsys):

@@ -6,7 +6,9 @@ import pytest
 from rsnape_kit.cli import main, parser
 
 pytest.importorskip("kaggle.api.kaggle_api_extended", reason="pip install kaggle==2.2.4 six")
+import kaggle_stub  # noqa: E402
 from kaggle_files import connected  # noqa: E402
+from kaggle_sessions import Kaggle  # noqa: E402
 
 IDS = [f"{number:012d}" for number in range(4)]  # all digits, as ids can be
 TRAIN = "StudyInstanceUID,SeriesInstanceUID,SOPInstanceUID,negative_exam_for_pe,indeterminate\n"
@@ -55,6 +57,14 @@ def test_download_of_an_unknown_study_says_where_to_look(kaggle):
         main(["download", "--studies", "9"])
 
 
+@pytest.mark.parametrize("content, problem", [("", "is empty"), ("<html>\n", "has no column StudyInstanceUID")])
+def test_a_damaged_table_is_named(kaggle, run, tmp_path, content, problem):
+    run("download")
+    (tmp_path / "competition" / "whole" / "train.csv").write_text(content)
+    with pytest.raises(SystemExit, match=f"competition/whole/train.csv {problem}.*: delete it and run the command again"):
+        main(["download", "--studies", "2"])
+
+
 def test_states_logs_and_output_of_a_kernel(kaggle, run):
     for state, printed, following in (("RUNNING", "running", "status"), ("ERROR", "error  Out of memory", "logs"),
                                       ("COMPLETE", "complete", "output")):
@@ -80,7 +90,7 @@ def test_submit_waits_for_the_run_and_the_score(kaggle, run, tmp_path, monkeypat
         "version 3 of me/submit: Successfully submitted to rsna-str-pulmonary-embolism-detection",
         "the submission is pending, 0 min so far", "2026-11-30 10:00  complete  public 0.2  five folds"]
     assert following == "scores"
-    assert run("scores")[1] == "submit --wait"
+    assert run("scores")[1] == "submit . --wait"
 
 
 def watch_defaults(kaggle) -> tuple:
@@ -94,6 +104,23 @@ def watch_defaults(kaggle) -> tuple:
 
     *rest, _, clock = watch.__defaults__
     return (*rest, sleep, clock)
+
+
+def test_after_the_bundle_comes_the_submission_kernel_where_it_was_written(monkeypatch, run, tmp_path):
+    "The commands of the README in an installed package's folder: each names one that works there."
+    monkeypatch.chdir(tmp_path)
+    run("kernels --owner me --models efficientnet --folds 0 --parts 1")
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "x.py").write_text("x = 1")
+    meta = {"id": "me/rsnape-kit", "title": "rsnape_kit", "licenses": [{"name": "apache-2.0"}]}
+    (tmp_path / "bundle" / "dataset-metadata.json").write_text(json.dumps(meta))
+    with kaggle_stub.connected(Kaggle(), monkeypatch, tmp_path / "home") as stub:
+        stub.pending = 0
+        following = run("push bundle")[1]
+        assert following == "push kernels/submit"
+        following = run(following)[1]
+        assert following == "submit kernels/submit"
+        assert run("scores")[1] == f"{following} --wait"
 
 
 def test_notes_are_refused_where_they_would_be_lost(tmp_path):

@@ -323,7 +323,11 @@ def test_kernels_keep_what_an_earlier_call_decided(tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize("words, problem", [
     ("--folds 5", "fold 5 is none of 5 folds"), ("--models sequence", "sequence reads the runs of efficientnet"),
     ("--models vit", "unknown model 'vit'"), ("--accelerator petaformer=tpu", "petaformer cannot be trained on tpu"),
-    ("--set resnet3d.batsh=2", "batsh"), ("--recipe fuller", "unknown recipe 'fuller'")])
+    ("--set resnet3d.batsh=2", "batsh"), ("--recipe fuller", "unknown recipe 'fuller'"),
+    ("--owner NAME", "owner is 'NAME': expected a Kaggle user name"),
+    ("--models efficientnet --set resnet3d.batsh=2", "batsh"), ("--model-sources me/weights", "expected owner/model/"),
+    # the notebook would look for the run of its own fold and seed when all the training is done
+    ("--set efficientnet.seed=5", "seed=5' cannot be set"), ("--set efficientnet.fold=3", "fold=3' cannot be set")])
 def test_a_plan_that_cannot_run_is_refused_and_nothing_is_written(tmp_path, monkeypatch, words, problem):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=problem):
@@ -331,18 +335,39 @@ def test_a_plan_that_cannot_run_is_refused_and_nothing_is_written(tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("owner", ["NAME", "J Smith", "", "me/you"])
+def test_a_bundle_of_nobody_is_refused_before_anything_is_fetched(tmp_path, monkeypatch, owner):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=f"the dataset is '{owner}/rsnape-kit': "):
+        main(["bundle", "--owner", owner])
+    assert not list(tmp_path.rglob("*.whl")) and not (tmp_path / "build" / "bundle").exists()
+
+
+def test_an_edited_notebook_is_named_when_it_is_replaced(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    kernels(capsys, "--models", "efficientnet", "--folds", "0", "1", "--parts", "1")
+    path = tmp_path / "kernels" / "train-efficientnet-fold-1" / "train.ipynb"
+    path.write_text(path.read_text().replace('"ALLOW_PARTIAL = False', '"ALLOW_PARTIAL = True'))  # as the page says
+    lines = kernels(capsys, "--resume")
+    assert [line.split()[4] for line in lines if line.startswith("replaced")] == ["kernels/train-efficientnet-fold-1,"]
+    assert '"ALLOW_PARTIAL = False' in path.read_text()
+    assert not any(line.startswith("replaced") for line in kernels(capsys, "--allow-partial"))
+
+
 def test_only_folders_of_the_former_plan_are_removed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     kernels(capsys, "--models", "efficientnet", "--n-folds", "3", "--parts", "3")
     (tmp_path / "kernels" / "prepare-2" / "notes.txt").write_text("one's own")
     shutil.copytree(tmp_path / "kernels" / "submit", tmp_path / "kernels" / "my-submission")
+    (tmp_path / "kernels" / "notes").mkdir()
     lines = kernels(capsys, "--n-folds", "2", "--parts", "2")
     folders = {path.name for path in (tmp_path / "kernels").iterdir() if path.is_dir()}
     assert folders == {"prepare-0", "prepare-1", "train-efficientnet-fold-0", "train-efficientnet-fold-1", "blend",
-                       "submit", "prepare-2", "my-submission"}
+                       "submit", "prepare-2", "my-submission", "notes"}
     assert [line.split()[1] for line in lines if line.startswith("removed")] == ["kernels/train-efficientnet-fold-2,"]
-    assert {line.split()[2] for line in lines if line.startswith("left alone")} == {
-        "kernels/prepare-2,", "kernels/my-submission,"}
+    alone = [line for line in lines if line.startswith("left alone")]
+    assert {line.split()[2] for line in alone} == {"kernels/prepare-2,", "kernels/my-submission,", "kernels/notes,"}
+    assert [line.split()[2] for line in alone if "rsnape campaign" not in line] == ["kernels/notes,"]
 
 
 def test_the_repository_is_never_written_to(tmp_path, monkeypatch, capsys):
