@@ -54,9 +54,8 @@ def kernels(*, owner: str | None = None, models: list[str] | None = None, folds:
         out: folder to write (default: kernels; in the repository build/kernels)
     """
     from rsnape_kit.kaggle.dataset import OWNER
-    from rsnape_kit.kaggle.kernels import edited_folders, export_kernels, find_plan, kernels_folder, other_folders
+    from rsnape_kit.kaggle.kernels import find_plan, kernels_folder, replace_kernels
     from rsnape_kit.kaggle.plan import Plan, change_plan, describe_plan
-    from rsnape_kit.kaggle.preflight import KERNEL
 
     out = kernels_folder() if out is None else out
     former = find_plan(out) if plan is None else Plan.load(plan)
@@ -64,18 +63,12 @@ def kernels(*, owner: str | None = None, models: list[str] | None = None, folds:
              "trained": trained, "resume": resume, "allow_partial": allow_partial, "model_sources": model_sources,
              "full_commit": full_commit}
     new = change_plan(former or Plan(), set, accelerator, **named)
-    removed, foreign = other_folders(new, out)
-    edited = edited_folders(former, out) if former and plan is None else []
-    folders = export_kernels(new, out)
+    lines = replace_kernels(new, former if plan is None else None, out)
     named |= {"settings": set or None, "accelerators": accelerator or None}
     print("named:", "; ".join(describe_plan(new, [name for name, value in named.items() if value is not None], changed=False)) or "nothing")
     if former:
         print("kept:", "; ".join(describe_plan(new, [name for name, value in named.items() if value is None])) or "nothing")
-    print(*(f"removed: {path}, a kernel of the former plan" + ", edited since" * (path in edited) for path in removed),
-          *(f"replaced: the notebook of {path}, which was edited or made by another version of this package" for path in edited if path in folders),
-          *(f"left alone: {path}, " + ("a kernel that is not the plan's or has other files too; rsnape campaign and status take it for one "
-                                       "of yours: move it unless it is" if (path / KERNEL).exists() else "which this command has not written")
-            for path in foreign), *folders, out / "plan.json", sep="\n")
+    print(*lines, out / "plan.json", sep="\n")
     next_step(*("kernels --owner NAME, with your Kaggle user name",) if new.owner == OWNER else ("bundle --owner", new.owner))
 
 
@@ -221,11 +214,10 @@ def rehearse(*, folder: Path = Path("build/rehearsal"), runs: list[Path] = (), b
         result = rehearse_chain(folder / "chain", *chain_kits(folder, bundle, torch), models or tuple(SMALL))
         print(describe_chain(result))
         sys.exit(0 if result.ok else "rsnape: not every step of the chain ran well")
-    competition = rk.make_competition(folder / "competition", 4, 2, slices=16, difficulty="demo")
     python, skipped = make_environment(folder / "python", packages=CORE + MORE if runs else CORE)
     print("packages missing in the rehearsal's Python:", ", ".join(skipped) or "none")
-    kernel = export_kernel("submit", Plan(), "", folder / "kernel")
-    result = rehearse(bundle, competition, kernel, python, out=folder / "working")
+    made = rk.make_competition(folder / "competition", 4, 2, slices=16, difficulty="demo")
+    result = rehearse(bundle, made, export_kernel("submit", Plan(), "", folder / "kernel"), python, out=folder / "working")
     print(result.log)
     if not result.ok:
         sys.exit(f"rsnape: {result.problem}")
@@ -242,8 +234,8 @@ def download(*, studies: list[str] = (), split: Literal["train", "test"] = "trai
     """
     from rsnape_kit.kaggle.downloads import download_competition
 
-    count = len(studies) == 1 and studies[0].isdecimal() and len(studies[0]) < 12  # ids have twelve digits
-    done = download_competition(out, int(studies[0]) if count else studies, split)
+    number = len(studies) == 1 and studies[0].isdecimal() and len(studies[0]) < 12  # ids have twelve digits
+    done = download_competition(out, int(studies[0]) if number else studies, split)
     print(", ".join(f"{len(found)} studies in {out / name}" for name, found in done.items()), f"with their {split}.csv in {out}")
     next_step(*("store", out / split, "store") if done[split] else ("download --studies 4 --out", out))
 
@@ -259,8 +251,7 @@ def status(kernels: list[str] = ()):
     states = kernel_states(kernel_names(kernels or ["."]))
     print(*state_lines(states), sep="\n")
     by_state = {each.state: each.name for each in reversed(states)}
-    failed = by_state.get("error") or by_state.get("cancel_acknowledged")
-    done = by_state.get("complete")
+    failed, done = by_state.get("error") or by_state.get("cancel_acknowledged"), by_state.get("complete")
     next_step(*("logs", failed) if failed else ("output", done) if done else ("status", *kernels))
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHAPE', 'KERNELS', 'SPLIT', 'ROOT', 'NOTEBOOKS', 'TOP', 'Kernel', 'copies', 'kernels_of', 'kernel_metadata',
            'with_values', 'pushed', 'export_kernel', 'is_exported', 'kernels_folder', 'find_plan', 'other_folders',
-           'edited_folders', 'export_kernels', 'export_templates']
+           'edited_folders', 'export_kernels', 'replace_kernels', 'export_templates']
 
 # %% ../../nbs/13_kaggle/08_kernels.ipynb #c3851158
 import ast
@@ -230,6 +230,26 @@ def export_kernels(plan: Plan | None = None, out: Path | str | None = None) -> l
         folder.rmdir()
     plan.save(out / PLAN)
     return folders
+
+
+def replace_kernels(plan: Plan, former: Plan | None, out: Path | str) -> list[str]:
+    """Write the kernels of a plan in place of those of a former one.
+
+    Args:
+        plan: the new plan.
+        former: the plan that the kernels in `out` were written from; None: do not look for edited notebooks.
+        out: as for `export_kernels`.
+
+    Returns:
+        A line for each folder that was removed, whose notebook was replaced, or that was left alone; then the written folders.
+    """
+    (removed, foreign), edited = other_folders(plan, out), edited_folders(former, out) if former else []
+    folders = export_kernels(plan, out)
+    took = "a kernel that is not the plan's or has other files too; rsnape campaign and status take it for one of yours: move it unless it is"
+    return [*(f"removed: {path}, a kernel of the former plan" + ", edited since" * (path in edited) for path in removed),
+            *(f"replaced: the notebook of {path}, which was edited or made by another version of this package" for path in edited if path in folders),
+            *(f"left alone: {path}, {took if (path / KERNEL).exists() else 'which this command has not written'}" for path in foreign),
+            *map(str, folders)]
 
 
 def export_templates(root: Path | str = ".") -> list[Path]:

@@ -79,7 +79,7 @@ def device_render(
     ops, neighbours = import_keras().ops, len(pixels.neighbours)
     source, size, lead = stored.shape[-1], pixels.size, tuple(ops.shape(params)[:-1])
     params = ops.reshape(ops.cast(params, "int32"), (-1, params.shape[-1]))
-    params = params if neighbours == 1 else ops.repeat(params, neighbours, 0)
+    params = ops.reshape(ops.stack([params] * neighbours, 1), (-1, params.shape[-1]))  # ops.repeat takes no symbolic tensors on PyTorch
     stored = _hide_sides(ops, ops.reshape(ops.cast(stored, "int32"), (-1, source, source)), params)
     low, high, factor = _factors(ops, stored, params, pixels)
     resample = _nearest if pixels.mode == "nearest" else _bilinear

@@ -61,7 +61,7 @@ def test_download_of_an_unknown_study_says_where_to_look(kaggle):
 def test_a_damaged_table_is_named(kaggle, run, tmp_path, content, problem):
     run("download")
     (tmp_path / "competition" / "whole" / "train.csv").write_text(content)
-    with pytest.raises(SystemExit, match=f"competition/whole/train.csv {problem}.*: delete it and run the command again"):
+    with pytest.raises(SystemExit, match=f"whole/train.csv {problem}.*: delete it and run the command again"):
         main(["download", "--studies", "2"])
 
 
