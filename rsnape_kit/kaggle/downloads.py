@@ -106,7 +106,10 @@ _IDS = (STUDY, SERIES, SLICE, *_NO_EMBOLUS)
 
 def read_whole(out: Path, split: str) -> pd.DataFrame:
     "Return the columns of a whole table that say which studies and files there are."
-    table = pd.read_csv(out / WHOLE / f"{split}.csv", dtype=str, keep_default_na=False, usecols=lambda name: name in _IDS)
+    try:
+        table = pd.read_csv(out / WHOLE / f"{split}.csv", dtype=str, keep_default_na=False, usecols=lambda name: name in _IDS)
+    except pd.errors.EmptyDataError as error:
+        raise ValueError(f"{out / WHOLE / split}.csv is empty: delete it and run the command again") from error
     if missing := [name for name in _IDS[:3] if name not in table]:
         raise ValueError(f"{out / WHOLE / split}.csv has no column {', '.join(missing)}: delete it and run the command again")
     return table

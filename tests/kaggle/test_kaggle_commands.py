@@ -57,6 +57,14 @@ def test_download_of_an_unknown_study_says_where_to_look(kaggle):
         main(["download", "--studies", "9"])
 
 
+@pytest.mark.parametrize("content, problem", [("", "is empty"), ("<html>\n", "has no column StudyInstanceUID")])
+def test_a_damaged_table_is_named(kaggle, run, tmp_path, content, problem):
+    run("download")
+    (tmp_path / "competition" / "whole" / "train.csv").write_text(content)
+    with pytest.raises(SystemExit, match=f"whole/train.csv {problem}.*: delete it and run the command again"):
+        main(["download", "--studies", "2"])
+
+
 def test_states_logs_and_output_of_a_kernel(kaggle, run):
     for state, printed, following in (("RUNNING", "running", "status"), ("ERROR", "error  Out of memory", "logs"),
                                       ("COMPLETE", "complete", "output")):
