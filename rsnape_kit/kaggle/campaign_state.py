@@ -168,7 +168,7 @@ class Campaign(JSONFile, Checked):
         "Return the campaign with values of one kernel changed."
         return replace(self, kernels=self.kernels | {name: replace(self.kernel(name), **values)})
 
-# %% ../../nbs/13_kaggle/23_campaign_state.ipynb #brk00001
+# %% ../../nbs/13_kaggle/23_campaign_state.ipynb #a3c0ad01
 def load_campaign(folder: Path | str) -> Campaign:
     "Return what the campaign of a folder has reached."
     path = Path(folder, CAMPAIGN)
