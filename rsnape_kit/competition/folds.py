@@ -19,6 +19,7 @@ import pandas as pd
 from .labels import STUDY
 from .predictions import Predictions
 from .tables import check_ids
+from ..utils.display import object_html
 from ..utils.files import atomic_write, read_json
 from ..utils.schema import Natural, convert
 
@@ -73,6 +74,13 @@ class Folds:
             raise ValueError(f"{path}: the folds have fingerprint {found.fingerprint}, expected {saved.fingerprint}; the "
                              "file was edited or truncated: make the folds again")
         return found
+
+    def __repr__(self):
+        return f"Folds({self.of.nunique()} folds of {len(self.of)} studies, {self.fingerprint})"
+
+    def _repr_html_(self):
+        held_out = self.of.groupby(self.of).agg(studies="size", first=lambda part: part.index[0]).rename_axis("fold")
+        return object_html(self, {"studies": len(self.of), "fingerprint": self.fingerprint}, {"held out": held_out}, rows=10)
 
 # %% ../../nbs/01_competition/06_folds.ipynb #bbc92810
 def strata(exams: pd.DataFrame, least: int) -> np.ndarray:  # least: minimum size of a stratum; str [n]
