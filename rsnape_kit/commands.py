@@ -190,7 +190,7 @@ def blend(runs: list[Path] = (), *, train_csv: Path | None = None, preset: Liter
     ensemble.save(out)
     picture = out.with_suffix(".png")
     with atomic_file(picture) as fresh:
-        plot_weights(ensemble.blend_weights).savefig(fresh, dpi=80, format="png")
+        plot_weights(ensemble.blend_weights)[0].figure.savefig(fresh, dpi=80, format="png")
     print(loss_by_label(ensemble.blend_weights).round(4).to_string())
     print(f"\n{summary(ensemble.blend_weights)}\nout-of-fold losses of the ensemble: {_listed(ensemble.losses)}\n{out}   {picture}")
 
