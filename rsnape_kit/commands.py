@@ -62,6 +62,11 @@ def phantom(out: Path, *, studies: Count = 24, test_studies: Count = 8, slices: 
     """
     with worker_pool() as executor:
         rk.make_competition(out, studies, test_studies, slices, difficulty=difficulty, seed=seed, executor=executor)
+    images = rk.Predictions.from_train_csv(out / "train.csv").images
+    count = int((images.groupby(level=0).max() > 0).sum())
+    print(f"{studies} studies to train on, {count} with a positive slice, and {test_studies} test studies in {out}")
+    if count < 2:
+        print("models need two with one, to learn from and to score: give more --studies or another --seed")
 
 
 def scan(folder: Path, *, out: Path = Path("slices.parquet")):

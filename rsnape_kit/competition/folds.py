@@ -54,7 +54,7 @@ class Folds:
     def valid(self, fold: int) -> pd.Index:
         """Return the StudyInstanceUIDs held out in a fold."""
         if not 0 <= fold < self.n:
-            raise ValueError(f"fold {fold}: expected 0 to {self.n - 1}")
+            raise ValueError(f"fold {fold} of {self.n}: expected 0 to {self.n - 1} (fold, --fold), or more folds (n, --folds)")
         return self.of.index[self.of == fold]
 
     def train(self, fold: int) -> pd.Index:
@@ -120,7 +120,7 @@ def make_folds(studies: Iterable[str], truth: Predictions | None = None, n: int 
     check_ids(studies := list(studies), STUDY)
     ids = pd.Index(sorted(set(studies)), name=STUDY)
     if not 2 <= n <= len(ids):
-        fix = f"choose 2 to {len(ids)} folds (n, --folds)" if len(ids) > 1 else "add studies"
+        fix = "add studies" if len(ids) < 2 else f"choose 2{f' to {len(ids)}' * (len(ids) > 2)} folds (n, --folds)"
         raise ValueError(f"{n} folds of {len(ids)} studies: a fold holds out at least one study, and another is to learn from; {fix}")
     parts = KFold(n, shuffle=True, random_state=seed).split(ids)
     if truth is not None:
@@ -129,8 +129,8 @@ def make_folds(studies: Iterable[str], truth: Predictions | None = None, n: int 
         if count.min() >= n:
             parts = StratifiedKFold(n, shuffle=True, random_state=seed).split(ids, kinds)
         else:
-            warnings.warn(f"{count.index[-1]}: {count.iloc[-1]} of {len(ids)} studies, fewer than {n} folds (--folds): the last folds "
-                          "hold out none of them", stacklevel=2)
+            warnings.warn(f"{count.index[-1]}: {count.iloc[-1]} of {len(ids)} studies, fewer than {n} folds: "
+                          "the last folds hold out none of them", stacklevel=2)
             return Folds(_in_turn(ids, kinds, n, seed))
     of = pd.Series(0, ids, name="fold")
     for fold, (_, held_out) in enumerate(parts):

@@ -258,8 +258,8 @@ class Batches(_BatchAccess):
         items = len(self.order)
         if not items:
             raise ValueError(f"{self.shard[1]} processes share fewer {self.sample} than that: start fewer, or give more studies")
-        warnings.warn(f"batch={self.batch} is cut to {items}: {len(self.labelled.studies)} studies have {items} {self.sample} for an epoch"
-                      f"{', twice the positive ones, since classes are balanced' if getattr(self, 'repeats', None) is not None else ''}", stacklevel=5)
+        twice = ", twice the positive ones, since classes are balanced" if getattr(self, "repeats", None) is not None else ""
+        warnings.warn(f"batch={self.batch} is cut to {items}: an epoch has no more {self.sample}{twice}", stacklevel=5)
         self.batch = items
 
     def set_epoch(self, epoch: int):  # from 0; also the number of a TTA view

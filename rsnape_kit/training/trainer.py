@@ -72,6 +72,7 @@ def refuse_other_split(what: Path | str, run: Path | str, config: FitConfig, why
 
 def require_positives(truth: Predictions, folds: Folds, fold: int, learn: bool = True):  # learn: whether training needs one too
     "Raise ValueError if studies with a positive slice are missing to score a fold, or to learn from."
+    folds.valid(fold)  # raises where there is no such fold
     of = folds.of[folds.of.index.isin(truth.images.index[truth.images.to_numpy() > 0].unique(0))]
     here = int((of == fold).sum())
     if here and not (learn and here == len(of)):
@@ -80,7 +81,7 @@ def require_positives(truth: Predictions, folds: Folds, fold: int, learn: bool =
         "holds out no study with a positive slice, which the metric cannot score"
     others = [str(k) for k in of.unique() if not (of == k).all()]
     fix = f"hold out fold {' or '.join(sorted(others))} (--fold)" if others else \
-        "choose other folds (--folds)" if len(of) > 1 else "two are needed, one to learn from and one to score: add studies"
+        "choose other folds (--folds)" if len(of) > 1 else "two are needed, one to learn from and one to score: add studies (rsnape download --studies 4 takes two with an embolus)"
     raise ValueError(f"fold {fold} {lacks}; {len(of)} of {len(folds.of)} studies have one: {fix}")
 
 # %% ../../nbs/10_training/07_trainer.ipynb #e56868e0
