@@ -62,6 +62,11 @@ def phantom(out: Path, *, studies: Count = 24, test_studies: Count = 8, slices: 
     """
     with worker_pool() as executor:
         rk.make_competition(out, studies, test_studies, slices, difficulty=difficulty, seed=seed, executor=executor)
+    images = rk.Predictions.from_train_csv(out / "train.csv").images
+    count = int((images.groupby(level=0).max() > 0).sum())
+    print(f"{studies} studies to train on, {count} with a positive slice, and {test_studies} test studies in {out}")
+    if count < 2:
+        print("models need two with one, to learn from and to score: give more --studies or another --seed")
 
 
 def scan(folder: Path, *, out: Path = Path("slices.parquet")):
@@ -190,7 +195,7 @@ def blend(runs: list[Path] = (), *, train_csv: Path | None = None, preset: Liter
     ensemble.save(out)
     picture = out.with_suffix(".png")
     with atomic_file(picture) as fresh:
-        plot_weights(ensemble.blend_weights).savefig(fresh, dpi=80, format="png")
+        plot_weights(ensemble.blend_weights)[0].figure.savefig(fresh, dpi=80, format="png")
     print(loss_by_label(ensemble.blend_weights).round(4).to_string())
     print(f"\n{summary(ensemble.blend_weights)}\nout-of-fold losses of the ensemble: {_listed(ensemble.losses)}\n{out}   {picture}")
 

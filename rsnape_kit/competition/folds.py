@@ -19,6 +19,7 @@ import pandas as pd
 from .labels import STUDY
 from .predictions import Predictions
 from .tables import check_ids
+from ..utils.display import object_html
 from ..utils.files import atomic_write, read_json
 from ..utils.schema import Natural, convert
 
@@ -53,7 +54,7 @@ class Folds:
     def valid(self, fold: int) -> pd.Index:
         """Return the StudyInstanceUIDs held out in a fold."""
         if not 0 <= fold < self.n:
-            raise ValueError(f"fold {fold}: expected 0 to {self.n - 1}")
+            raise ValueError(f"fold {fold} of {self.n}: expected 0 to {self.n - 1} (fold, --fold), or more folds (n, --folds)")
         return self.of.index[self.of == fold]
 
     def train(self, fold: int) -> pd.Index:
@@ -74,6 +75,13 @@ class Folds:
                              "file was edited or truncated: make the folds again")
         return found
 
+    def __repr__(self):
+        return f"Folds({self.of.nunique()} folds of {len(self.of)} studies, {self.fingerprint})"
+
+    def _repr_html_(self):
+        held_out = self.of.groupby(self.of).agg(studies="size", first=lambda part: part.index[0]).rename_axis("fold")
+        return object_html(self, {"studies": len(self.of), "fingerprint": self.fingerprint}, {"held out": held_out}, rows=10)
+
 # %% ../../nbs/01_competition/06_folds.ipynb #bbc92810
 def strata(exams: pd.DataFrame, least: int) -> np.ndarray:  # least: minimum size of a stratum; str [n]
     "Return the stratum of each study."
@@ -88,6 +96,13 @@ def strata(exams: pd.DataFrame, least: int) -> np.ndarray:  # least: minimum siz
     return finer
 
 # %% ../../nbs/01_competition/06_folds.ipynb #5396c0b3
+def _in_turn(ids: pd.Index, kinds: np.ndarray, n: int, seed: int) -> pd.Series:  # study -> fold
+    "Give each fold a study in turn, those with an embolus first, in random order."
+    last = np.isin(kinds, ["negative", "indeterminate", "not positive"])
+    order = np.lexsort((np.random.default_rng(seed).random(len(ids)), kinds, last))
+    return pd.Series(np.arange(len(ids)) % n, ids[order], name="fold").reindex(ids)
+
+
 def make_folds(studies: Iterable[str], truth: Predictions | None = None, n: int = 5, seed: int = 0) -> Folds:
     """Assign studies to cross-validation folds, independently of the order given; return `Folds` (study -> fold).
 
@@ -105,7 +120,8 @@ def make_folds(studies: Iterable[str], truth: Predictions | None = None, n: int 
     check_ids(studies := list(studies), STUDY)
     ids = pd.Index(sorted(set(studies)), name=STUDY)
     if not 2 <= n <= len(ids):
-        raise ValueError(f"{n} folds of {len(ids)} studies: expected at least 2 folds and at least one study per fold")
+        fix = "add studies" if len(ids) < 2 else f"choose 2{f' to {len(ids)}' * (len(ids) > 2)} folds (n, --folds)"
+        raise ValueError(f"{n} folds of {len(ids)} studies: a fold holds out at least one study, and another is to learn from; {fix}")
     parts = KFold(n, shuffle=True, random_state=seed).split(ids)
     if truth is not None:
         kinds = strata(truth.select(ids).exams, n)
@@ -113,8 +129,9 @@ def make_folds(studies: Iterable[str], truth: Predictions | None = None, n: int 
         if count.min() >= n:
             parts = StratifiedKFold(n, shuffle=True, random_state=seed).split(ids, kinds)
         else:
-            warnings.warn(f"{count.index[-1]}: {count.iloc[-1]} of {len(ids)} studies, fewer than {n} folds; "
-                          "the split is at random, not stratified", stacklevel=2)
+            warnings.warn(f"{count.index[-1]}: {count.iloc[-1]} of {len(ids)} studies, fewer than {n} folds: "
+                          "the last folds hold out none of them", stacklevel=2)
+            return Folds(_in_turn(ids, kinds, n, seed))
     of = pd.Series(0, ids, name="fold")
     for fold, (_, held_out) in enumerate(parts):
         of.iloc[held_out] = fold

@@ -14,6 +14,7 @@ import pandas as pd
 
 from . import tables
 from .labels import AUX_LABELS, EXAM_LABELS, IMAGE_LABEL, RV_LV, SLICE, STUDY
+from ..utils.display import object_html
 from ..utils.files import complete_folder
 from ..utils.manifest import atomic_folder, check_manifest
 
@@ -160,6 +161,15 @@ class Predictions:
         labels = [label for label in self.exams if self.exams[label].notna().any()]
         labels += [IMAGE_LABEL] * bool(self.images.notna().any())
         return f"Predictions({len(self.exams)} studies, {len(self.images)} slices; {', '.join(labels) or 'all NaN'})"
+
+    def _repr_html_(self):
+        columns = [*(self.exams[label] for label in self.exams), self.images]
+        labels = pd.DataFrame([{"predicted": each.notna().sum(), "mean": each.mean(), "least": each.min(), "largest": each.max()}
+                               for each in columns], [str(each.name) for each in columns])
+        first = self.exams.head(3).T.reindex(labels.index)
+        first.loc[IMAGE_LABEL] = [self.images[study].mean() for study in first]
+        return object_html(self, {"studies": len(self.exams), "slices": len(self.images)},
+                           {"all values, and the first studies with the mean over their slices": pd.concat([labels, first], axis=1)}, len(labels))
 
 # %% ../../nbs/01_competition/03_predictions.ipynb #p5pr0002
 def mean_log_odds(preds: list[Predictions]) -> Predictions:

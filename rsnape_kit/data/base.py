@@ -6,6 +6,7 @@
 __all__ = ['LabelledRows', 'join_labels', 'batch_render_params', 'Batches']
 
 # %% ../../nbs/06_data/05_base.ipynb #fb04c14a
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -207,7 +208,8 @@ class Batches(_BatchAccess):
         affine: Training and TTA: random affine transforms and flips. Default: none.
         augment: Training: random contrast, HU shift and cutouts. Default: none.
         seed: Seed of order and augmentation, an integer of at least 0.
-        shuffle: Training: a new order each epoch, only complete batches, and JPEG noise if `pixels` has it.
+        shuffle: Training: a new order each epoch, only complete batches, and JPEG noise if `pixels` has it. A batch larger than the data is
+            cut to it, with a warning.
         shard: (i, of), index of this process and number of processes of a data-parallel run.
         weights: Add the sample weights of the competition's metric to each batch. Needs `truth`.
         device: Give {"stored", "params"} for `PixelLayer` instead of rendered pixels.
@@ -249,7 +251,16 @@ class Batches(_BatchAccess):
         self.crops = crops_of(source, self.pixels.crop, self.labelled.study >= 0)
         self.set_epoch(0)
         if shuffle and not len(self):
-            raise ValueError(f"{len(self.order)} {self.sample} do not fill a batch of {batch}: give more studies or a smaller batch")
+            self._cut_batch()
+
+    def _cut_batch(self):
+        "Make the batch as large as the data of an epoch, which a few studies for trying things do not fill."
+        items = len(self.order)
+        if not items:
+            raise ValueError(f"{self.shard[1]} processes share fewer {self.sample} than that: start fewer, or give more studies")
+        twice = ", twice the positive ones, since classes are balanced" if getattr(self, "repeats", None) is not None else ""
+        warnings.warn(f"batch={self.batch} is cut to {items}: an epoch has no more {self.sample}{twice}", stacklevel=5)
+        self.batch = items
 
     def set_epoch(self, epoch: int):  # from 0; also the number of a TTA view
         "Set the epoch, which determines order, augmentation and frames."

@@ -17,6 +17,7 @@ import pandas as pd
 from ..competition.tables import read_parquet
 from .sequences import StudyFeatures
 from ..utils.archives import check_archive, read_arrays
+from ..utils.display import object_html
 from ..utils.files import atomic_file, read_json, validate_name
 from ..utils.manifest import check_manifest, write_manifest
 from ..utils.schema import Count, convert
@@ -63,6 +64,10 @@ class FeatureStore:
 
     def __repr__(self):
         return f"FeatureStore({len(self.index)} studies, {int(self.index['slices'].sum()):,} slices x {self.size}, {self.views} views; {self.run})"
+
+    def _repr_html_(self):
+        return object_html(self, {"studies": len(self.index), "slices": self.index["slices"].sum(), "vector": self.size, "views": self.views,
+                                  "image run": self.run, "folder": self.folder}, {"studies": self.index[["shard", "slices"]]}, rows=3)
 
 
 @dataclass(frozen=True)

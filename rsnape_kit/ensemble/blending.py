@@ -18,6 +18,7 @@ from ..competition.labels import EXAM_LABELS, IMAGE_LABEL, NOT_POSITIVE, RV_LV
 from ..competition.predictions import Predictions, ratio_only
 from ..competition.priors import at_position
 from ..competition.tables import locate, slice_index
+from ..utils.display import object_html
 from ..utils.files import validate_name
 from ..utils.schema import Checked, JSONFile, Measured, Share
 
@@ -68,6 +69,19 @@ class BlendWeights(JSONFile, Checked):
     def table(self) -> pd.DataFrame:
         "Return the weights as a table, labels x models."
         return pd.DataFrame(self.blend_weights, self.models).T
+
+    def with_losses(self) -> pd.DataFrame:
+        "Return the weights with each label's prior and out-of-fold loss, NaN where it was not measured."
+        measured = pd.Series(self.losses.get("blend", {}), LABELS, dtype=float)
+        return self.table().assign(**{"prior": pd.Series(self.prior), "loss of the blend": measured})
+
+    def __repr__(self):
+        return f"BlendWeights({', '.join(self.models) or 'no models'}; {self.preset or 'fitted' * bool(self.losses) or 'given'}, by {self.space})"
+
+    def _repr_html_(self):
+        return object_html(self, {"models": self.models, "averaged": self.space, "preset": self.preset,
+                                  "prior by position": f"{len(self.position)} steps" * bool(self.position)},
+                           {"weights": self.with_losses()}, rows=len(LABELS))
 
 # %% ../../nbs/11_ensemble/03_blending.ipynb #1f6ad103
 MIN_WEIGHT = 1e-12  # used in place of a weight of 0

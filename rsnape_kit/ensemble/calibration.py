@@ -17,6 +17,7 @@ from ..competition.labels import AUX_LABELS, EXAM_LABELS, IMAGE_LABEL
 from ..competition.metric import loss_table
 from ..competition.predictions import Predictions, positive_studies, ratio_only
 from .cross_fit import LabelArrays, arrays_by_label, cross_fit
+from ..utils.display import object_html
 from ..utils.schema import Checked, JSONFile, Measured, NonNegative
 
 # %% ../../nbs/11_ensemble/02_calibration.ipynb #b0c7bb68
@@ -35,6 +36,17 @@ class Calibration(JSONFile, Checked):
         super().__post_init__()
         if unknown := sorted(self.coefficients.keys() - {*EXAM_LABELS, *AUX_LABELS, IMAGE_LABEL}):
             raise ValueError(f"coefficients has the unknown label {unknown[0]!r}: expected labels of the competition")
+
+    def table(self) -> pd.DataFrame:
+        "Return slope and offset of each label, and its loss before and after, NaN where it was not measured."
+        rows = {label: {"slope": slope, "offset": offset} | self.losses.get(label, {}) for label, (slope, offset) in self.coefficients.items()}
+        return pd.DataFrame.from_dict(rows, orient="index", columns=["slope", "offset", "before", "after"])
+
+    def __repr__(self):
+        return f"Calibration({', '.join(f'{label} {slope:.2f} {offset:+.2f}' for label, (slope, offset) in self.coefficients.items())})"
+
+    def _repr_html_(self):
+        return object_html(self, {"labels": len(self.coefficients)}, {"slope and offset of log-odds, and the log loss": self.table()}, rows=20)
 
 
 def calibrate(pred: Predictions, calibration: Calibration) -> Predictions:  # NaN stays NaN

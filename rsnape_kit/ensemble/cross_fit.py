@@ -58,7 +58,7 @@ def _folds_of(name: str, folds, studies: pd.Index) -> pd.Series:
 def _random_parts(studies: pd.Index) -> pd.Series:
     "Studies assigned to five parts of equal size by a fixed seed."
     if len(studies) < 2:
-        raise ValueError(f"{len(studies)} study cannot be split into folds; give at least two studies")
+        raise ValueError(f"predictions of {len(studies)} study cannot be split into folds: give runs of more folds, or train with fewer folds (--folds)")
     order = np.random.default_rng(0).permutation(len(studies)) % min(5, len(studies))
     return pd.Series(order, studies.sort_values()).reindex(studies)
 

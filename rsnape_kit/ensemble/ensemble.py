@@ -24,6 +24,7 @@ from .calibration import Calibration, calibrate, cross_calibrate, fit_calibratio
 from .consistency import UNFITTED, PositiveShareModel, fit_positive_share, make_consistent
 from .cross_fit import common_folds, cross_fit
 from .weight_fitting import best_weights, blend_oof, fit_weights, measure_weights
+from ..utils.display import object_html
 from ..utils.files import read_json, validate_name
 from ..utils.schema import Checked, JSONFile, Measured, Views, convert
 
@@ -72,6 +73,15 @@ class Ensemble(JSONFile, Checked):
     def __call__(self, preds: dict[str, Predictions], slices: pd.DataFrame | None = None) -> Predictions:
         "Calibrate, blend and make consistent."
         return make_consistent(self.blend(preds, slices), self.q)
+
+    def __repr__(self):
+        losses = [f"{name} {loss:.4f}" for name, loss in self.losses.items() if name in ("blend", "consistent") and not isinstance(loss, str)]
+        return f"Ensemble({', '.join(self.models) or 'no models'}; {', '.join(losses) or 'not measured'})"
+
+    def _repr_html_(self):
+        return object_html(self, {"models": self.models, "averaged": self.blend_weights.space, "preset": self.blend_weights.preset,
+                                  "calibrated": [*self.calibrations], "augmented views": self.views, "losses": self.losses},
+                           {"weights": self.blend_weights.with_losses()}, rows=len(LABELS))
 
 # %% ../../nbs/11_ensemble/06_ensemble.ipynb #86f9f5f0
 def default_ensemble(

@@ -6,6 +6,7 @@
 __all__ = ['best_weights', 'blend_oof', 'fit_weights', 'measure_weights', 'loss_by_label', 'summary', 'plot_weights']
 
 # %% ../../nbs/11_ensemble/04_weight_fitting.ipynb #ff473325
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -161,12 +162,16 @@ def summary(blend_weights: BlendWeights) -> str:  # blend_weights: from fit_weig
             f"{'better' if fitted < equal else 'NOT better'} than equal weights ({equal:.4f}); nested by fold")
 
 # %% ../../nbs/11_ensemble/04_weight_fitting.ipynb #d259fd60
-def plot_weights(blend_weights: BlendWeights):  # from fit_weights; returns the matplotlib figure
+def plot_weights(
+    blend_weights: BlendWeights,  # from fit_weights
+    ax=None,  # two matplotlib Axes beside each other; default: of a new figure
+) -> Sequence:  # the two Axes
     "Plot the weights of each label, and its loss before and after blending."
     import matplotlib.pyplot as plt
+
     table, losses = blend_weights.table(), loss_by_label(blend_weights).loc[list(LABELS)]
     best, rows = losses[list(table.columns)].min(axis=1), np.arange(len(losses))
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
+    left, right = ax = plt.figure(figsize=(9, 3.2), layout="tight").subplots(1, 2, sharey=True) if ax is None else ax
     table.plot.barh(stacked=True, ax=left, width=.8).invert_yaxis()
     left.legend(fontsize=7, ncols=len(table.columns), loc="lower center", bbox_to_anchor=(.5, 1), frameon=False)
     left.set(xlabel="weight", xlim=(0, 1))
@@ -179,5 +184,4 @@ def plot_weights(blend_weights: BlendWeights):  # from fit_weights; returns the 
                    transform=right.get_yaxis_transform())
     right.legend(fontsize=7, ncols=2, loc="lower center", bbox_to_anchor=(.5, 1), frameon=False)
     right.set(xlabel="loss minus that of the best member")
-    fig.tight_layout()
-    return fig
+    return ax

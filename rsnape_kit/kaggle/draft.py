@@ -25,6 +25,7 @@ from rsnape_kit.competition.submission import (
 from ..competition.tables import read_csv
 from ..ensemble.ensemble import Ensemble, default_ensemble
 from ..runs.folder import run_settings
+from ..utils.display import object_html
 from ..utils.files import atomic_write
 
 # %% ../../nbs/13_kaggle/16_draft.ipynb #abe8ea57
@@ -122,7 +123,7 @@ def _constants(ensemble: Ensemble) -> dict:  # label -> probability
     return {**one.exams.iloc[0], IMAGE_LABEL: one.images.iloc[0], OTHER: .5}
 
 
-@dataclass
+@dataclass(repr=False)
 class SubmissionState:
     "A submission.csv and its origin."
     ensemble: Ensemble
@@ -244,3 +245,12 @@ class SubmissionState:
         lines += [f"  {len(others)} problems, the first: {first}" for first in others[:1]]
         lines += ["  " + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in self.seconds.items())]
         return "\n".join(lines + ([] if self.finished else ["  not all is predicted: the time was up, or there were problems"]))
+
+    def __repr__(self):
+        return f"SubmissionState({self.out}: {', '.join(f'{n} {what}' for what, n in self.studies.items()) or 'nothing written'})"
+
+    def _repr_html_(self):
+        models = pd.DataFrame.from_dict(self.models, orient="index")
+        return object_html(self, {"file": self.out, "studies": self.studies, "finished": self.finished, "light pass": self.light,
+                                  "kept from an earlier session": self.kept, "views left out": self.dropped, "problems": self.problems,
+                                  "seconds": self.seconds}, {"models": models} if len(models) else {})

@@ -17,6 +17,7 @@ from .dataset import OWNER, PLACEHOLDERS
 from .kernel_metadata import SOURCES
 from ..models.registry import find_model
 from ..runs.recipes import IMAGE_RUN_FROM, RECIPES, find_recipe, override_settings
+from ..utils.display import object_html
 from ..utils.files import atomic_write, read_json
 from ..utils.schema import Checked, Count, Limits, Natural, Seed, convert
 
@@ -103,6 +104,14 @@ class Plan(Checked):
     def load(cls, path: Path | str) -> "Plan":
         "Read a plan; what the file leaves out has its default. Raise ValueError, which names the file, for anything else."
         return convert(cls, read_json(path), f"{path}:")
+
+    def __repr__(self):
+        return f"Plan({', '.join(describe_plan(self)) or 'all by default'})"
+
+    def _repr_html_(self):
+        own = {text.partition(" ")[0] for text in describe_plan(self)}
+        parts = (text.partition(" ") for text in describe_plan(self, changed=False))
+        return object_html(self, {name + " *" * (name in own): value.split() for name, _, value in parts} | {"*": "differs from the default" * bool(own)})
 
 # %% ../../nbs/13_kaggle/07_plan.ipynb #plan0012
 def _check_models(plan: Plan):

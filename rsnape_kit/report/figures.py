@@ -16,9 +16,10 @@ from ..competition.labels import SERIES, SLICE, STUDY
 from ..competition.predictions import Predictions
 from ..competition.tables import locate, slice_index
 from .curves import GRID
-from .html import join_html, light, number, png, svg, tag
+from .html import light, number, png, svg
 from ..store.dicom_source import PixelSource
 from ..transforms.windows import HU_SCALE, PE, apply_windows
+from ..utils.display import join_html, tag
 
 # %% ../../nbs/12_report/04_figures.ipynb #92379910
 def unit_panel(xlabel: str, ylabel: str, level: float | None = None) -> tuple:  # Figure, Axes

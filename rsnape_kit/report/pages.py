@@ -16,9 +16,10 @@ from ..competition.predictions import Predictions
 from ..ensemble.blending import BlendWeights, join_to
 from ..ensemble.consistency import PositiveShareModel
 from . import sections
-from .html import join_html, page, tag
+from .html import page
 from .scores import ReportData, both_priors, make_report_data, study_tags, thickness_groups
 from ..store.dicom_source import PixelSource
+from ..utils.display import join_html, tag
 from ..utils.files import atomic_write
 
 # %% ../../nbs/12_report/06_pages.ipynb #264da24f

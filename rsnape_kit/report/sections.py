@@ -18,9 +18,10 @@ from ..ensemble.consistency import make_consistent
 from ..ensemble.weight_fitting import loss_by_label, summary
 from .curves import precision_recall, rank_predictions, reliability_band, roc
 from .figures import curve_panel, reliability_panel, strip
-from .html import SERIES_COLOURS, bar, join_html, label_name, number, svg, table, tag, whisker
+from .html import SERIES_COLOURS, bar, label_name, number, svg, table, whisker
 from .scores import ReportData, by_group, by_label, interval, study_losses, worst_studies
 from ..store.dicom_source import PixelSource
+from ..utils.display import join_html, tag
 
 # %% ../../nbs/12_report/05_sections.ipynb #0835b5fa
 def headline(subject: ReportData) -> Markup:

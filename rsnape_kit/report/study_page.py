@@ -18,9 +18,10 @@ from ..competition.labels import EXAM_LABELS
 from ..competition.predictions import Predictions
 from .answer_tables import NOT_PREDICTED
 from .answers import NOTE, Answer, Stages, StudyAnswer, Value, make_answer, study_slices_of
-from .html import bar, join_html, label_name, number, page, table, tag
+from .html import bar, label_name, number, page, table
 from .viewer import viewer, viewer_files
 from ..store.dicom_source import PixelSource
+from ..utils.display import join_html, tag
 from ..utils.files import atomic_write
 
 # %% ../../nbs/12_report/10_study_page.ipynb #00d82008

@@ -17,9 +17,9 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup, escape
 
-from .html import join_html, tag
 from ..store.dicom_source import PixelSource
 from ..transforms.windows import HU_SCALE, LUNG, MEDIASTINAL, PE, apply_windows
+from ..utils.display import join_html, tag
 
 # %% ../../nbs/12_report/09_viewer.ipynb #5143a6d3
 WINDOWS = {"lung": LUNG, "PE": PE, "mediastinal": MEDIASTINAL}

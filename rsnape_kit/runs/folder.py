@@ -281,11 +281,11 @@ def _copy(run: Path, folder: Path):
             path.chmod(path.stat().st_mode | (stat.S_IRWXU if path.is_dir() else stat.S_IRUSR | stat.S_IWUSR))
 
 # %% ../../nbs/08_runs/03_folder.ipynb #4310a006
-def plot_history(*runs: Path | str):  # folders of runs -> matplotlib figure
+def plot_history(*runs: Path | str, ax=None):  # folders of runs; matplotlib Axes, default: of a new figure -> the Axes
     "Plot the loss of each epoch, on training studies (dashed) and on held-out studies."
     import matplotlib.pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(6, 2.6), dpi=70, layout="tight")
+    ax = ax or plt.figure(figsize=(6, 2.6), dpi=70, layout="tight").subplots()
     for k, run in enumerate(runs):
         table = pd.DataFrame(load_checkpoint(run)[2])
         for column, style in (("loss", "--"), ("val_loss", "o-")):
@@ -297,4 +297,4 @@ def plot_history(*runs: Path | str):  # folders of runs -> matplotlib figure
         ax.legend(fontsize=7)
     else:
         ax.set_title("no epoch is finished yet", fontsize=9)
-    return fig
+    return ax

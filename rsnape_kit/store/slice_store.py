@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from ..competition.tables import read_arrow, read_parquet
 from .codec import compress, decompress, unpack_all
 from .dicom_source import RowIndexing, output_array
+from ..utils.display import object_html
 from ..utils.files import atomic_file, valid_path, validate_name
 from ..utils.manifest import MANIFEST, check_manifest, read_manifest
 
@@ -144,7 +145,7 @@ def _common_setting(parts, name):
     return found.pop()
 
 def _join(paths):
-    "(table of all parts, sorted; size; lowest; which part (i, n) of the studies each is)."
+    "(table of all parts, sorted; size; lowest; which part (i, n) of the studies each is; how many studies)."
     parts = [_open(path) for path in paths]
     size, lowest = _common_setting(parts, "size"), _common_setting(parts, "lowest")
     studies = pd.Series([study for index, _ in parts for study in index.StudyInstanceUID.unique()], dtype=object)
@@ -153,7 +154,7 @@ def _join(paths):
                          "give parts of one division (i, n)")
     table = pd.concat([index for index, _ in parts if len(index)] or [parts[0][0]], ignore_index=True)
     table = table.sort_values(["StudyInstanceUID", "SeriesInstanceUID", "order"], ignore_index=True, kind="stable")
-    return table, size, lowest, [settings.get("part") and tuple(settings["part"]) for _, settings in parts]
+    return table, size, lowest, [settings.get("part") and tuple(settings["part"]) for _, settings in parts], len(studies)
 
 # %% ../../nbs/03_store/04_slice_store.ipynb #7673d9da
 _fix = "copy the shard again, or delete it and build the store again"
@@ -177,7 +178,7 @@ class SliceStore(RowIndexing):
     """
     def __init__(self, *paths: str | os.PathLike):
         self.paths = [os.path.abspath(valid_path(path)) for path in paths]
-        table, self.size, self.lowest, self.parts = _join(self.paths)
+        table, self.size, self.lowest, self.parts, self._count = _join(self.paths)
         self._start, self._bytes, self._crc32 = (table[c].to_numpy() for c in ("start", "bytes", "crc32"))
         self._shard, self._shards = pd.factorize(table["shard"])
         valid = (self._start >= 0).all() and (self._bytes >= 0).all() and not (self._start % 8).any()
@@ -187,8 +188,16 @@ class SliceStore(RowIndexing):
         self._address, self._end = np.zeros((2, len(self._shards)), np.int64)
 
     def __repr__(self):
-        return (f"SliceStore({len(self):,} slices of {self.table.StudyInstanceUID.nunique():,} studies, "
+        return (f"SliceStore({len(self):,} slices of {self._count:,} studies, "
                 f"{self.size}x{self.size}, {self._bytes.sum() / 1e9:.2f} GB in {len(self._shards)} shards)")
+
+    def _repr_html_(self):
+        parts = [part and f"{part[0]}/{part[1]}" for part in self.parts]
+        shown = [name for name in ("StudyInstanceUID", "SOPInstanceUID", "order", "position", "problem") if name in self.table]
+        return object_html(self, {
+            "slices": len(self), "studies": self._count, "pixels": f"{self.size} x {self.size}", "HU": f"from {self.lowest}",
+            "GB": self._bytes.sum() / 1e9, "shards": len(self._shards), "folders": self.paths, "parts": parts if any(parts) else "",
+            "columns of table": list(self.table)}, {"first slices": self.table.head(3)[shown]})
 
     def _map(self, shard):
         "The bytes of a shard; if two threads map it, those of the first."

@@ -36,7 +36,7 @@ class StepSequence:
     ):
         self.batches, self.ready, self.first = batches, ready, first
         if len(batches) == 0:
-            raise ValueError(f"{batches} has no batch to train on: use smaller batches or more studies")
+            raise ValueError(f"{type(batches).__name__} has no batch to train on: use smaller batches (--set batch) or more studies")
         self.steps = steps or len(batches)
         self.passes = -(-self.steps // len(batches))
         self.coming, self.thread, self.now = {}, ThreadPoolExecutor(1), None

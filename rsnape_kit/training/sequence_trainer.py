@@ -65,6 +65,10 @@ def train_sequence(
     config = replace(config, precision=resolve_precision(config.precision))
     check_config(config)
     held_out, views = folds.valid(config.fold), max(config.views, config.tta + 1)
+    if len(held_out) < config.inner:
+        lower = f"lower inner (--set inner={len(held_out)}), " if len(held_out) > 1 else ""
+        raise ValueError(f"{config.model} shares out the studies of fold {config.fold}, {', '.join(held_out)}, to {config.inner} networks, which are "
+                         f"more: {lower}choose fewer folds (--folds), or add studies")
     with all_devices(devices) as used:
         if config.batch % used:
             raise ValueError(f"batches of {config.batch} cannot be shared by {used} devices; choose a multiple")

@@ -131,8 +131,6 @@ def _fit(run, source: PixelSource, truth, folds, config, weights, hooks, rank, w
     targets = GroupTargets(source.table, truth, (config.groups, config.slices), config.loss, config.auxiliary, train_studies)
     train_batches = group_batches(source, train_studies, config, training=True, shard=(rank, world))
     valid_batches = group_batches(source, folds.valid(config.fold), config, shard=(rank, world))
-    if len(train_batches) == 0:
-        raise ValueError(f"{len(train_studies)} studies do not fill a batch of {config.batch} on {world} processes: lower batch")
     model = build_model(config, truth.select(train_studies), weights).to(device)
     if device.type == "cuda":
         model.backbone.to(memory_format=torch.channels_last)

@@ -31,6 +31,7 @@ from rsnape_kit.models.published import (
     weight_folders,
 )
 from ..models.registry import find_model
+from ..models.weight_files import require_file
 from ..runs.config import FitConfig, TrainConfig, default_config
 from ..runs.folder import epochs_done, find_runs, has_begun, load_config, resume_from, run_settings, seal_run
 from ..runs.recipes import BACKBONE_FROM
@@ -49,8 +50,7 @@ def describe_weights(path: Path | str | None) -> str:
     "Return name and beginning of the SHA-256 of the weights that a run starts from, '' if there are none."
     if not path:
         return ""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist: give the path of a file with weights")
+    require_file(path)
     return f"{Path(path).name} {file_digest(path)[:12]}"
 
 
@@ -70,11 +70,19 @@ def refuse_other_split(what: Path | str, run: Path | str, config: FitConfig, why
             raise ValueError(f"{what} was trained with {key}={settings.get(key)!r}, this run has {getattr(config, key)!r}: {why}")
 
 
-def require_positives(held_out: Predictions, fold: int):
-    "Raise ValueError if the metric cannot score a fold, given the truth of its held-out studies."
-    if not (held_out.images > 0).any():
-        raise ValueError(f"fold {fold} holds out no study with a positive slice, which the metric cannot score: "
-                         "choose fewer folds, or add studies")
+def require_positives(truth: Predictions, folds: Folds, fold: int, learn: bool = True):  # learn: whether training needs one too
+    "Raise ValueError if studies with a positive slice are missing to score a fold, or to learn from."
+    folds.valid(fold)  # raises where there is no such fold
+    of = folds.of[folds.of.index.isin(truth.images.index[truth.images.to_numpy() > 0].unique(0))]
+    here = int((of == fold).sum())
+    if here and not (learn and here == len(of)):
+        return
+    lacks = "holds out every study with a positive slice, so none is left to learn from" if here else \
+        "holds out no study with a positive slice, which the metric cannot score"
+    others = [str(k) for k in of.unique() if not (of == k).all()]
+    fix = f"hold out fold {' or '.join(sorted(others))} (--fold)" if others else \
+        "choose other folds (--folds)" if len(of) > 1 else "two are needed, one to learn from and one to score: add studies (rsnape download --studies 4 takes two with an embolus)"
+    raise ValueError(f"fold {fold} {lacks}; {len(of)} of {len(folds.of)} studies have one: {fix}")
 
 # %% ../../nbs/10_training/07_trainer.ipynb #e56868e0
 def check_image_runs(image_runs, config: FitConfig, folds: Folds) -> tuple:  # folders -> name and hash of the weights of each
@@ -200,7 +208,8 @@ def train(model: str, source: PixelSource, fold: int, config: FitConfig | None =
     weights = choose_weights(weights, config, out, earlier)
     config = replace(config, pretrained=describe_weights(weights))
     if config.loss == "metric" or framework == "torch":  # PyTorch models are validated by the metric whatever is trained
-        require_positives(truth.select(folds.valid(fold)), fold)
+        learn = config.loss == "metric" or getattr(config, "balanced", False) or bool(getattr(config, "slice_warmup", None))
+        require_positives(truth, folds, fold, learn and find_model(model).kind != "sequence")
     if weights:
         refuse_leak(weights, config)
     if find_model(model).kind == "sequence":
