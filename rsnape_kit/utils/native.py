@@ -14,6 +14,8 @@ from functools import partial, wraps
 
 import numpy as np
 
+from . import install_command
+
 try:
     import numba
 except ImportError:
@@ -26,14 +28,14 @@ def warn_once():
     "Warn at the first call that numba is missing."
     if next(_missed) == 0:  # atomic, so only one thread warns
         warnings.warn("numba is not installed: results are the same, but a slice takes some 0.05 s from a store, 0.2 s from "
-                      "DICOM, and rendering 40 times as long; pip install numba", stacklevel=3)
+                      f"DICOM, and rendering 40 times as long; {install_command('numba')}", stacklevel=3)
 
 def _uncompiled(function, plain):
     "Return what replaces a compiled function: itself as Python, or (`plain` is false) an ImportError when it is called."
     @wraps(function)
     def run(*args, **named):
         if not plain:
-            raise ImportError(f"{function.__module__}.{function.__name__} needs numba: pip install numba")
+            raise ImportError(f"{function.__module__}.{function.__name__} needs numba: {install_command('numba')}")
         warn_once()
         with np.errstate(over="ignore"):
             return function(*args, **named)
