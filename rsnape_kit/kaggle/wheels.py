@@ -49,7 +49,7 @@ def image(target: str = "gpu") -> Image:  # target: gpu (also for sessions on a 
     "Return the committed package list of an image."
     if target not in IMAGES:
         raise ValueError(f"unknown image {target!r}: choose one of {', '.join(IMAGES)}")
-    lines = Path(rsnape_kit.__file__).parent.joinpath("kaggle", f"image_{target}.txt").read_text().splitlines()
+    lines = Path(rsnape_kit.__file__).parent.joinpath("kaggle", f"image_{target}.txt").read_text(encoding="utf-8").splitlines()
     notes = [line.removeprefix("# ") for line in lines if line.startswith("# ")]
     python = next(note.removeprefix("python: ") for note in notes if note.startswith("python: "))
     split = (line.partition("==") for line in lines if line and not line.startswith("#"))

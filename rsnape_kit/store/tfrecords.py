@@ -117,7 +117,8 @@ def _parse(path, start, count):
     Example = _tensorflow().train.Example
     try:
         with open(path, "rb") as file:
-            raw = os.pread(file.fileno(), count + 4, start)
+            file.seek(start)
+            raw = file.read(count + 4)
     except OSError as error:
         raise to_dicom_error(path, error) from error
     if masked(raw[:count]).to_bytes(4, "little") != raw[count:]:
