@@ -13,7 +13,7 @@ from rsnape_kit.phantom.generate import make_competition
 HIDE = '''
 import os, signal, sys, warnings
 for name in ("fcntl", "resource", "pwd", "grp", "termios", "pty"): sys.modules[name] = None
-for name in ("pread", "preadv", "sched_getaffinity", "fork", "forkpty", "sysconf", "statvfs", "killpg", "setsid", "wait4"):
+for name in ("pread", "preadv", "sched_getaffinity", "fork", "forkpty", "sysconf", "statvfs", "killpg", "setsid"):
     delattr(os, name)
 for name in ("SIGKILL", "SIGHUP", "SIGSTOP", "SIGALRM", "setitimer"): delattr(signal, name)
 def no_proc(event, args):
@@ -40,17 +40,20 @@ slices = rk.scan(made / "train")
 truth = rk.Predictions.from_train_csv(made / "train.csv")
 with exclusive(out / "locked"):
     store = rk.SliceStore(rk.build_store(slices, out / "store", size=32))
-x, y = rk.ImageBatches(store, truth, batch=4, pixels=rk.InputConfig(size=32), mask=rk.SideMask(), affine=rk.AffineRange())[0]
+pixels = rk.InputConfig(size=32)
+x, y = rk.ImageBatches(store, truth, batch=4, pixels=pixels, mask=rk.SideMask(), affine=rk.AffineRange())[0]
 prior = rk.make_consistent(rk.position_prior(truth, slices, rk.scan(made / "test")))
 rk.write_submission(prior, made / "sample_submission.csv", out / "submission.csv")
 assert not rk.check_submission(out / "submission.csv", made / "sample_submission.csv")
 hu = [rk.read_hu(made / "train" / path) for path in slices.path]
 results = {
-    "table": digest(slices.to_csv().encode()), "hu": digest(*hu), "shards": digest(*(p.read_bytes() for p in sorted(out.glob("store/*.slices")))),
-    "slices": digest(*(store[i] for i in range(len(store.table)))), "windows": digest(rk.apply_windows(hu[0], rk.PE_WINDOWS)),
-    "batch": digest(x, *(y[name] if isinstance(y, dict) else y for name in (y if isinstance(y, dict) else [0]))),
-    "loss": rk.competition_loss(truth, rk.constant_prior(truth)), "submission": digest((out / "submission.csv").read_bytes()),
-    "folds": repr(rk.make_folds(truth.exams.index, None, 2))}
+    "table": digest(slices.to_csv().encode()), "hu": digest(*hu),
+    "windows": digest(rk.apply_windows(hu[0], rk.PE_WINDOWS)),
+    "shards": [digest(path.read_bytes()) for path in sorted(out.glob("store/*.slices"))],
+    "slices": digest(*(store[i] for i in range(len(store.table)))), "batch": digest(x, y),
+    "loss": rk.competition_loss(truth, rk.constant_prior(truth)),
+    "folds": repr(rk.make_folds(truth.exams.index, None, 2)),
+    "submission": digest((out / "submission.csv").read_bytes())}
 here = session()
 assert here.cores >= 1 and here.memory > 0 and here.left() == float("inf")
 print(json.dumps({"results": results, "compiled": native._calls}))
@@ -64,18 +67,21 @@ def made(tmp_path_factory):
 
 def run(made, out, code: str) -> dict:
     out.mkdir()
-    done = subprocess.run([sys.executable, "-X", "warn_default_encoding", "-c", code, str(made), str(out)], capture_output=True, text=True)
+    command = [sys.executable, "-X", "warn_default_encoding", "-c", code, str(made), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_without_the_calls_of_linux_the_results_are_the_same(made, tmp_path):
     usual, bare = run(made, tmp_path / "usual", WORK), run(made, tmp_path / "bare", HIDE + WORK)
-    assert usual["results"] == bare["results"] and usual["results"]["loss"] > .1
+    assert usual["results"] == bare["results"]
+    assert usual["results"]["shards"] and usual["results"]["loss"] > .1
     assert usual["compiled"] and not bare["compiled"]
 
 
 @pytest.mark.parametrize("code", ["import fcntl", "os.preadv", "signal.SIGKILL", "open('/proc/uptime')"])
 def test_they_are_hidden(code):
     done = subprocess.run([sys.executable, "-c", HIDE + code], capture_output=True, text=True)
-    assert done.returncode and done.stderr.splitlines()[-1].startswith(("ModuleNotFound", "AttributeError", "FileNotFound"))
+    assert done.returncode
+    assert done.stderr.splitlines()[-1].startswith(("ModuleNotFoundError", "AttributeError", "FileNotFoundError"))
