@@ -25,8 +25,8 @@ lint: $(READY)  ## ruff everywhere, mypy on the packages that are typed
 	ruff check .
 	mypy
 
-trust: $(READY)  ## all faults of inputs and machine, 40 kills, the whole chain of kernels; the tests run a part of them
-	RSNAPE_TRUST=1 python tests/run.py tests/trust tests/kaggle/test_rehearse.py
+trust: $(READY)  ## all faults of inputs and machine, 40 kills, the whole chain of kernels, fresh environments; the tests run a part of them
+	RSNAPE_TRUST=1 python tests/run.py tests/trust tests/kaggle/test_rehearse.py tests/test_install.py
 
 COVERED ?=
 coverage: export COVERAGE_ROOT = $(CURDIR)

@@ -1,13 +1,26 @@
 "Package metadata; everything is read from settings.ini, which nbdev shares."
 from configparser import ConfigParser
 from pathlib import Path
+from shutil import copyfile
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 parser = ConfigParser(delimiters=["="])
 parser.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
 config = parser["DEFAULT"]
 suffix = "_requirements"
+
+
+class WithPins(build_py):
+    "Copy the locked versions into the package, from where `rsnape bundle` takes them without the repository."
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            package = Path(self.build_lib, config["lib_name"])
+            copyfile(Path(__file__).parent / "requirements.txt", package / "kaggle" / "requirements.txt")
+
 
 setup(
     name=config["lib_name"],
@@ -27,5 +40,6 @@ setup(
                   "nbdev": [f"{config['lib_name']}={config['lib_name']}._modidx:d"]},
     package_data={"rsnape_kit": ["kaggle/*.txt", "kaggle/*.sh", "kaggle/notebooks/*.ipynb", "report/*.css",
                                  "report/*.js", "py.typed"]},
+    cmdclass={"build_py": WithPins},
     zip_safe=False,
 )

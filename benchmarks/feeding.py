@@ -20,7 +20,6 @@ from pipeline import Repeated, make_truth
 
 from rsnape_kit.data.adapters import keras_dataset
 from rsnape_kit.data.batches import ImageBatches
-from rsnape_kit.data.slice_loader import cores
 from rsnape_kit.models.efficientnet import efficientnet
 from rsnape_kit.models.input_layer import with_pixels
 from rsnape_kit.models.keras_backend import import_keras, jit
@@ -30,6 +29,7 @@ from rsnape_kit.store.slice_store import SliceStore
 from rsnape_kit.transforms.affine import AffineRange
 from rsnape_kit.transforms.input_config import InputConfig
 from rsnape_kit.transforms.masks import SideMask
+from rsnape_kit.utils import cores
 
 
 class Same:

@@ -32,13 +32,13 @@ from rsnape_kit.competition.predictions import Predictions
 from rsnape_kit.competition.tables import slice_index
 from rsnape_kit.data.adapters import keras_dataset
 from rsnape_kit.data.batches import GroupBatches, ImageBatches, StudyBatches
-from rsnape_kit.data.slice_loader import cores
 from rsnape_kit.store.build import build_store
 from rsnape_kit.store.dicom_source import DicomSource
 from rsnape_kit.store.slice_store import SliceStore
 from rsnape_kit.store.tfrecords import LABELS, TAGS, read_tfrecords, write_tfrecords
 from rsnape_kit.transforms.affine import STUDY_RANGE, AffineRange
 from rsnape_kit.transforms.masks import SideMask
+from rsnape_kit.utils import cores
 
 FRAMES = 56
 

@@ -52,7 +52,7 @@ def keras_dataset(
     max_queue_size: int = 4,  # batches to prepare in advance with several workers
 ):  # keras.utils.PyDataset
     "Wrap batches for Keras' fit, evaluate and predict."
-    keras = require_module("keras", "pip install 'rsnape-kit[keras]' and TensorFlow or JAX, or use .torch()")
+    keras = require_module("keras", ".torch() works without it, .keras() needs it and TensorFlow or JAX")
 
     class Batches(keras.utils.PyDataset):
         def __len__(self):
@@ -91,7 +91,7 @@ def torch_loader(
     **settings,  # of torch.utils.data.DataLoader
 ):  # torch.utils.data.DataLoader
     "Wrap batches for a torch training loop or fastai; each pass is an epoch."
-    torch = require_module("torch", "pip install 'rsnape-kit[torch]', or use .keras()")
+    torch = require_module("torch", ".keras() works without it, .torch() needs it")
     if settings.get("num_workers"):
         raise ValueError(f"num_workers={settings['num_workers']}: batches are made in their own threads (set their number with "
                          "workers= of the batches); leave num_workers at 0")

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .header import FIELDS
+from ..utils import require_module
 
 # %% ../../nbs/02_dicom/02_dataset.ipynb #eee73c0a
 warnings.filterwarnings("ignore", "Invalid value for VR UI", UserWarning)
@@ -31,8 +32,7 @@ def is_gzip(path) -> bool:
 
 def _open(path) -> tuple:
     "(a file that begins with the prefix or, if the second is true, with the data set, whether it lacks the prefix)."
-    from pydicom.errors import InvalidDicomError
-
+    errors = require_module("pydicom.errors")
     file: Any = gzip.open(path) if is_gzip(path) else open(path, "rb")
     start = file.read(132)
     found = start[:2] in _first or start[:4] == b"DICM" or start[128:] == b"DICM"
@@ -43,7 +43,7 @@ def _open(path) -> tuple:
             raise ValueError(f"unpacks to more than {_most} bytes, which no CT slice has")
     if not found:
         file.close()
-        raise InvalidDicomError("neither the prefix DICM nor a data set's first elements")
+        raise errors.InvalidDicomError("neither the prefix DICM nor a data set's first elements")
     if start[:4] == b"DICM":
         file.seek(0)
         file = io.BytesIO(bytes(128) + file.read())
@@ -181,7 +181,7 @@ _pixel_tags = 0x7FE00008, 0x7FE00009, 0x7FE00010  # floats, doubles, integers
 
 def read_dataset(path, pixels: bool = True, tags=None):  # tags: keywords of the only elements to read, which stay as they are
     "The dataset of a file, packed or without prefix or transfer syntax as it may be, with regular numbers."
-    from pydicom.errors import InvalidDicomError
+    errors = require_module("pydicom.errors")
     from pydicom.filereader import read_partial
     from pydicom.tag import Tag
     from pydicom.uid import UID
@@ -199,10 +199,10 @@ def read_dataset(path, pixels: bool = True, tags=None):  # tags: keywords of the
             ds = read_partial(file, stop, force=bare, specific_tags=tags and [Tag(tag) for tag in tags])
         except Exception as error:
             if bare:
-                raise InvalidDicomError(f"no prefix DICM, and no data set either: {error}") from error
+                raise errors.InvalidDicomError(f"no prefix DICM, and no data set either: {error}") from error
             raise
     if bare and not any(name in ds for name in ("SOPClassUID", "StudyInstanceUID", "Rows", "PixelData", *(tags or ()))):
-        raise InvalidDicomError("no prefix DICM, and no data set either")
+        raise errors.InvalidDicomError("no prefix DICM, and no data set either")
     if tags is None:
         make_regular(ds)
         if "TransferSyntaxUID" not in ds.file_meta:

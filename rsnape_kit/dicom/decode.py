@@ -58,7 +58,7 @@ def right_aligned(values: np.ndarray, shift: int) -> np.ndarray:  # values: int1
 # %% ../../nbs/02_dicom/03_decode.ipynb #f4f16291
 def decode(ds, decoder) -> tuple[np.ndarray, int]:
     "Decode the one frame of a dataset with one of DECODERS: (stored values, int16 or uint16 [H, W]; number of valid bits)."
-    imagecodecs = require_module("imagecodecs", "JPEG files need it: pip install imagecodecs")
+    imagecodecs = require_module("imagecodecs", "JPEG files need it")
     if (getattr(ds, "NumberOfFrames", None) or 1) > 1:
         raise ValueError(f"expected one grayscale frame, found {ds.NumberOfFrames} frames")
     frame = to_end_marker(one_frame(ds.PixelData))
@@ -95,8 +95,7 @@ def rescale_of(ds) -> tuple[float, float]:
 
 def read_with_pydicom(path, lowest) -> tuple:
     "(stored values [H, W], slope, intercept, bits) of one file, with pydicom; (HU raised to `lowest`, 1, 0, 16) with a table."
-    from pydicom.pixels import apply_modality_lut
-
+    pixels = require_module("pydicom.pixels")
     ds = read_dataset(path)
     if "PixelData" not in ds:
         raise ValueError("no pixel data")
@@ -116,5 +115,5 @@ def read_with_pydicom(path, lowest) -> tuple:
         raise ValueError(f"expected one grayscale frame, found an array of {values.shape}")
     if values.dtype in (np.int16, np.uint16) and not lut:
         return np.ascontiguousarray(right_aligned(values, shift)).copy(), slope, intercept, bits if 1 <= bits <= 16 else 16
-    hu = apply_modality_lut(values, ds) if lut else values * slope + intercept
+    hu = pixels.apply_modality_lut(values, ds) if lut else values * slope + intercept
     return np.clip(np.rint(hu), lowest, 32767).astype(np.int16), 1, 0, 16

@@ -14,7 +14,7 @@ import numpy as np
 
 from .decode import read_with_pydicom, to_dicom_error
 from .header import FIELD, FIELDS, FOUND, NUMBER, NUMBERS, parse_header, walk_header
-from ..utils.native import close_file, compiled, file_size, open_file, raw_paths, read_at
+from ..utils.native import close_file, compiled, file_size, open_file, raw_paths, read_at, reads_files
 
 # %% ../../nbs/02_dicom/04_hounsfield.ipynb #0062ca03
 @compiled
@@ -117,7 +117,7 @@ _photometric, _charset, _lut, _frames_at, _slope_at = (
     FIELD[name] for name in ("photometric", "charset", "lut", "frames", "slope"))
 
 # %% ../../nbs/02_dicom/04_hounsfield.ipynb #72a4c4e4
-@compiled
+@reads_files
 def open_plain(path, buf, at, length, numbers):
     """Open a plain file and return its descriptor, which the caller closes; -1 for any other file. Pixels are the last field.
 

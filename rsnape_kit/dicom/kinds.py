@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from .dataset import read_dataset
+from ..utils import require_module
 
 # %% ../../nbs/02_dicom/08_kinds.ipynb #3552de82
 DETAILS = {"modality": "Modality", "sop_class": "SOPClassUID", "image_type": "ImageType", "frame": "FrameOfReferenceUID",
@@ -42,9 +43,7 @@ _projections = {"MIP", "MINIP", "MAX_IP", "MIN_IP", "PROJECTION IMAGE", "VOLUME_
 
 def _class_name(uid) -> str:
     "The standard's name of a storage class."
-    from pydicom.uid import UID
-
-    return UID(uid).name if uid else ""
+    return require_module("pydicom.uid").UID(uid).name if uid else ""
 
 def object_faults(t: pd.DataFrame) -> np.ndarray:  # t: rows of headers with details
     "Why an object is no axial CT slice, text [n]; '' for a slice, and for a file whose header cannot be read."

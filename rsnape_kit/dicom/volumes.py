@@ -66,7 +66,7 @@ def _check_nifti(path):
 @lru_cache(maxsize=2)
 def _load(path, _changed) -> tuple:  # _changed: time and size of the file, so that another one is read again
     "(int16 HU [slices, H, W], spacing (x, y, z) and position of the lowest slice in mm)."
-    itk = require_module("SimpleITK", "NIfTI, MetaImage and NRRD need it: pip install SimpleITK")
+    itk = require_module("SimpleITK", "NIfTI, MetaImage and NRRD need it")
     if valid_text(path) != path:  # SimpleITK would end the process
         raise DicomError(path, "SimpleITK cannot open a path that is not UTF-8; rename the file and the folders above it")
     if path.lower().endswith((".nii", ".nii.gz")):

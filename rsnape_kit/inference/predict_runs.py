@@ -71,11 +71,11 @@ class PredictionPlan:
 
     def problems(self) -> dict:  # study or folder of a run -> what went wrong
         "Return the problems of studies and runs."
-        found = {run: (folder / "unusable").read_text() for (run, _), folder in self.folders.items()
+        found = {run: (folder / "unusable").read_text(encoding="utf-8") for (run, _), folder in self.folders.items()
                  if (folder / "unusable").exists()}
         for study, key in self.index.keys.items():
             notes = [self.out / f"{key}.filled", *(folder / f"{key}.failed" for folder in self.folders.values())]
-            if texts := [path.read_text() for path in notes if path.exists()]:
+            if texts := [path.read_text(encoding="utf-8") for path in notes if path.exists()]:
                 found[study] = texts[-1]
         return found
 

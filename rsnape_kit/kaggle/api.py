@@ -12,6 +12,7 @@ from functools import partial
 from tempfile import TemporaryDirectory
 
 from .dataset import METADATA
+from ..utils import install_command
 
 # %% ../../nbs/13_kaggle/10_api.ipynb #810976ff
 class KaggleError(RuntimeError):
@@ -37,7 +38,7 @@ def client():
     try:
         from kaggle.api.kaggle_api_extended import KaggleApi
     except ImportError as error:
-        raise KaggleError(f"Kaggle's client is missing ({error}): pip install kaggle==2.2.4 six") from error
+        raise KaggleError(f"Kaggle's client is missing ({error}): {install_command('kaggle')}") from error
 
     class Client(KaggleApi):
         def upload_files(self, request, resources, folder, blob_type, upload_context, *rest, **options):

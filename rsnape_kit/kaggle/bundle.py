@@ -61,10 +61,11 @@ def copy_weights(folder: Path | str | None, out: Path):  # folder: of fetched we
 
 
 def commit() -> str | None:
-    "Return the git commit of this package, with '+' if files have changed since; None outside a repository."
+    "Return the git commit of this package, with '+' if files have changed since; None if no repository has its files, as where pip installs."
     def git(*words):
         return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
     try:
+        git("ls-files", "--error-unmatch", "rsnape_kit/__init__.py")  # an environment may lie in the repository of something else
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", "rsnape_kit") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

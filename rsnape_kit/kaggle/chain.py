@@ -71,7 +71,7 @@ def output_faults(name: str, out: Path, competition: Path, runs: set) -> str:  #
     if name == "blend":
         found = set(Ensemble.load(out / "ensemble.json").models)
         return "" if found == runs else f"the ensemble is of {', '.join(sorted(found))}, the runs are of {', '.join(sorted(runs))}"
-    return submission_faults(out / "submission.csv", competition) or _submit_faults(json.loads((out / "submit.json").read_text()), runs)
+    return submission_faults(out / "submission.csv", competition) or _submit_faults(json.loads((out / "submit.json").read_text(encoding="utf-8")), runs)
 
 
 def _submit_faults(report: dict, runs: set) -> str:  # report: submit.json
@@ -137,7 +137,7 @@ def find_inputs(chain: Chain, kernels: list, kit: Kit) -> dict:  # 'kernel layou
     _, problem = run_kernel(folder, shown, kit.python, folder / "out", 300)
     if problem:
         raise RuntimeError(f"inputs were not looked for: {problem}")
-    return json.loads((folder / "out" / "found.json").read_text())
+    return json.loads((folder / "out" / "found.json").read_text(encoding="utf-8"))
 
 
 def found_faults(found: dict, chain: Chain, kernels: list) -> list:

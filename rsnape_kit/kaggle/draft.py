@@ -147,7 +147,7 @@ class SubmissionState:
         if not self._valid():
             return
         try:
-            found = json.loads(self.out.with_name("submit.json").read_text())
+            found = json.loads(self.out.with_name("submit.json").read_text(encoding="utf-8"))
             rank_of(found)
             self._take(found)
         except Exception:  # missing, damaged, or another file

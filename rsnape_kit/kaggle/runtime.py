@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PYTHON', 'COMPETITION', 'KAGGLE', 'MODEL', 'LAYOUTS', 'PUBLIC_TEST_SLICES', 'PUBLIC_TEST_STUDIES', 'HOUR', 'LIMITS',
-           'HEADER', 'mounts', 'mount_names', 'competition_dir', 'says_rerun', 'is_rerun', 'Session', 'session',
-           'find_machine', 'verify', 'attach']
+           'UNKNOWN', 'HEADER', 'mounts', 'mount_names', 'competition_dir', 'says_rerun', 'is_rerun', 'Session',
+           'session', 'find_machine', 'verify', 'attach']
 
 # %% ../../nbs/13_kaggle/01_runtime.ipynb #d07738fb
 import os
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from ..utils import cores
 from ..utils.manifest import MANIFEST, file_faults, read_manifest
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -71,9 +72,12 @@ def is_rerun(kaggle: Path = KAGGLE, environ=os.environ) -> bool:
 
 
 def _session_start() -> float:
-    "Return the time.monotonic() at which the first process of this machine or container started."
-    ticks = int(Path("/proc/1/stat").read_text().rpartition(")")[2].split()[19])  # field 22, after the name
-    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    "Return the time.monotonic() at which the first process of this machine or container started; now where there is no /proc."
+    try:
+        ticks = int(Path("/proc/1/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])  # field 22, after the name
+        uptime = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
+    except OSError:
+        return time.monotonic()
     return time.monotonic() - uptime + ticks / os.sysconf("SC_CLK_TCK")
 
 # %% ../../nbs/13_kaggle/01_runtime.ipynb #a5e060f2
@@ -87,11 +91,17 @@ def _accelerator(environ, dev=Path("/dev")) -> tuple:
     return ("gpu", gpus) if gpus else ("cpu", 0)
 
 
+UNKNOWN = 8.  # GiB of memory, assumed where the system does not tell
+
+
 def _memory_gib() -> float:
     "Return the memory of this machine, or of the container if that is less."
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):  # Windows, or without this number
+        return UNKNOWN
     limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
+    text = limit.read_text(encoding="utf-8").strip() if limit.exists() else "max"
     return min(total, int(text) if text.isdigit() else total) / 2**30
 
 
@@ -133,7 +143,7 @@ def session(kaggle: Path = KAGGLE, environ=os.environ) -> Session:
     except FileNotFoundError:  # no competition attached, so not a scored run
         pass
     limit = None if kind == "local" else LIMITS.get(kind, LIMITS.get(accelerator, LIMITS["other"]))
-    return Session(kind, accelerator, devices, len(os.sched_getaffinity(0)), _memory_gib(),
+    return Session(kind, accelerator, devices, cores(), _memory_gib(),
                    _backend(accelerator, environ), _session_start(), limit)
 
 # %% ../../nbs/13_kaggle/01_runtime.ipynb #98936b03

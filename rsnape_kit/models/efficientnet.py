@@ -16,6 +16,7 @@ import numpy as np
 
 from .keras_backend import import_keras, use_precision
 from .weight_files import HDF5, PYTORCH, check_file, file_kind, read_keras2, read_torch
+from ..utils import require_module
 from ..utils.archives import read_arrays
 from ..utils.schema import Count, Factor, OpenShare, Rate, Share
 
@@ -47,13 +48,10 @@ def backbone(
     "Build the convolutional part of an EfficientNet."
     if variant not in VARIANTS:
         raise ValueError(f"variant is {variant!r}, expected one of {', '.join(VARIANTS)}")
-    try:
-        from efficientnet.model import DEFAULT_BLOCKS_ARGS, EfficientNet
-    except ImportError as error:
-        raise ModuleNotFoundError(f"EfficientNet models need the efficientnet package ({error}): pip install efficientnet") from error
+    package = require_module("efficientnet.model", "EfficientNet models need it")
     wide, deep = VARIANTS[variant]
-    blocks = [args._replace(se_ratio=None) if variant == "lite0" else args for args in DEFAULT_BLOCKS_ARGS]
-    model = EfficientNet(wide * width, deep * depth, 224, drop_connect_rate=drop_connect, blocks_args=blocks, include_top=False, weights=None,
+    blocks = [args._replace(se_ratio=None) if variant == "lite0" else args for args in package.DEFAULT_BLOCKS_ARGS]
+    model = package.EfficientNet(wide * width, deep * depth, 224, drop_connect_rate=drop_connect, blocks_args=blocks, include_top=False, weights=None,
                          input_shape=(size, size, channels), model_name="backbone", **_package_modules(variant))
     for layer in model.layers:
         if hasattr(layer, "momentum"):

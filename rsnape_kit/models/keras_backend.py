@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..utils import install_command
 from ..utils.archives import read_arrays
 
 # %% ../../nbs/07_models/01_keras_backend.ipynb #d3883703
@@ -26,7 +27,7 @@ FRAMEWORKS = ("tensorflow", "jax", "torch")  # in order of preference
 def import_keras(backend: str | None = None):  # one of FRAMEWORKS -> the module
     "Import Keras with a backend; default: KERAS_BACKEND, else the first that is installed."
     if find_spec("keras") is None:
-        raise ModuleNotFoundError("this needs Keras 3: pip install 'keras>=3.3' and tensorflow or jax")
+        raise ModuleNotFoundError(f"this needs Keras 3: {install_command('keras')}, and tensorflow or jax", name="keras")
     if "keras" not in sys.modules:
         wanted = backend or os.environ.get("KERAS_BACKEND") or next(filter(find_spec, FRAMEWORKS), None)
         if wanted is None or find_spec(wanted) is None:

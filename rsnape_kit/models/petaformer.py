@@ -18,14 +18,14 @@ except ImportError:  # need_torch raises it when a model is built; the library m
     torch, nn = None, SimpleNamespace(Module=object)
 from ..data.batches import EXAM_OUTPUTS
 from .weight_files import PYTORCH, SAFETENSORS, check_file, file_kind, read_torch
+from ..utils import require_module
 from ..utils.schema import Count, Factor, OpenShare, Rate
 
 # %% ../../nbs/07_models/07_petaformer.ipynb #7a590124
 def need_torch():
     "Raise ImportError if PyTorch is not installed."
     if torch is None:
-        raise ImportError("PetaFormer runs on PyTorch, which is not installed: pip install 'torch>=2.2' "
-                          "(Kaggle's CPU and GPU images have it)")
+        require_module("torch", "PetaFormer runs on it, and Kaggle's CPU and GPU images have it")
 
 # %% ../../nbs/07_models/07_petaformer.ipynb #185e716e
 class Block(nn.Module):
@@ -96,8 +96,7 @@ def _read_state(path: Path) -> dict:
     "Read a state dict."
     check_file(path, (PYTORCH, SAFETENSORS), "torchvision's resnet34", "`rsnape weights resnet34` fetches it")
     if file_kind(path) == SAFETENSORS:
-        from safetensors.torch import load_file
-        return load_file(path)
+        return require_module("safetensors.torch", "files of safetensors need it").load_file(path)
     return {name: torch.from_numpy(array) for name, array in read_torch(path).items()}
 
 # %% ../../nbs/07_models/07_petaformer.ipynb #5876a7ef
@@ -121,12 +120,9 @@ class ReformerTokens(nn.Module):
 
     def __init__(self, dim: int, layers: int, heads: int, dropout: float, full: bool):
         super().__init__()
-        try:
-            from reformer_pytorch import Autopadder, Reformer
-        except ImportError as error:
-            raise ImportError("attention='reformer' and 'full' need reformer-pytorch: pip install reformer-pytorch, or "
-                              "add the kit's bundle to the Kaggle inputs; attention='encoder' needs no package") from error
-        self.padded = Autopadder(Reformer(dim, layers, heads, lsh_dropout=dropout, ff_chunks=1, reverse_thres=2**31))
+        reformer = require_module("reformer_pytorch", "attention='reformer' and 'full' need it, attention='encoder' does not; on Kaggle "
+                                  "the kit's bundle brings it")
+        self.padded = reformer.Autopadder(reformer.Reformer(dim, layers, heads, lsh_dropout=dropout, ff_chunks=1, reverse_thres=2**31))
         self.full = full
 
     def forward(self, tokens, mask):  # float [b, t, dim], bool [b, t], False for padding -> float [b, t, dim]

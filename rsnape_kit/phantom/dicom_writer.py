@@ -11,13 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from pydicom import config
-from pydicom.dataelem import DataElement
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.encaps import encapsulate
-from pydicom.filebase import DicomBytesIO
-from pydicom.filewriter import write_dataset, write_file_meta_info
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLosslessSV1
+
+from ..utils import missing_module, require_module
+
+try:
+    from pydicom import config
+    from pydicom.dataelem import DataElement
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.encaps import encapsulate
+    from pydicom.filebase import DicomBytesIO
+    from pydicom.filewriter import write_dataset, write_file_meta_info
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLosslessSV1
+except ImportError as error:
+    raise missing_module("pydicom", error, "synthetic DICOM files need it") from error
 
 from .paint import Tissue
 from .scanner import Scanner
@@ -115,7 +121,7 @@ def encode(hu: np.ndarray, style: Style) -> bytes:  # int16 [H, W], columns to t
     stored = np.ascontiguousarray(hu.astype(np.int32) - style.intercept).astype(np.int16 if style.signed else np.uint16)
     if style.syntax != JPEGLosslessSV1:
         return stored.tobytes()
-    import imagecodecs
+    imagecodecs = require_module("imagecodecs", "JPEG files need it")
     return encapsulate([imagecodecs.jpeg_encode(stored.view(np.uint16), lossless=True, predictor=1, bitspersample=style.bits)])
 
 

@@ -111,7 +111,7 @@ def write_tables(out: Path, records: list, cfg: Settings):
 def _begin(out, cfg):
     "Create the folders and save the settings, or check them"
     kept, text = out / "truth" / "settings.json", json.dumps(asdict(cfg), indent=1)
-    if kept.exists() and kept.read_text() != text:
+    if kept.exists() and kept.read_text(encoding="utf-8") != text:
         raise ValueError(f"{out} has a competition with other settings ({kept}); choose another folder or delete it")
     if not kept.exists() and (out / "train.csv").exists():
         raise ValueError(f"{out} has a train.csv that make_competition did not write; choose another folder")
@@ -159,7 +159,7 @@ def make_competition(
         _begin(out, cfg)
         jobs = [("train", k) for k in range(studies)] + [("test", k) for k in range(test_studies)]
         paths = _write_studies(jobs, partial(write_study, out=str(out), cfg=cfg), executor, f"phantom ({difficulty})")
-        write_tables(out, [json.loads(Path(p).read_text()) for p in paths], cfg)
+        write_tables(out, [json.loads(Path(p).read_text(encoding="utf-8")) for p in paths], cfg)
     return out
 
 

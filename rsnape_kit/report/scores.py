@@ -18,6 +18,7 @@ from ..competition.metric import log_loss, metric_weights
 from ..competition.predictions import Predictions
 from ..competition.priors import constant_prior, position_prior
 from ..competition.tables import locate, slice_index
+from ..utils import require_module
 
 # %% ../../nbs/12_report/01_scores.ipynb #55ea690a
 @dataclass(frozen=True, eq=False)
@@ -144,9 +145,7 @@ def study_tags(
     root="",  # folder that the paths are relative to, as given to `scan`
 ) -> pd.Series:  # study -> text; left out where the file or the tag is missing
     "Return one tag of the first readable file of each study."
-    import pydicom
-
-    found = {}
+    pydicom, found = require_module("pydicom"), {}
     for study, path in zip(slices[STUDY], slices["path"]):
         if study not in found:
             try:

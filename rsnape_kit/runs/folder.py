@@ -176,7 +176,7 @@ def load_checkpoint(
 
 def _history(path: Path) -> list:  # a dict per epoch
     "Return the rows of a history; raise ValueError if one is lost or holds something else than numbers."
-    if not path.read_text().strip():  # no epoch is finished
+    if not path.read_text(encoding="utf-8").strip():  # no epoch is finished
         return []
     table = read_csv_file(path)
     columns = {"epoch": "integer"} | dict.fromkeys(table.columns.drop("epoch", "ignore"), "number")
@@ -211,7 +211,7 @@ def seal_run(run: Path | str):
         return
     checkpoint = complete_folder(Path(run) / "checkpoint")
     if checkpoint is not None:  # if the training was killed after its last checkpoint, the run's history lacks a row
-        atomic_write(Path(run) / "history.csv", (checkpoint / "history.csv").read_text())
+        atomic_write(Path(run) / "history.csv", (checkpoint / "history.csv").read_text(encoding="utf-8"))
     write_manifest(run, "run", [name for name in own if Path(run, name).exists()])
 
 # %% ../../nbs/08_runs/03_folder.ipynb #2d725a72

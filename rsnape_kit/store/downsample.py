@@ -9,7 +9,7 @@ __all__ = ['HIGHEST', 'AIR', 'to_fixed_point', 'is_exact', 'stored_to_fixed_poin
 import numpy as np
 
 from ..dicom.hounsfield import header_buffers, integer_terms, open_plain, plain_format, to_hu
-from ..utils.native import close_file, compiled, read_at
+from ..utils.native import close_file, compiled, read_at, reads_files
 
 # %% ../../nbs/03_store/01_downsample.ipynb #8105d1d2
 HIGHEST = 8191  # HU; four times this fits in int16
@@ -91,7 +91,7 @@ def stored_to_fixed_point(
 # %% ../../nbs/03_store/01_downsample.ipynb #4c99bfd7
 _piece = 1 << 17  # bytes
 
-@compiled
+@reads_files
 def _sum_from(fd, place, some, low, high, add, out):
     "Fill `out` from a file, a few rows (int16 or uint16 [rows, 2 S]) at a time; False if the file is too short."
     columns, into, kind = some.shape[1], some.view(np.uint8).reshape(-1), some.dtype.type
@@ -103,7 +103,7 @@ def _sum_from(fd, place, some, low, high, add, out):
         _sum_2x2(some[:count], kind(low), kind(high), kind(add), out[r:r + count // 2])
     return True
 
-@compiled
+@reads_files
 def _fill_from(fd, place, numbers, lowest, memory, out):
     "Fill `out` from an open plain file; False if its format is not the usual one."
     shape, bits, signed, slope, intercept = plain_format(numbers)
@@ -116,7 +116,7 @@ def _fill_from(fd, place, numbers, lowest, memory, out):
         return _sum_from(fd, place, some.view(np.int16).reshape((rows, shape[1])), low, high, add, out)
     return _sum_from(fd, place, some.view(np.uint16).reshape((rows, shape[1])), low, high, add, out)
 
-@compiled
+@reads_files
 def _read_many(names, edges, rows, lowest, memory, buf, at, length, numbers, out):
     "`read_many` on the arrays of `raw_paths` and `header_buffers`; regular samples end at bit 15, HighBit says."
     for k in range(len(rows)):

@@ -27,7 +27,7 @@ from ..utils.files import atomic_file
 # %% ../../nbs/03_store/05_tfrecords.ipynb #37d1700e
 def masked(data: bytes) -> int:
     "The checksum as TFRecord files store it: CRC-32C, rotated and offset so that data may contain checksums itself."
-    value = require_module("google_crc32c", "TFRecords need it: pip install google-crc32c, or rsnape_kit[dicom]").value(data)
+    value = require_module("google_crc32c", "TFRecords need it").value(data)
     return ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 # %% ../../nbs/03_store/05_tfrecords.ipynb #48dd5b5a
@@ -39,14 +39,12 @@ TAGS = ("SpecificCharacterSet ImageType SOPClassUID SOPInstanceUID Modality Slic
 LABELS = (*EXAM_LABELS, *AUX_LABELS, IMAGE_LABEL)
 
 def _tensorflow():
-    return require_module("tensorflow", "TFRecords need it: pip install tensorflow-cpu")
+    return require_module("tensorflow", "TFRecords need it")
 
 # %% ../../nbs/03_store/05_tfrecords.ipynb #0fde5a2d
 def _example(path, labels=None):
     "One slice as a serialised tf.train.Example."
-    import pydicom
-
-    train = _tensorflow().train
+    pydicom, train = require_module("pydicom"), _tensorflow().train
     try:
         ds = pydicom.dcmread(path)
         decoder = DECODERS.get(ds.file_meta.TransferSyntaxUID)
@@ -119,7 +117,8 @@ def _parse(path, start, count):
     Example = _tensorflow().train.Example
     try:
         with open(path, "rb") as file:
-            raw = os.pread(file.fileno(), count + 4, start)
+            file.seek(start)
+            raw = file.read(count + 4)
     except OSError as error:
         raise to_dicom_error(path, error) from error
     if masked(raw[:count]).to_bytes(4, "little") != raw[count:]:

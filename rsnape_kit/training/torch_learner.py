@@ -18,6 +18,7 @@ from ..competition.labels import STUDY
 from ..data.batches import GroupBatches, GroupTargets
 from ..inference.torch_predictor import tensors
 from ..runs.config import PetaFormerConfig
+from ..utils import require_module
 
 # %% ../../nbs/10_training/04_torch_learner.ipynb #5a2db713
 def group_loss(
@@ -150,13 +151,12 @@ def make_learner(
     rank: int = 0,
 ):  # fastai Learner
     "Return a Learner with two groups of parameters, the backbone's and the rest."
-    try:
-        from fastai.basics import Adam, Learner
-        from fastai.callback.core import TrainEvalCallback
-        from fastai.callback.fp16 import MixedPrecision
-        from fastai.callback.training import GradientClip
-    except ImportError as error:
-        raise ImportError("PetaFormer trains with fastai: pip install 'fastai>=2.7.18' 'fastcore<2'") from error
+    require_module("fastai.basics", "PetaFormer trains with it")
+    from fastai.basics import Adam, Learner
+    from fastai.callback.core import TrainEvalCallback
+    from fastai.callback.fp16 import MixedPrecision
+    from fastai.callback.training import GradientClip
+
     callbacks = [TrainEvalCallback(), Seeded(config.seed, rank), Schedule(config), Finite(), Accumulate(config.accumulate),
                  *hooks]
     if config.clip is not None:

@@ -108,7 +108,7 @@ def jpeg_noise(
     quality: int,  # 1 to 100
 ) -> np.ndarray:  # uint8, same shape
     "Return an image as it is after JPEG compression, with colour at half the resolution if it has three channels."
-    codec = require_module("imagecodecs", "pixels.jpeg needs it: pip install imagecodecs")
+    codec = require_module("imagecodecs", "pixels.jpeg needs it")
     plane = image[..., 0] if image.shape[2] == 1 else image
     coded = codec.jpeg8_encode(np.ascontiguousarray(plane), level=int(quality), subsampling="420")
     return codec.jpeg8_decode(coded).reshape(image.shape)

@@ -51,9 +51,12 @@ def _space(path: Path) -> str:
 # %% ../../nbs/00_utils/01_files.ipynb #a6da7851
 def sync(path: Path | str):
     "Wait until the content of a file is on the disk, or the names in a folder, where the file system can do that."
-    descriptor = os.open(path, os.O_RDONLY)
+    folder, windows = os.path.isdir(path), os.name == "nt"
+    if folder and windows:  # which opens no folders
+        return
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
-        with suppress(OSError) if os.path.isdir(path) else nullcontext():
+        with suppress(OSError) if folder else nullcontext():
             os.fsync(descriptor)
     finally:
         os.close(descriptor)

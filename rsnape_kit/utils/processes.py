@@ -19,6 +19,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from . import cores
 from .files import atomic_write
 
 # %% ../../nbs/00_utils/03_processes.ipynb #926bb9b2
@@ -41,10 +42,10 @@ WATCH = .5  # seconds between two looks at the parent
 def end_with_parent(
     parent: int | None = None,  # process id; default: from the environment, which `worker_environ` set; without one nothing is watched
 ):
-    "End this process soon after its parent has ended, however that ended."
+    "End this process soon after its parent has ended, however that ended; not on Windows, where the id of an ended parent stays."
     told = int(os.environ.pop(PARENT, 0))  # processes that this one starts in another way are not concerned
     parent = told if parent is None else parent
-    if parent and (parent == os.getppid() or not _exists(parent)):  # another parent that exists: the variable was inherited
+    if parent and os.name != "nt" and (parent == os.getppid() or not _exists(parent)):  # another parent that exists: the variable was inherited
         threading.Thread(target=_watch, args=(parent,), daemon=True).start()
 
 
@@ -88,7 +89,7 @@ def worker_pool(workers: int | None = None) -> ProcessPoolExecutor:
 
 def executor_for(slices: int, tasks: int) -> Executor:
     "Return a process pool for some tasks of `slices` slices together, or one thread where a pool does not pay."
-    workers = min(os.cpu_count() or 1, tasks)
+    workers = min(cores(), tasks)
     if workers < 2 or slices < 2000:
         return ThreadPoolExecutor(1)
     return worker_pool(workers)
@@ -114,7 +115,8 @@ def exclusive(
         yield
     finally:
         if lock.is_locked:
-            file.unlink(missing_ok=True)
+            with suppress(PermissionError):  # of Windows, for an open file
+                file.unlink(missing_ok=True)
             lock.release()
 
 
@@ -173,7 +175,7 @@ class CountedBatches:
 def read_steps(path) -> tuple:
     "Return (steps done, steps in total) from a progress file; (0, 0) if there is none yet."
     try:
-        done, total = map(int, Path(path).read_text().split())
+        done, total = map(int, Path(path).read_text(encoding="utf-8").split())
     except (OSError, ValueError):
         return 0, 0
     return done, total

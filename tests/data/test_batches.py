@@ -109,7 +109,7 @@ def test_a_missing_framework_is_named():
             try: wrap()
             except ImportError as error: print(error)
     """, blocked=("torch", "keras"))
-    assert "pip install 'rsnape-kit[torch]'" in out and "pip install 'rsnape-kit[keras]'" in out
+    assert "pip install 'rsnape_kit[torch]'" in out and "pip install 'rsnape_kit[keras]'" in out
 
 
 @pytest.mark.slow

@@ -167,7 +167,7 @@ def test_one_image_in_many_syntaxes():
 def test_faults_of_the_machine_are_raised_unchanged(tmp_path, monkeypatch, fault):
     plain = ct_file(tmp_path / "plain.dcm", stored_values((512, 512), bits=12))
     packed = ct_file(tmp_path / "packed.dcm", stored_values((8, 8), bits=12), JPEGLosslessSV1, bits=12)
-    with monkeypatch.context() as patch, pytest.raises(ImportError, match="pip install imagecodecs"):
+    with monkeypatch.context() as patch, pytest.raises(ImportError, match=r"pip install 'rsnape_kit\[dicom\]'"):
         patch.setitem(sys.modules, "imagecodecs", None)
         read_hu(packed)
 

@@ -129,7 +129,7 @@ def test_what_is_refused(tmp_path, monkeypatch):
             scan_volume(tmp_path / name)
     itk.WriteImage(image_of(), tmp_path / "b.nii")
     monkeypatch.setitem(sys.modules, "SimpleITK", None)
-    with pytest.raises(ImportError, match="pip install SimpleITK"):
+    with pytest.raises(ImportError, match=r"pip install 'rsnape_kit\[volumes\]'"):
         scan_volume(tmp_path / "b.nii")
     assert is_volume("A.NII.GZ") and not is_volume("a.dcm.gz")
 

@@ -403,7 +403,7 @@ def test_faults_are_filled_marked_and_listed(tmp_path):
 
 def test_faults_of_the_machine_stop_a_build(tmp_path, monkeypatch):
     root = competition(tmp_path / "train", studies=2, slices=3, syntaxes=[JPEGLosslessSV1])
-    with monkeypatch.context() as patch, pytest.raises(ImportError, match="pip install imagecodecs"):
+    with monkeypatch.context() as patch, pytest.raises(ImportError, match=r"pip install 'rsnape_kit\[dicom\]'"):
         patch.setitem(sys.modules, "imagecodecs", None)
         build_store(root, tmp_path / "out", size=32)
     assert not shards(tmp_path / "out") and not list((tmp_path / "out").glob("*.tmp"))

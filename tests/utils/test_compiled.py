@@ -137,7 +137,7 @@ def test_one_warning_and_none_about_overflow(runs):
 def test_the_phantom_names_the_missing_package(runs):
     (compiled, _), (plain, _) = runs
     assert compiled[-1] == "painted"
-    assert plain[-1] == "rsnape_kit.phantom.paint.texture needs numba: pip install numba"
+    assert plain[-1] == "rsnape_kit.phantom.paint.texture needs numba: pip install 'rsnape_kit[dicom]'"
 
 
 def test_compiles_without_a_place_for_a_cache():
