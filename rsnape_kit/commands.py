@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import rsnape_kit as rk
+from .utils.arguments import UsageError, not_with, only_with
 from .utils.files import atomic_file, name_full_disk, valid_path, valid_text
 from .utils.processes import worker_pool
 from .utils.schema import Count, Natural, Positive, Seed, Views
@@ -158,6 +159,9 @@ def _of_fold(runs: list[Path], fold: int | None) -> list:
     return [run for run in runs if fold is None or run_settings(run).get("fold") == fold]
 
 # %% ../nbs/16_commands.ipynb #1c916fbb
+@not_with("preset", "space")
+@only_with("preset", "store")
+@only_with("train_csv", "store", "allow_partial")
 def blend(runs: list[Path] = (), *, train_csv: Path | None = None, preset: Literal["original", "first-version"] | None = None,
           store: list[Path] = (), space: Literal["probability", "logit"] = "probability", out: Path = Path("ensemble.json"),
           allow_partial: bool = False):
@@ -208,6 +212,10 @@ def _listed(losses: dict) -> str:
     return ", ".join(f"{name} {loss if isinstance(loss, str) else f'{loss:.4f}'}" for name, loss in losses.items())
 
 # %% ../nbs/16_commands.ipynb #36352a06
+@only_with("dicom", "series", "heat", "sr", "json")
+@only_with("heat", "heat_method")
+@only_with("competition", "submission")
+@not_with("store", "ensemble")
 def predict(runs: list[Path] = (), *, competition: Path | None = None, store: list[Path] = (), dicom: Path | None = None,
             ensemble: Path | None = None, out: Path = Path("predictions"), submission: Path | None = None, tta: Views | None = None,
             hours: Positive | None = None, series: str = "", heat: Natural = 0, heat_method: Literal["occlusion", "gradcam"] = "occlusion",
@@ -233,13 +241,11 @@ def predict(runs: list[Path] = (), *, competition: Path | None = None, store: li
     """
     seconds = float("inf") if hours is None else 3600 * hours
     if sum(map(bool, (competition, store, dicom))) != 1:
-        raise ValueError("no input or several: give one of --competition FOLDER, --store FOLDER... and --dicom FOLDER")
+        raise UsageError("no input or several: give one of --competition FOLDER, --store FOLDER... and --dicom FOLDER")
     if ensemble and not ensemble.is_file():
         raise FileNotFoundError(f"{ensemble} does not exist; rsnape blend writes it")
-    if (series or heat or sr or json) and not dicom:
-        raise ValueError("--series, --heat, --sr and --json are about studies to read: give them with --dicom FOLDER")
     if heat_dicom and not heat:
-        raise ValueError("--heat-dicom writes heat maps, of which there are none: give their number, e.g. --heat 3")
+        raise UsageError("--heat-dicom writes heat maps, of which there are none: give their number, e.g. --heat 3")
     if competition:
         rk.submit(runs, ensemble, competition=competition, out=submission or out / "submission.csv", work=out / "work",
                   time_budget=seconds, tta=tta)

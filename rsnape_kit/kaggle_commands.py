@@ -7,17 +7,19 @@ __all__ = ['next_step', 'kernels', 'bundle', 'check', 'push', 'submit', 'campaig
            'scores']
 
 # %% ../nbs/17_kaggle_commands.ipynb #kc000004
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import rsnape_kit as rk
+from .utils.arguments import UsageError, not_with, only_with
 from .utils.schema import Count, Natural, Positive, Seed
 
 # %% ../nbs/17_kaggle_commands.ipynb #a7cm0006
 def next_step(*command):
-    "Print the command that usually comes next."
-    print("next: rsnape", *command, file=sys.stderr)
+    "Log the command that usually comes next; the command line prints it, unless it is quiet."
+    logging.getLogger(__name__).info("next: rsnape %s", " ".join(map(str, command)))
 
 
 def kernels(*, owner: str | None = None, models: list[str] | None = None, folds: list[Natural] | None = None, n_folds: Count | None = None,
@@ -115,10 +117,12 @@ def push(folder: Path = Path("."), *, notes: str = "", bundle: Path | None = Non
     from rsnape_kit.kaggle.client import push, push_bundle
 
     if (folder / "dataset-metadata.json").exists():
+        if bundle or allow:
+            raise UsageError(f"--bundle and --allow are for kernels, and {folder} is a dataset: leave them out")
         push_bundle(folder, notes=notes)
         return next_step("push .")
     if notes:
-        raise ValueError(f"--notes are for datasets, and {folder} has no dataset-metadata.json: leave them out")
+        raise UsageError(f"--notes are for datasets, and {folder} has no dataset-metadata.json: leave them out")
     push(folder, bundle, allow)
     next_step("submit" if "submit" in folder.resolve().name or folder == Path(".") else "status", folder)
 
@@ -145,6 +149,9 @@ def submit(folder: Path = Path("."), *, version: int | None = None, message: str
     next_step("scores")
 
 
+@not_with("dry_run", "once", "retry", "again", "sessions", "poll", "message")
+@not_with("once", "poll")
+@not_with("no_submit", "message")
 def campaign(folder: Path | None = None, *, bundles: list[Path] = (), models: list[str] = (), folds: list[int] = (),
              limit: Annotated[list, "ACCELERATOR=N"] = (), sessions: Count = 6, poll: Positive = 60., dry_run: bool = False, once: bool = False,
              retry: bool = False, again: list[str] = (), strict: bool = False, no_submit: bool = False, message: str = "rsnape_kit",
@@ -181,6 +188,7 @@ def campaign(folder: Path | None = None, *, bundles: list[Path] = (), models: li
     sys.exit(left or print("everything is done"))
 
 
+@only_with("chain", "models", "torch")
 def rehearse(*, folder: Path = Path("build/rehearsal"), runs: list[Path] = (), bundle: Path | None = None, chain: bool = False,
              models: list[str] = (), torch: bool = False):
     """Run the submission kernel, or all kernels, as Kaggle would: its folders, its Python, no network.
@@ -234,6 +242,7 @@ def status(kernels: list[str] = ()):
     next_step(*("logs", failed) if failed else ("output", done) if done else ("status", *kernels))
 
 
+@not_with("all", "lines")
 def logs(kernel: str, *, lines: Count = 40, all: bool = False):
     """Print the last lines of the log of a kernel's last run.
 

@@ -1,5 +1,6 @@
 "The commands for Kaggle from end to end: what they print, and the command that they name as the next one."
 import json
+import re
 
 import pytest
 
@@ -96,9 +97,10 @@ def watch_defaults(kaggle) -> tuple:
     return (*rest, sleep, clock)
 
 
-def test_notes_are_refused_where_they_would_be_lost(tmp_path):
-    with pytest.raises(SystemExit, match="--notes are for datasets, and .* has no dataset-metadata.json"):
+def test_notes_are_refused_where_they_would_be_lost(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
         main(["push", str(tmp_path), "--notes", "x"])
+    assert re.search("--notes are for datasets, and .* has no dataset-metadata.json", capsys.readouterr().err)
 
 
 def test_kernels_attach_models(tmp_path, run, monkeypatch):

@@ -1,0 +1,77 @@
+"The command line as a user meets it: statuses, one line for a fault, options without effect, quiet and verbose."
+import inspect
+
+import pytest
+
+import rsnape_kit as rk
+from rsnape_kit.cli import COMMANDS, main
+from rsnape_kit.kaggle_commands import kernels
+
+
+def ended(capsys, *words) -> tuple:
+    "Run a command that ends by itself; return its status and what it printed on standard error."
+    with pytest.raises(SystemExit) as end:
+        main(list(map(str, words)))
+    printed = capsys.readouterr()
+    assert not printed.out
+    code = end.value.code
+    return (1, code) if isinstance(code, str) else (code, printed.err.strip())  # Python prints the text and ends with 1
+
+
+def test_statuses(capsys, monkeypatch, tmp_path):
+    def interrupt(folder):
+        raise KeyboardInterrupt
+
+    status, told = ended(capsys, "scan", tmp_path / "nowhere")
+    assert status == 1 and told.startswith("rsnape: ") and "nowhere does not exist" in told and "\n" not in told
+    status, told = ended(capsys, "scan")
+    assert status == 2 and told == "rsnape scan: the following arguments are required: folder; see rsnape scan --help"
+    monkeypatch.setattr(rk, "scan", interrupt, raising=False)
+    assert ended(capsys, "scan", tmp_path) == (130, "rsnape: interrupted; run the same command again to resume")
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert (end.value.code, capsys.readouterr().out) == (0, f"rsnape_kit {rk.__version__}\n")
+
+
+@pytest.mark.parametrize("words", [
+    "weights b1 --list", "weights --list --out x", "logs me/train --all --lines 3", "campaign --dry-run --retry",
+    "campaign --dry-run --again all", "campaign --once --poll 5", "campaign --no-submit --message x",
+    "rehearse --torch", "rehearse --models petaformer", "download --split test",
+    "blend r --train-csv x --space logit --preset original", "blend r --train-csv x --store s",
+    "blend r --preset original --allow-partial", "predict r --store s --ensemble e.json",
+    "predict r --store s --submission x.csv", "predict r --dicom d --heat-method gradcam",
+    "predict r --store s --json", "predict r --store s --dicom d"])
+def test_an_option_without_effect_is_refused(words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, told = ended(capsys, *words.split())
+    assert status == 2 and "\n" not in told and told.endswith(f"see rsnape {words.split()[0]} --help")
+    assert "no effect" in told or "no input or several" in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dataset_takes_no_options_of_kernels(capsys, tmp_path):
+    (tmp_path / "dataset-metadata.json").touch()
+    assert ended(capsys, "push", tmp_path, "--allow", "x")[0] == 2
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__)
+def test_rules_name_parameters(command):
+    names = set(inspect.signature(command).parameters)
+    assert names.isdisjoint({"run", "debug", "quiet", "verbose"})  # parsed beside them
+    for _, others, options in vars(command).get("rules", ()):
+        assert {*others, *options} <= names
+
+
+def test_hints_are_of_the_command_line_and_quiet_leaves_them_out(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kernels(owner="me")
+    assert not capsys.readouterr().err  # the library is silent
+    main(["kernels", "--owner", "me"])
+    assert capsys.readouterr().err == "next: rsnape bundle --owner me\n"
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    main(["kernels", "--owner", "me", "-q"])
+    assert not capsys.readouterr().err
+    main(["-v", "kernels", "--owner", "me"])
+    first, hint, last = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"rsnape_kit {rk.__version__}, Python ") and "'owner': 'me'" in first
+    assert hint.startswith("next: ") and last.endswith(" s")
