@@ -39,6 +39,7 @@ from rsnape_kit.utils.arguments import (
     idle_option,
     not_with,
     only_with,
+    print_json,
 )
 from .utils.processes import end_with_parent
 from .utils.schema import Count
@@ -82,16 +83,19 @@ def weights(names: list[str] = (), *, out: Path = Path("weights"), mirror: str =
               f"    {entry.algorithm} {entry.digest}", *(f"    {text}" for text in (entry.url, entry.note) if text), sep="\n")
 
 # %% ../nbs/18_cli.ipynb #fe3d85fd
-def recipes(*, recipe: str = "full", machine: Literal["t4x2", "v5e-8", "cpu", "here"] = "v5e-8"):
+def recipes(*, recipe: str = "full", machine: Literal["t4x2", "v5e-8", "cpu", "here"] = "v5e-8", json: bool = False):
     """Print what each model of a recipe starts from, sees and needs on a machine.
 
     Args:
         recipe: name of a recipe, such as full or demo
         machine: batch, passes, precision, memory and hours are for this one
+        json: print a JSON list with an object for each model
     """
     from rsnape_kit.kaggle.runtime import find_machine
 
     table = rk.recipe_table(recipe, find_machine(machine))
+    if json:
+        return print_json(table.to_dict("records"))
     print(table.drop(columns="differs").to_string(index=False))
     notes = [f"  {name}: {texts}" for name, texts in zip(table.model, table.differs) if texts]
     print(*["\ndiffers from the original, or does not fit:", *notes] if notes else [], sep="\n")

@@ -9,11 +9,12 @@ __all__ = ['next_step', 'kernels', 'bundle', 'check', 'push', 'submit', 'campaig
 # %% ../nbs/17_kaggle_commands.ipynb #kc000004
 import logging
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
 import rsnape_kit as rk
-from .utils.arguments import UsageError, not_with, only_with
+from .utils.arguments import UsageError, not_with, only_with, print_json
 from .utils.schema import Count, Natural, Positive, Seed
 
 # %% ../nbs/17_kaggle_commands.ipynb #a7cm0006
@@ -84,24 +85,26 @@ def bundle(*, out: str = "", target: Literal["gpu", "tpu"] = "gpu", runs: list[P
     next_step(*("bundle --owner NAME, with your Kaggle user name",) if owner == "OWNER" else ("push", out))
 
 
-def check(folder: Path = Path("."), *, bundle: Path | None = None, allow: Annotated[list, "TEXT"] = ()):
+def check(folder: Path = Path("."), *, bundle: Path | None = None, allow: Annotated[list, "TEXT"] = (), json: bool = False):
     """Report what would make a kernel fail on Kaggle, and as warnings what may be in order; only the first fails.
 
     Args:
         folder: folder with kernel-metadata.json
         bundle: folder of the attached bundle, to check its modules too
         allow: ignore faults and warnings that contain this text; can be repeated
+        json: print one JSON object with the faults and the warnings
     """
     from rsnape_kit.kaggle.preflight import Note, kernel_findings
 
     found = kernel_findings(folder, bundle, allow)
     faults = [fault for fault in found if not isinstance(fault, Note)]
-    for note in found:
-        if isinstance(note, Note):
-            print(f"warning: {note}")
+    notes = [note for note in found if isinstance(note, Note)]
+    if json:
+        print_json({"folder": str(folder), "faults": faults, "warnings": notes})
+    else:
+        print(*(f"warning: {note}" for note in notes), *[] if faults else [f"{folder}: no faults"], sep="\n", end="\n" * bool(notes or not faults))
     if faults:
-        sys.exit("\n".join(faults))
-    print(f"{folder}: no faults")
+        sys.exit(1 if json else "\n".join(faults))
     next_step("push", folder)
 
 
@@ -226,16 +229,17 @@ def rehearse(*, folder: Path = Path("build/rehearsal"), runs: list[Path] = (), b
     next_step("bundle --owner NAME, with your Kaggle user name")
 
 # %% ../nbs/17_kaggle_commands.ipynb #15f88f4e
-def status(kernels: list[str] = ()):
+def status(kernels: list[str] = (), *, json: bool = False):
     """Show what kernels are doing.
 
     Args:
         kernels: owner/slug, or folders of kernels (default: all of this folder and of kernels/)
+        json: print a JSON list with name, state and message of each
     """
     from rsnape_kit.kaggle.outputs import kernel_names, kernel_states, state_lines
 
     states = kernel_states(kernel_names(kernels or ["."]))
-    print(*state_lines(states), sep="\n")
+    print_json([asdict(each) for each in states]) if json else print(*state_lines(states), sep="\n")
     by_state = {each.state: each.name for each in reversed(states)}
     failed = by_state.get("error") or by_state.get("cancel_acknowledged")
     done = by_state.get("complete")
@@ -275,14 +279,15 @@ def output(kernel: str, *, out: Path = Path("output"), pattern: str = "*"):
     next_step(*("blend", *runs, "--train-csv competition/train.csv") if runs else ("status",))
 
 
-def scores(*, last: Count = 20):
+def scores(*, last: Count = 20, json: bool = False):
     """List your submissions with their scores, the newest first.
 
     Args:
         last: how many
+        json: print a JSON list of them
     """
     from rsnape_kit.kaggle.scores import PENDING, submissions
 
     found = submissions(last)
-    print(*found or ["no submissions"], sep="\n")
+    print_json([asdict(each) for each in found]) if json else print(*found or ["no submissions"], sep="\n")
     next_step("scores" if any(each.state == PENDING for each in found) else "submit --wait")

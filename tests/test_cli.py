@@ -1,10 +1,12 @@
 "The command line as a user meets it: statuses, one line for a fault, options without effect, quiet and verbose."
 import inspect
+import json
 
 import pytest
 
 import rsnape_kit as rk
 from rsnape_kit.cli import COMMANDS, main
+from rsnape_kit.kaggle.runtime import find_machine
 from rsnape_kit.kaggle_commands import kernels
 
 
@@ -75,3 +77,11 @@ def test_hints_are_of_the_command_line_and_quiet_leaves_them_out(capsys, tmp_pat
     first, hint, last = capsys.readouterr().err.splitlines()
     assert first.startswith(f"rsnape_kit {rk.__version__}, Python ") and "'owner': 'me'" in first
     assert hint.startswith("next: ") and last.endswith(" s")
+
+
+def test_a_recipe_as_json_is_its_table(capsys):
+    main(["recipes", "--machine", "cpu", "--json"])
+    rows, table = json.loads(capsys.readouterr().out), rk.recipe_table("full", find_machine("cpu"))
+    assert [row["model"] for row in rows] == list(table.model)
+    for name in ("input", "GiB", "batch x passes", "hours"):
+        assert [row[name] for row in rows] == list(table[name])
