@@ -1,6 +1,8 @@
 "The command line as a user meets it: statuses, one line for a fault, options without effect, quiet and verbose."
 import inspect
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -85,3 +87,33 @@ def test_a_recipe_as_json_is_its_table(capsys):
     assert [row["model"] for row in rows] == list(table.model)
     for name in ("input", "GiB", "batch x passes", "hours"):
         assert [row[name] for row in rows] == list(table[name])
+
+
+COMPLETE = """
+complete_words() {
+    COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=()
+    $(complete -p rsnape | sed 's/.*-F //; s/ .*//')
+    echo "${COMPREPLY[*]}"
+}
+complete_words rsnape sc
+complete_words rsnape train --reci
+complete_words rsnape train efficientnet --recipe full-
+complete_words rsnape predict runs/a --dicom one-
+complete_words rsnape scan one-
+"""
+
+
+def test_bash_completes_commands_options_choices_and_files(capsys, tmp_path):
+    pytest.importorskip("shtab")
+    (tmp_path / "one-patient").mkdir()
+    main(["completion", "bash"])
+    script = capsys.readouterr().out + COMPLETE
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.splitlines() == ["scan scores", "--recipe", "full-384 full-512", "one-patient", "one-patient"]
+    assert not done.stderr
+
+
+def test_completion_names_what_it_lacks(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    status, told = ended(capsys, "completion", "zsh")
+    assert status == 1 and told.endswith("install it: pip install shtab")
