@@ -176,9 +176,13 @@ def main(arguments=None):
             if fault := idle_option(run, args):
                 raise UsageError(fault)
             run(**args)
+            sys.stdout.flush()
             log.debug("%.1f s", time.monotonic() - began)
     except KeyboardInterrupt:
         end(130, "\nrsnape: interrupted; run the same command again to resume")
+    except BrokenPipeError:  # whoever reads the output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
         if debug:
             raise

@@ -6,14 +6,16 @@
 __all__ = ['Part', 'Difficulty', 'demo', 'phantom', 'scan', 'store', 'train', 'blend', 'predict', 'report']
 
 # %% ../nbs/16_commands.ipynb #ad7f267d
+import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Literal
 
 import rsnape_kit as rk
-from .utils.arguments import UsageError, not_with, only_with, part_of
+from .utils.arguments import UsageError, not_with, only_with, part_of, print_json
 from .utils.files import atomic_file, name_full_disk, valid_path, valid_text
 from .utils.processes import worker_pool
 from .utils.schema import Count, Natural, Positive, Seed, Views
@@ -91,23 +93,26 @@ def store(source: list[Path], out: Path, *, size: Literal[256, 512] = 256, part:
     print(rk.SliceStore(out))
 
 # %% ../nbs/16_commands.ipynb #1ae7ac71
-def train(model: str, *, store: list[Path], train_csv: Path, fold: list[Natural] = (0,), folds: Count = 5,
+@not_with("config", "recipe")
+def train(model: str | None = None, *, store: list[Path] = (), train_csv: Path | None = None, fold: list[Natural] = (), folds: Count = 5,
           recipe: Literal["full", "full-384", "full-512", "original", "demo", "quick"] = "full", set: Annotated[list, "NAME=VALUE"] = (),
           machine: Literal["auto", "here", "t4x2", "v5e-8", "cpu", "none"] = "auto",
-          seed: list[Seed] = (0,), out: Path = Path("runs"), earlier: list[Path] = (), weights: str = "auto", tta: Views | None = None,
+          config: Path | None = None, print_config: bool = False, seed: list[Seed] = (), out: Path = Path("runs"), earlier: list[Path] = (), weights: str = "auto", tta: Views | None = None,
           hours: Positive | None = None, image_run: list[Path] = (), features: Path | None = None, allow_partial: bool = False):
     """Train a model on all folds but one, resuming from its last checkpoint if there is one.
 
     Args:
-        model: efficientnet, resnet3d, efficientnet3d, petaformer or sequence
+        model: efficientnet, resnet3d, efficientnet3d, petaformer, sequence or rvlv (default: the one that --config names)
         store: folders of a slice store, all its parts
         train_csv: the competition's train.csv
-        fold: the fold to hold out (default: 0), or several, trained one after the other
+        fold: the fold to hold out (default: 0, or that of --config), or several, trained one after the other
         folds: number of folds
         recipe: settings to start from; full for full size, full-384 and full-512 for more pixels, original for the 30th-place solution's as far as they are known
         set: a setting such as batch=64 or network.width=.5; can be repeated
-        seed: random seed (default: 0), or several; each makes a run of its own
-        machine: choose batch, passes, precision and recomputation to fit it; auto is here on Kaggle and none elsewhere
+        seed: random seed (default: 0, or that of --config), or several; each makes a run of its own
+        config: settings to start from instead of a recipe's: config.json of a run, or JSON or YAML with model, batch and so on
+        print_config: print the settings as JSON for --config, with --set and --machine applied, and train nothing
+        machine: choose batch, passes, precision and recomputation to fit it; auto is here on Kaggle, and none elsewhere and with --config
         out: folder for run folders
         earlier: folders to search for an earlier session's copy of the run
         weights: file for the network's backbone, none for random weights, auto for what the model is meant to start from
@@ -120,15 +125,23 @@ def train(model: str, *, store: list[Path], train_csv: Path, fold: list[Natural]
     from rsnape_kit.competition.labels import STUDY
     from rsnape_kit.kaggle.runtime import find_machine
     from rsnape_kit.runs.machine import fit_and_tell
-    from rsnape_kit.runs.recipes import find_recipe, override_settings
+    from rsnape_kit.runs.recipes import choose_settings, settings_content
     from rsnape_kit.store.coverage import check_studies
     from rsnape_kit.utils.files import complete_folder
 
     began = time.monotonic()
-    config = override_settings(find_recipe(recipe, model), set)
-    config.entry.check_network(config.network)
-    if found := find_machine(machine, config.entry.framework == "torch"):
-        config = fit_and_tell(config, found, [each.partition("=")[0] for each in set])
+    if tta is not None and any(each.startswith("tta=") for each in set):
+        raise UsageError("--set tta=... has no effect beside --tta: leave one out")
+    settings = choose_settings(model, recipe, config, set)
+    settings.entry.check_network(settings.network)
+    if found := find_machine("none" if config and machine == "auto" else machine, settings.entry.framework == "torch"):
+        with redirect_stdout(sys.stderr if print_config else sys.stdout):
+            settings = fit_and_tell(settings, found, [each.partition("=")[0] for each in set])
+    fold, seed = fold or [settings.fold], seed or [settings.seed]
+    if print_config:
+        return print_json(settings_content(replace(settings, fold=fold[0], seed=seed[0], tta=settings.tta if tta is None else tta)))
+    if not (store and train_csv):
+        raise UsageError("the following arguments are required: --store, --train-csv")
     source, truth = rk.SliceStore(*store), rk.Predictions.from_train_csv(train_csv)
     check_studies(source, truth.exams.index, allow_partial, how="--allow-partial")
     split = rk.make_folds(source.table[STUDY].unique(), truth, folds)
@@ -136,7 +149,7 @@ def train(model: str, *, store: list[Path], train_csv: Path, fold: list[Natural]
     for held_out, number in product(fold, seed):
         left = None if hours is None else hours - (time.monotonic() - began) / 3600
         options |= {"image_runs": _of_fold(image_run, held_out if len(fold) > 1 else None)} if image_run else {}
-        run = rk.train(model, source, held_out, override_settings(replace(config, seed=number), set), truth=truth, folds=split,
+        run = rk.train(settings.model, source, held_out, replace(settings, seed=number), truth=truth, folds=split,
                        out=out, earlier=earlier, weights=None if weights == "none" else valid_path(weights, "--weights"), tta=tta, hours=left, **options)
         print(run)
         if complete_folder(run / "oof") is None:  # the time was up

@@ -38,7 +38,8 @@ def test_statuses(capsys, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("words", [
-    "weights b1 --list", "weights --list --out x", "logs me/train --all --lines 3", "campaign --dry-run --retry",
+    "train --config c.json --recipe demo", "train efficientnet --tta 2 --set tta=1", "weights b1 --list",
+    "weights --list --out x", "logs me/train --all --lines 3", "campaign --dry-run --retry",
     "campaign --dry-run --again all", "campaign --once --poll 5", "campaign --no-submit --message x",
     "rehearse --torch", "rehearse --models petaformer", "download --split test",
     "blend r --train-csv x --space logit --preset original", "blend r --train-csv x --store s",
@@ -117,3 +118,32 @@ def test_completion_names_what_it_lacks(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "shtab", None)
     status, told = ended(capsys, "completion", "zsh")
     assert status == 1 and told.endswith("install it: pip install shtab")
+
+
+def test_printed_settings_can_be_given_back(capsys, tmp_path):
+    words = "train efficientnet --set clip=5 --set mask=None --tta 3 --fold 2 --machine t4x2 --print-config"
+    main(words.split())
+    printed = capsys.readouterr()
+    settings = json.loads(printed.out)["settings"]
+    assert [settings[name] for name in ("clip", "mask", "tta", "fold")] == [5., None, 3, 2]
+    assert settings["precision"] == "float16" and "t4x2" in printed.err  # fitted to the machine
+    (tmp_path / "mine.json").write_text(printed.out)
+    again = ["train", "--config", str(tmp_path / "mine.json"), "--print-config"]
+    main(again)
+    assert capsys.readouterr().out == printed.out
+    main([*again, "--set", "phases.0.lr=4e-3", "--seed", "7"])
+    changed = json.loads(capsys.readouterr().out)["settings"]
+    settings["phases"][0]["lr"], settings["seed"] = 4e-3, 7
+    assert changed == settings
+
+
+@pytest.mark.parametrize("words, status, fault", [
+    ("train", 2, "no model"), ("train efficientnet", 2, "--store, --train-csv"),
+    ("train resnet3d --config mine.json", 2, "mine.json has settings of rvlv, not of resnet3d"),
+    ("train --config other.json", 1, "other.json"), ("train rvlv --set batch=many --print-config", 1, "an integer"),
+    ("train --config mine.json --set seed=3 --print-config", 1, "seed")])
+def test_settings_that_cannot_be(words, status, fault, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.json").write_text('{"model": "rvlv"}')
+    got, told = ended(capsys, *words.split())
+    assert got == status and fault in told and "\n" not in told

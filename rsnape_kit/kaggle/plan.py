@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 from .dataset import OWNER
 from ..models.registry import find_model
-from ..runs.recipes import IMAGE_RUN_FROM, RECIPES, find_recipe, override_settings
+from ..runs.recipes import IMAGE_RUN_FROM, RECIPES, check_pairs, find_recipe, override_settings
 from ..utils.files import atomic_write, read_json
 from ..utils.schema import Checked, Count, Limits, Natural, Seed, convert
 
@@ -131,7 +131,7 @@ def _check_settings(plan: Plan):
         raise ValueError(f"unknown recipe {plan.recipe!r}: expected one of {', '.join(RECIPES)}")
     for model in plan.models:
         try:
-            override_settings(find_recipe(plan.recipe, model), plan.settings.get(model, ()))
+            override_settings(find_recipe(plan.recipe, model), check_pairs(plan.settings.get(model, ())))
         except ValueError as error:
             raise ValueError(f"settings of {model}: {error}") from error
 
