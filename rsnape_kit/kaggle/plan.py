@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from .dataset import OWNER, PLACEHOLDERS
 from .kernel_metadata import SOURCES
 from ..models.registry import find_model
-from ..runs.recipes import IMAGE_RUN_FROM, RECIPES, find_recipe, override_settings
+from ..runs.recipes import IMAGE_RUN_FROM, RECIPES, check_pairs, find_recipe, override_settings
 from ..utils.display import object_html
 from ..utils.files import atomic_write, read_json
 from ..utils.schema import Checked, Count, Limits, Natural, Seed, convert
@@ -151,7 +151,7 @@ def _check_settings(plan: Plan):
             raise ValueError(f"settings of {model}: {fixed[0]!r} cannot be set: model, fold and seed are those of the kernel (options --models, "
                              "--folds, --seed), the others are filled in by training")
         try:
-            override_settings(find_recipe(plan.recipe, model), texts)
+            override_settings(find_recipe(plan.recipe, model), check_pairs(texts))
         except ValueError as error:
             raise ValueError(f"settings of {model}: {error}") from error
 

@@ -1,5 +1,6 @@
 "The commands for Kaggle from end to end: what they print, and the command that they name as the next one."
 import json
+import re
 
 import pytest
 
@@ -75,6 +76,7 @@ def test_states_logs_and_output_of_a_kernel(kaggle, run):
     kaggle.logs["me/train"] = json.dumps([{"data": f"epoch {n}\n"} for n in range(50)])
     assert run("logs me/train --lines 2") == ("epoch 48\nepoch 49\n", "output me/train")
     assert run("logs me/train --all")[0].startswith("epoch 0\n")
+    assert json.loads(run("status me/train --json")[0]) == [{"name": "me/train", "state": "complete", "message": ""}]
     out, following = run("output me/train --out here")
     assert out == "1 files in here\n1 runs: here/runs/a\n"
     assert following == "blend here/runs/a --train-csv competition/train.csv"
@@ -91,6 +93,8 @@ def test_submit_waits_for_the_run_and_the_score(kaggle, run, tmp_path, monkeypat
         "the submission is pending, 0 min so far", "2026-11-30 10:00  complete  public 0.2  five folds"]
     assert following == "scores"
     assert run("scores")[1] == "submit . --wait"
+    newest, *_ = json.loads(run("scores --json")[0])
+    assert (newest["ref"], newest["state"], newest["public"], newest["message"]) == (2, "complete", "0.2", "five folds")
 
 
 def watch_defaults(kaggle) -> tuple:
@@ -123,9 +127,10 @@ def test_after_the_bundle_comes_the_submission_kernel_where_it_was_written(monke
         assert run("scores")[1] == f"{following} --wait"
 
 
-def test_notes_are_refused_where_they_would_be_lost(tmp_path):
-    with pytest.raises(SystemExit, match="--notes are for datasets, and .* has no dataset-metadata.json"):
+def test_notes_are_refused_where_they_would_be_lost(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
         main(["push", str(tmp_path), "--notes", "x"])
+    assert re.search("--notes are for datasets, and .* has no dataset-metadata.json", capsys.readouterr().err)
 
 
 def test_kernels_attach_models(tmp_path, run, monkeypatch):

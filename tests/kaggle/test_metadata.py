@@ -233,5 +233,12 @@ def test_the_command_prints_both_and_fails_for_faults_only(tmp_path, capsys):
     with pytest.raises(SystemExit, match="NvidiaTeslaP100 is retired") as ended:
         check(tmp_path)
     assert "another-title" in capsys.readouterr().out and "another-title" not in str(ended.value)
+    with pytest.raises(SystemExit) as ended:
+        check(tmp_path, json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert ended.value.code == 1 and len(found["faults"]) == 1
+    assert "is retired" in found["faults"][0] and "slug" in found["warnings"][0]
+    check(tmp_path, allow=["is retired", "becomes the slug"], json=True)
+    assert json.loads(capsys.readouterr().out) == {"folder": str(tmp_path), "faults": [], "warnings": []}
     check(tmp_path, allow=["is retired", "becomes the slug"])
-    assert capsys.readouterr().out.startswith(f"{tmp_path}: no faults\n")
+    assert capsys.readouterr().out == f"{tmp_path}: no faults\n"

@@ -1,10 +1,14 @@
-"What is trained on if the store lacks studies of train.csv."
+"What is trained on if the store lacks studies of train.csv, and with which settings."
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 
 import rsnape_kit as rk
 from rsnape_kit.cli import main
 from rsnape_kit.competition.labels import STUDY
+from rsnape_kit.runs.folder import open_run
+from rsnape_kit.runs.recipes import find_recipe
 
 
 @pytest.fixture(scope="module")
@@ -31,3 +35,18 @@ def test_training_without_all_studies_is_refused_by_name(made, monkeypatch):
     with pytest.warns(UserWarning, match="GOING ON WITHOUT A PART OF THE STUDIES"):
         main([*words, "--allow-partial"])
     assert set(calls[0].of.index) == set(there)
+
+
+def test_the_settings_of_a_run_train_another(made, monkeypatch, tmp_path):
+    train_csv, store = made
+    calls = []
+    monkeypatch.setattr("rsnape_kit.train", lambda *settings, **more: calls.append(settings) or store)
+    filled = dict(store="a", split="b", pretrained="c")  # by `train`
+    config = replace(find_recipe("quick", "efficientnet"), fold=1, seed=4, tta=2, batch=3, **filled)
+    run = open_run(tmp_path / "run", config)
+    words = f"train --config {run}/config.json --store {store} --train-csv {train_csv} --allow-partial --folds 2"
+    with pytest.warns(UserWarning, match="GOING ON"):
+        main(words.split())
+    (model, _, fold, given), = calls
+    assert (model, fold) == ("efficientnet", 1)
+    assert given == replace(config, **dict.fromkeys(filled, ""))
