@@ -81,9 +81,9 @@ def test_a_batch_and_a_step_larger_than_the_data_are_cut_with_a_note(made, tmp_p
     rk.register_model("dot", dot)
     source = rk.SliceStore(folder / "store")
     folds, notes = rk.make_folds(truth.exams.index, truth, 2), {}
-    for fold, (batch, accumulate) in enumerate(((768, 1), (12, 64))):  # the same step of 768, as without and with --machine
-        config = rk.KerasConfig(model="dot", pixels=rk.InputConfig(size=32), network={}, batch=batch, accumulate=accumulate,
-                                phases=(rk.Phase(2, 1e-2),))
+    for fold, (batch, accumulate) in enumerate(((768, 1), (12, 64))):  # a step of 768, without and with --machine
+        config = rk.KerasConfig(model="dot", pixels=rk.InputConfig(size=32), network={}, batch=batch,
+                                accumulate=accumulate, phases=(rk.Phase(2, 1e-2),))
         with pytest.warns(UserWarning) as caught:
             run = rk.train("dot", source, fold, config, truth=truth, folds=folds, out=tmp_path, progress=False)
         notes[batch] = [str(note.message) for note in caught if "is cut to" in str(note.message)]
