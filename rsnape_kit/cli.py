@@ -146,7 +146,7 @@ def parser() -> OneLineParser:
         add_command(commands, function)
     return top
 
-
+# %% ../nbs/18_cli.ipynb #c1c00004
 @contextmanager
 def told(quiet: bool, verbose: bool):
     "Print the library's log on standard error: warnings if quiet, hints too by default, else everything."
@@ -162,7 +162,7 @@ def told(quiet: bool, verbose: bool):
     finally:
         log.removeHandler(handler)
 
-
+# %% ../nbs/18_cli.ipynb #c1c00006
 def main(arguments=None):
     "Run a command: the entry point of `rsnape`. Ends with a status other than 0 unless it succeeded."
     args = vars(parser().parse_args(arguments))
