@@ -1,6 +1,7 @@
 "The command line as a user meets it: statuses, one line for a fault, options without effect, quiet and verbose."
 import inspect
 import json
+import os
 import subprocess
 import sys
 
@@ -73,9 +74,9 @@ def test_hints_are_of_the_command_line_and_quiet_leaves_them_out(capsys, tmp_pat
     assert not capsys.readouterr().err  # the library is silent
     main(["kernels", "--owner", "me"])
     assert capsys.readouterr().err == "next: rsnape bundle --owner me\n"
-    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setenv("TQDM_DISABLE", "")  # so that it is as before when the test is over
     main(["kernels", "--owner", "me", "-q"])
-    assert not capsys.readouterr().err
+    assert not capsys.readouterr().err and os.environ["TQDM_DISABLE"] == "1"
     main(["-v", "kernels", "--owner", "me"])
     first, hint, last = capsys.readouterr().err.splitlines()
     assert first.startswith(f"rsnape_kit {rk.__version__}, Python ") and "'owner': 'me'" in first
