@@ -122,7 +122,7 @@ def completion(shell: Literal["bash", "zsh", "tcsh"]):
     Args:
         shell: name of the shell
     """
-    shtab = require_module("shtab", "install it: pip install shtab")
+    shtab = require_module("shtab", "completion needs it")
     top = parser()
     for command in next(action.choices for action in top._actions if action.choices).values():
         for action in command._actions:

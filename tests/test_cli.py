@@ -118,7 +118,7 @@ def test_bash_completes_commands_options_choices_and_files(capsys, tmp_path):
 def test_completion_names_what_it_lacks(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "shtab", None)
     status, told = ended(capsys, "completion", "zsh")
-    assert status == 1 and told.endswith("install it: pip install shtab")
+    assert status == 1 and "completion needs it: pip install" in told
 
 
 def test_printed_settings_can_be_given_back(capsys, tmp_path):

@@ -246,7 +246,7 @@ def read_settings(path: Path | str) -> FitConfig:
 
 def _read_yaml(path: Path) -> dict:
     "Read an object from a YAML file."
-    yaml = require_module("yaml", "install it: pip install pyyaml, or write JSON")
+    yaml = require_module("yaml", "settings as YAML need it, JSON does not")
     loader = type("Loader", (yaml.SafeLoader,), {})
     loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
     try:

