@@ -80,7 +80,7 @@ clean:  ## delete the environment, caches and the demo
 $(READY): requirements.txt settings.ini setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "Python 3.11 is needed for the locked requirements; set PYTHON=/path/to/python3.11")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	pip install --no-compile -r requirements.txt  # Python compiles what is imported, a part of it
+	pip install -r requirements.txt
 	pip install --no-deps --no-build-isolation -e .
 	pip check
 	touch $(READY)
