@@ -1,4 +1,4 @@
-"""Run every notebook and every test file, each in a process of its own, two at a time, and print what took longest.
+"""Run every notebook and every test file, each in a process of its own, as many at a time as there are cores, and print what took longest.
 
 Processes are forked from one that has imported what they need: a start of TensorFlow or PyTorch costs four CPU-seconds.
 Files that name no framework, or need to import it themselves, start from a process without any. Before many files,
@@ -27,7 +27,7 @@ NEED_FRAMEWORKS = re.compile(r"\b(torch|keras|tensorflow|fastai|predict_runs)|^i
 STARTS_WORKERS = re.compile(r"\b(demo|here|predict|submit|train_all)\(")
 COLD = "03_adapters", "08_registry"  # look at which frameworks are imported
 FIRST = "test_demo", "test_submit", "test_learning", "16_commands", "test_predict", "test_rehearse"  # the longest
-AT_ONCE = 2
+AT_ONCE = min(max(2, os.cpu_count() or 2), 4)  # a process takes up to 3 GB
 MANY = 10  # files for which it pays to compile first
 
 
