@@ -1,4 +1,6 @@
-"""Run every notebook and every test file, each in a process of its own, as many at a time as there are cores, and print what took longest.
+"""Run every notebook and every test file, each in a process of its own, as many at a time as there are cores.
+
+What took longest is printed at the end.
 
 Processes are forked from one that has imported what they need: a start of TensorFlow or PyTorch costs four CPU-seconds.
 Files that name no framework, or need to import it themselves, start from a process without any. Before many files,
