@@ -1,8 +1,7 @@
 "A stub of Kaggle that also serves files and parts of them, breaks connections and has hiccups."
-import threading
 from contextlib import contextmanager, suppress
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from importlib import import_module
 from json import dumps, loads
 from urllib.parse import quote, unquote, urlsplit
@@ -53,7 +52,6 @@ class FileStub(kaggle_stub.Stub):
         return 200, {"submissions": self.submissions}
 
 
-@contextmanager
 def serving_files(stub: FileStub):
     "The stub behind an HTTP proxy; gives the proxy's address."
 
@@ -99,13 +97,7 @@ def serving_files(stub: FileStub):
         def log_message(self, *_):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(.01,), daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    return kaggle_stub.proxy(Handler)
 
 
 @contextmanager

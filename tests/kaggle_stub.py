@@ -114,6 +114,17 @@ class Stub:
 
 
 @contextmanager
+def proxy(handler):
+    "An HTTP proxy on loopback that answers by a handler; gives its address."
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, args=(.01,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 def serving(stub: Stub):
     "The stub behind an HTTP proxy; gives the proxy's address."
 
@@ -150,14 +161,7 @@ def serving(stub: Stub):
         def log_message(self, *_):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(.01,), daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    return proxy(Handler)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from .api import KaggleBusy, KaggleError, request
+from .api import KaggleBusy, KaggleError, request, unless_absent
 from .campaign_driver import Driver, not_ready
 from .campaign_state import Entry, Job, after_session
 from .campaign_table import error_line
@@ -62,17 +62,7 @@ def folder_to_push(job: Job, without: Iterable, root: Path, resumes: bool) -> Pa
 # %% ../../nbs/13_kaggle/26_campaign_steps.ipynb #ecc393fd
 def newest(api, name: str) -> tuple:
     "Return the newest version of a kernel and Kaggle's record of it; 0 and None if there is none."
-    from requests import HTTPError
-
-    def ask():
-        try:
-            return api.newest_kernel(name)
-        except HTTPError as error:
-            if getattr(error.response, "status_code", None) in (403, 404):  # Kaggle returns 403 for names that do not exist
-                return None
-            raise
-
-    found = request(f"the newest version of {name}", ask)
+    found = request(f"the newest version of {name}", unless_absent, api.newest_kernel, name, absent=None)
     return (found.metadata.current_version_number or 0, found) if found and found.metadata else (0, None)
 
 

@@ -7,7 +7,6 @@ __all__ = ['MACHINE', 'GOING', 'error_line', 'expected_hours', 'hours_to_go', 'q
            'progress_table', 'next_step']
 
 # %% ../../nbs/13_kaggle/24_campaign_table.ipynb #f4345d8e
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,7 @@ from os.path import commonprefix
 from pathlib import Path
 
 from .campaign_state import Campaign, outlook
+from .outputs import log_lines
 from .runtime import find_machine
 from ..utils.processes import last_line
 
@@ -24,13 +24,9 @@ _ERROR = re.compile(r"^[\w.]*(Error|Exception|Interrupt|Killed)\b")
 
 def error_line(log: str) -> str:
     "Return the line of a session's log that names the error, at most 300 characters."
-    try:
-        log = "".join(str(piece.get("data", "")) for piece in json.loads(log))
-    except (ValueError, AttributeError, TypeError):
-        pass  # plain text
-    log = re.sub(r"\x1b\[[\d;]*m", "", log)  # colours
-    errors = [line for line in log.splitlines() if _ERROR.match(line.strip())]
-    return last_line(errors[-1] if errors else log).strip()[:300]
+    lines = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(log_lines(log))).splitlines()  # without colours
+    errors = [line for line in lines if _ERROR.match(line.strip())]
+    return last_line("\n".join(errors[-1:] or lines)).strip()[:300]
 
 # %% ../../nbs/13_kaggle/24_campaign_table.ipynb #52c544e9
 MACHINE = {"gpu": "t4x2", "tpu": "v5e-8", "cpu": "cpu"}  # accelerator -> machine

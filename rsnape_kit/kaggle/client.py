@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from .api import LIMIT, KaggleBusy, KaggleError, client, http_status, refuse, request, request_slot
+from .api import LIMIT, KaggleBusy, KaggleError, client, refuse, request, request_slot, unless_absent
 from .dataset import METADATA, check_dataset, name_faults, read_json
 from .preflight import KERNEL, check_kernel
 from .runtime import COMPETITION
@@ -34,14 +34,7 @@ READY, FAILED = "ready", ("failed", "deleted")  # states of a dataset's version
 
 def _status(api, name: str) -> str:
     "Return the state of a dataset, '' if there is none."
-    from requests import HTTPError
-
-    try:
-        return api.dataset_status(name)
-    except HTTPError as error:
-        if getattr(error.response, "status_code", None) in (403, 404):  # Kaggle returns 403 for datasets of others
-            return ""
-        raise
+    return unless_absent(api.dataset_status, name, absent="")
 
 
 def dataset_state(api, name: str) -> tuple:
@@ -118,14 +111,8 @@ LOST = ("", *FAILED, "error", "cancel_requested", "cancel_acknowledged")  # stat
 
 def _kernel_status(api, name: str) -> str:
     "Return the state of a kernel's last run, '' if there is none."
-    from requests import HTTPError
-
-    try:
-        return api.kernels_status(name).status.name.lower()
-    except (HTTPError, ValueError) as error:  # of 401 and 403 the client makes a ValueError
-        if http_status(error) in (403, 404):
-            return ""
-        raise
+    found = unless_absent(api.kernels_status, name, absent=None)
+    return found.status.name.lower() if found else ""
 
 
 def source_states(
